@@ -1,0 +1,144 @@
+"""One image from bytes to kept blocks: decode -> resize -> select -> gather, all on uint8 in the worker."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pixelprune.selection import Selection, select
+from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
+from pixelprune.sizing import fit_size
+
+ImageSource = Path | str | bytes | Image.Image
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. `reason` is a short code for counting; the message names the image."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class PrunedImage:
+    """What leaves the worker: the kept blocks and where they stood.
+
+    blocks: uint8 (K, 32, 32, 3), kept blocks in row-major order of their position.
+    selection: keep mask and decoding sources over (rows, cols) blocks of the resized image.
+    original_size: (height, width) in pixels before resizing.
+    """
+
+    blocks: np.ndarray
+    selection: Selection
+    original_size: tuple[int, int]
+
+
+def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
+    """Decode to an RGB picture, upright.
+
+    EXIF rotation is applied; transparency is laid on white (what a viewer of the screenshot sees); palette, grey and
+    CMYK become RGB; 16-bit grey keeps its high byte. Of an animation the first frame is taken.
+
+    Raises ImageError with reason missing_file, empty_file, decompression_bomb, truncated_image, not_an_image or
+    unsupported_mode. The size is checked from the header, before any pixel is decoded.
+    """
+    name = _describe(source)
+    try:
+        picture = source if isinstance(source, Image.Image) else _open(source, name)
+        width, height = picture.size
+        if width * height > resize.max_decoded_pixels:
+            raise ImageError(
+                "decompression_bomb",
+                f"{name}: {width}x{height} pixels exceed resize.max_decoded_pixels={resize.max_decoded_pixels}; "
+                "raise the limit if the image is meant to be that large",
+            )
+        picture.load()
+        # PNG, JPEG, WebP and TIFF keep their orientation in EXIF; exif_transpose returns a copy only when it turns.
+        return _to_rgb(ImageOps.exif_transpose(picture), name)
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("decompression_bomb", f"{name}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not_an_image", f"{name}: not a readable image file") from error
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
+        # PIL's decoders signal damaged files with all of these.
+        raise ImageError("truncated_image", f"{name}: damaged or truncated image ({error})") from error
+
+
+def resize_image(picture: Image.Image, resize: ResizeSettings) -> np.ndarray:
+    """Bicubic resize to the Hugging Face processor's size: uint8 (H, W, 3), H and W multiples of 32.
+
+    Raises ImageError (aspect_ratio) for pictures more than 200 times as long as wide.
+    """
+    width, height = picture.size
+    try:
+        new_height, new_width = fit_size(
+            height, width, min_pixels=resize.min_pixels, max_pixels=resize.max_pixels, factor=BLOCK
+        )
+    except ValueError as error:
+        raise ImageError("aspect_ratio", f"image of {width}x{height} pixels: {error}") from error
+    if (new_width, new_height) != (width, height):
+        picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    return np.asarray(picture)
+
+
+def gather_blocks(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Copy the kept blocks of uint8 (H, W, 3) into (K, 32, 32, 3), row-major."""
+    rows, cols = keep.shape
+    grid = image.reshape(rows, BLOCK, cols, BLOCK, 3).swapaxes(1, 2)
+    return grid[keep]
+
+
+def prune_pixels(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
+    """Select on a resized uint8 image (H, W, 3) and gather what is kept."""
+    selection = select(image, strategy=prune.strategy, metric=prune.metric, threshold=prune.threshold)
+    return PrunedImage(gather_blocks(image, selection.keep), selection, original_size)
+
+
+def prune_image(source: ImageSource, prune: PruneSettings, resize: ResizeSettings) -> PrunedImage:
+    """The whole walk of one image. Raises ImageError (see `decode_image`, `resize_image`)."""
+    picture = decode_image(source, resize)
+    return prune_pixels(resize_image(picture, resize), prune, (picture.height, picture.width))
+
+
+def _describe(source: ImageSource) -> str:
+    if isinstance(source, bytes):
+        return f"image of {len(source)} bytes"
+    return "image" if isinstance(source, Image.Image) else str(source)
+
+
+def _open(source: Path | str | bytes, name: str) -> Image.Image:
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            data = Path(source).read_bytes()
+        except FileNotFoundError as error:
+            raise ImageError("missing_file", f"{name}: no such file") from error
+        except OSError as error:
+            raise ImageError("unreadable_file", f"{name}: {error.strerror}") from error
+    if not data:
+        raise ImageError("empty_file", f"{name}: the file is empty")
+    return Image.open(io.BytesIO(data))
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I"):
+        # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
+        high_byte = (np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(high_byte).convert("RGB")
+    if picture.mode == "F":
+        raise ImageError("unsupported_mode", f"{name}: float pixels have no defined range; save it as 8-bit RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,258 @@
+"""Samples in one row, and exactly what the stock model's forward takes for that row.
+
+The same builder serves training, teacher, evaluation and inference, so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import torch
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
+
+from pixelprune.family import family_of
+from pixelprune.image import PrunedImage
+from pixelprune.sample import Sample
+from pixelprune.settings import BLOCK, MERGE, PATCH
+
+# L = tokens of the row, S = samples, I = images, K = kept blocks, P = 4 K = ViT patches, N = supervised tokens
+
+
+@dataclass(frozen=True)
+class VisionGeometry:
+    """What the builder needs to know of a model: the vision tower's grid and the pixel normalisation."""
+
+    image_token_id: int
+    num_grid_per_side: int
+    interpolation_mode: str
+    align_corners: bool
+    temporal_patch: int = 2
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    @classmethod
+    def from_config(cls, config, preprocessor: dict | None = None) -> VisionGeometry:
+        """From a Hugging Face model config and, if at hand, the content of its preprocessor_config.json.
+
+        Raises ValueError for an unsupported family or for patch sizes other than 16 with a merge of 2.
+        """
+        family, vision = family_of(config), config.vision_config
+        if (vision.patch_size, vision.spatial_merge_size) != (PATCH, MERGE):
+            raise ValueError(
+                f"expected ViT patches of {PATCH} merged {MERGE}x{MERGE}, got patch_size={vision.patch_size}, "
+                f"spatial_merge_size={vision.spatial_merge_size} in the model's config"
+            )
+        preprocessor = preprocessor or {}
+        return cls(
+            image_token_id=config.image_token_id,
+            num_grid_per_side=int(vision.num_position_embeddings**0.5),
+            interpolation_mode=family.interpolation_mode,
+            align_corners=family.align_corners,
+            temporal_patch=vision.temporal_patch_size,
+            image_mean=tuple(preprocessor.get("image_mean", cls.image_mean)),
+            image_std=tuple(preprocessor.get("image_std", cls.image_std)),
+        )
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One packed row, as CPU (or moved) tensors.
+
+    input_ids int64 (L,); position_ids int64 (4, L): row 0 counts 0..n-1 in every sample (a gap would be read as a
+    border), rows 1-3 are MRoPE of the unpruned sequences; cu_seqlens int32 (S+1,) sample borders.
+    blocks uint8 (K, 32, 32, 3); block_index int64 (K',) or None: when set, row i of the vision tower's input is
+    blocks[block_index[i]] (the decoder of an exact strategy: Proposition 1).
+    vit_position_ids int64 (P, 2), vit_interp_indices int64 (P, 4), vit_interp_weights float32 (P, 4): rows of the
+    original grid for the kept patches; vit_cu_seqlens int32 (I+1,) image borders in patches.
+    logit_index int64 (N,): positions whose logits predict a supervised token; labels int64 (N,): those tokens.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    blocks: torch.Tensor
+    vit_position_ids: torch.Tensor
+    vit_interp_indices: torch.Tensor
+    vit_interp_weights: torch.Tensor
+    vit_cu_seqlens: torch.Tensor
+    vit_max_seqlen: int
+    logit_index: torch.Tensor
+    labels: torch.Tensor
+    num_supervised_per_sample: tuple[int, ...]
+    record_ids: tuple[str, ...]
+    num_full_blocks: int
+    block_index: torch.Tensor | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.record_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_patches(self) -> int:
+        return len(self.vit_position_ids)
+
+    @property
+    def num_kept_blocks(self) -> int:
+        return self.num_patches // (MERGE * MERGE)
+
+    @property
+    def num_supervised(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_full_tokens(self) -> int:
+        """Tokens the same samples would have without pruning."""
+        return self.num_tokens - self.num_kept_blocks + self.num_full_blocks
+
+    def _mapped(self, move) -> Pack:
+        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{k: move(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+
+    def to(self, device, non_blocking: bool = False) -> Pack:
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Pack:
+        """Called by torch's DataLoader."""
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+
+def pack_samples(samples: list[Sample], geometry: VisionGeometry) -> Pack:
+    """Put samples behind each other in one row. Raises ValueError for an empty list."""
+    if not samples:
+        raise ValueError("a pack needs at least one sample; a rank without work gets a dummy sample")
+    lengths = [len(sample) for sample in samples]
+    starts = [0, *accumulate(lengths)]
+    images = [image for sample in samples for image in sample.images]
+    ids = np.concatenate([sample.input_ids for sample in samples])
+    row_positions = np.concatenate([np.arange(length) for length in lengths])
+    mrope = np.concatenate([sample.position_ids for sample in samples], axis=1)
+    logit_index = np.concatenate([_predictors(sample) + start for sample, start in zip(samples, starts, strict=False)])
+    return Pack(
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(np.concatenate([row_positions[None], mrope])),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        logit_index=torch.from_numpy(logit_index),
+        labels=torch.from_numpy(ids[logit_index + 1]),
+        num_supervised_per_sample=tuple(sample.num_supervised for sample in samples),
+        record_ids=tuple(sample.record_id for sample in samples),
+        num_full_blocks=sum(image.selection.num_blocks for image in images),
+        **_vision_fields(images, geometry),
+    )
+
+
+def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict:
+    """The keyword arguments of the stock forward for a pack that is on its device already.
+
+    Pixels are scaled, normalised and their frame duplicated here, in `dtype`. `use_cache=False` always: with a cache
+    the packed mask is not built and samples leak into each other. Nothing in here waits for the device.
+    """
+    inputs = {
+        "input_ids": pack.input_ids[None],
+        "position_ids": pack.position_ids[:, None],
+        "cu_seq_lens_q": pack.cu_seqlens,
+        "cu_seq_lens_k": pack.cu_seqlens,
+        "max_length_q": pack.max_seqlen,
+        "max_length_k": pack.max_seqlen,
+        "use_cache": False,
+    }
+    return inputs | vision_inputs(pack, geometry, dtype)
+
+
+def vision_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict:
+    """The part of `model_inputs` that concerns images; empty for a pack without one."""
+    if pack.num_patches == 0:
+        return {}
+    blocks = pack.blocks if pack.block_index is None else pack.blocks[pack.block_index]
+    patches_per_image = pack.vit_cu_seqlens.diff().to(torch.int64)
+    ones = torch.ones_like(patches_per_image)
+    return {
+        "pixel_values": normalise_blocks(blocks, geometry).to(dtype),
+        # Used by the model only to split features by image: 1 x 2 x (2 * kept) patches.
+        "image_grid_thw": torch.stack([ones, MERGE * ones, patches_per_image // MERGE], dim=1),
+        "image_position_ids": pack.vit_position_ids,
+        "image_interp_indices": pack.vit_interp_indices,
+        "image_interp_weights": pack.vit_interp_weights,
+        "image_cu_seqlens": pack.vit_cu_seqlens,
+        "image_max_seqlen": pack.vit_max_seqlen,
+    }
+
+
+def normalise_blocks(blocks: torch.Tensor, geometry: VisionGeometry) -> torch.Tensor:
+    """uint8 blocks (K, 32, 32, 3) to float32 patches (4 K, 3 * temporal * 256), in the HF processor's layout.
+
+    Every uint8 value has one float32 image under scale and normalise, so a table looked up per channel gives the HF
+    processor's bits on any device: it multiplies by 1/255 in float64, rounds to float32, then normalises in float32.
+    """
+    num_blocks = len(blocks)
+    patches = blocks.view(num_blocks, MERGE, PATCH, MERGE, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
+    table = _normalisation_table(geometry.image_mean, geometry.image_std, blocks.device)
+    channel_offset = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=blocks.device).view(3, 1, 1)
+    values = table[patches.to(torch.int32) + channel_offset]  # (K, 2, 2, 3, 16, 16)
+    frames = values.unsqueeze(4).expand(-1, -1, -1, -1, geometry.temporal_patch, -1, -1)
+    return frames.reshape(num_blocks * MERGE * MERGE, 3 * geometry.temporal_patch * PATCH * PATCH)
+
+
+@lru_cache(maxsize=8)
+def _normalisation_table(mean: tuple, std: tuple, device: torch.device) -> torch.Tensor:
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    per_channel = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
+    return torch.from_numpy(np.concatenate(per_channel)).to(device)
+
+
+def _predictors(sample: Sample) -> np.ndarray:
+    """Positions in the sample whose logits predict a supervised token."""
+    assert not sample.supervised[0], f"record {sample.record_id!r}: nothing precedes its first token to predict it from"
+    return np.flatnonzero(sample.supervised) - 1
+
+
+def _vision_fields(images: list[PrunedImage], geometry: VisionGeometry) -> dict:
+    if not images:
+        return {
+            "blocks": torch.empty(0, BLOCK, BLOCK, 3, dtype=torch.uint8),
+            "vit_position_ids": torch.empty(0, 2, dtype=torch.int64),
+            "vit_interp_indices": torch.empty(0, 4, dtype=torch.int64),
+            "vit_interp_weights": torch.empty(0, 4, dtype=torch.float32),
+            "vit_cu_seqlens": torch.zeros(1, dtype=torch.int32),
+            "vit_max_seqlen": 0,
+        }
+    grids = [_kept_rows(image.selection.keep, geometry) for image in images]
+    num_patches = [len(positions) for positions, _, _ in grids]
+    return {
+        "blocks": torch.from_numpy(np.concatenate([image.blocks for image in images])),
+        "vit_position_ids": torch.cat([positions for positions, _, _ in grids]),
+        "vit_interp_indices": torch.cat([indices for _, indices, _ in grids]),
+        "vit_interp_weights": torch.cat([weights for _, _, weights in grids]),
+        "vit_cu_seqlens": torch.tensor([0, *accumulate(num_patches)], dtype=torch.int32),
+        "vit_max_seqlen": max(num_patches),
+    }
+
+
+def _kept_rows(keep: np.ndarray, geometry: VisionGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Position and interpolation rows of the kept patches, taken from those of the full grid."""
+    full = _full_grid(keep.shape, geometry)
+    kept_patches = torch.from_numpy(keep.reshape(-1)).repeat_interleave(MERGE * MERGE)
+    return tuple(rows[kept_patches] for rows in full)  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=64)
+def _full_grid(shape: tuple[int, int], geometry: VisionGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All rows of a grid of blocks, from the stock helpers. Screenshots come in few sizes, so they are remembered."""
+    grid_thw = torch.tensor([[1, shape[0] * MERGE, shape[1] * MERGE]])
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid_thw,
+        num_grid_per_side=geometry.num_grid_per_side,
+        mode=geometry.interpolation_mode,
+        align_corners=geometry.align_corners,
+        spatial_merge_size=MERGE,
+    )
+    return get_vision_position_ids(grid_thw, MERGE), indices, weights

@@ -1,0 +1,102 @@
+"""One conversation after pruning: token ids, the positions of the unpruned sequence, and what is supervised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pixelprune.image import PrunedImage
+from pixelprune.selection import Selection
+from pixelprune.settings import MERGE
+
+# L = tokens of the pruned row, n = tokens of the chat with one placeholder per image, K = kept blocks
+
+
+@dataclass(frozen=True)
+class ChatTokens:
+    """A tokenised conversation in which every image is still one placeholder id.
+
+    input_ids: int64 (n,); supervised: bool (n,), True for tokens the model is trained to predict.
+    """
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pruned conversation, ready to be packed.
+
+    input_ids int64 (L,), position_ids int64 (3, L) (temporal, height, width MRoPE of the *unpruned* sequence),
+    supervised bool (L,), images in order, next_position = the MRoPE position of the next generated token.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    supervised: np.ndarray
+    images: list[PrunedImage]
+    next_position: int
+    record_id: str = field(default="", compare=False)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        return int(self.supervised.sum())
+
+    @property
+    def num_patches(self) -> int:
+        """ViT patches over all images: MERGE x MERGE of them for every kept block."""
+        return MERGE * MERGE * sum(image.selection.num_kept for image in self.images)
+
+
+def build_sample(
+    chat: ChatTokens, images: list[PrunedImage], *, image_token_id: int, first_position: int = 0, record_id: str = ""
+) -> Sample:
+    """Expand every placeholder to its image's kept blocks, with MRoPE positions of the unpruned sequence.
+
+    first_position: where the sequence continues when earlier turns are already cached (0 otherwise).
+    Raises ValueError when the number of placeholders is not the number of images.
+    """
+    placeholders = np.flatnonzero(chat.input_ids == image_token_id)
+    if len(placeholders) != len(images):
+        raise ValueError(
+            f"record {record_id!r}: {len(placeholders)} image placeholders in the text, {len(images)} images"
+        )
+    position, cut = first_position, 0
+    ids, positions = [], []
+    for place, image in zip(placeholders, images, strict=True):
+        position = _append_text(ids, positions, chat.input_ids[cut:place], position)
+        ids.append(np.full(image.selection.num_kept, image_token_id, dtype=np.int64))
+        positions.append(mrope_of_image(image.selection, position))
+        position += max(image.selection.keep.shape)
+        cut = place + 1
+    position = _append_text(ids, positions, chat.input_ids[cut:], position)
+    repeats = np.ones(len(chat.input_ids), dtype=np.int64)
+    repeats[placeholders] = [image.selection.num_kept for image in images]
+    return Sample(
+        input_ids=np.concatenate(ids),
+        position_ids=np.concatenate(positions, axis=1),
+        supervised=np.repeat(chat.supervised, repeats),
+        images=images,
+        next_position=position,
+        record_id=record_id,
+    )
+
+
+def mrope_of_image(selection: Selection, start: int) -> np.ndarray:
+    """MRoPE positions int64 (3, K) of an image's kept blocks when the image begins at `start`.
+
+    The temporal row is constant; height and width are the block's row and column in the original grid
+    (Qwen3-VL's interleaved MRoPE; the text after the image continues at start + max(rows, cols)).
+    """
+    rows, cols = np.nonzero(selection.keep)
+    return np.stack([np.full(len(rows), start), start + rows, start + cols]).astype(np.int64)
+
+
+def _append_text(ids: list, positions: list, text_ids: np.ndarray, position: int) -> int:
+    ids.append(text_ids)
+    positions.append(np.broadcast_to(np.arange(position, position + len(text_ids)), (3, len(text_ids))))
+    return position + len(text_ids)

@@ -1,0 +1,31 @@
+"""The Hugging Face processor's resize rule: multiples of a block, a pixel budget, an aspect limit."""
+
+from __future__ import annotations
+
+import math
+
+
+def fit_size(
+    height: int,
+    width: int,
+    *,
+    min_pixels: int = 256 * 256,
+    max_pixels: int = 4096 * 4096,
+    factor: int = 32,
+    max_aspect_ratio: float = 200,
+) -> tuple[int, int]:
+    """(height, width) in pixels after resizing. Raises ValueError for empty or too elongated pictures."""
+    if height < 1 or width < 1:
+        raise ValueError(f"expected a picture of at least 1x1 pixels, got {width}x{height}")
+    if max(height, width) / min(height, width) > max_aspect_ratio:
+        raise ValueError(f"expected an aspect ratio of at most {max_aspect_ratio}, got {width}x{height}")
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width

@@ -1,0 +1,54 @@
+"""Shared fixtures: one thread per process, a toy model folder, screenshot-like pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory) -> Path:
+    from training.toy_model import build_toy_model
+
+    return build_toy_model(tmp_path_factory.mktemp("toy") / "model")
+
+
+@pytest.fixture(scope="session")
+def toy_model(toy_folder):
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(toy_folder).eval()
+
+
+@pytest.fixture(scope="session")
+def toy_tokenizer(toy_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(toy_folder)
+
+
+@pytest.fixture(scope="session")
+def geometry(toy_model):
+    from pixelprune.pack import VisionGeometry
+
+    return VisionGeometry.from_config(toy_model.config)
+
+
+def screen(rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    """A picture like a screenshot: flat panels with a few noisy blocks, uint8 (32 * rows, 32 * cols, 3)."""
+    rng = np.random.default_rng(seed)
+    image = np.full((32 * rows, 32 * cols, 3), 240, dtype=np.uint8)
+    image[:, : 32 * (cols // 3)] = (30, 60, 90)
+    for _ in range(max(1, rows * cols // 3)):
+        r, c = rng.integers(rows), rng.integers(cols)
+        image[32 * r : 32 * r + 32, 32 * c : 32 * c + 32] = rng.integers(0, 256, (32, 32, 3))
+    return image
