@@ -1,0 +1,128 @@
+"""Divergences between a teacher's and a student's next-token distribution, with their gradients in closed form.
+
+    C = positions of one chunk, V = vocabulary, k = entries of a top-k teacher
+    p = softmax(teacher logits / T), q = softmax(student logits / T), u = student logits / T
+
+    forward_kl  KL(p || q)                                        d/du = q - p
+    reverse_kl  KL(q || p)                                        d/du = q * (log q/p - KL(q || p))
+    jsd         b KL(p || m) + (1-b) KL(q || m), m = bp + (1-b)q  d/du = (1-b) q * (log q/m - KL(q || m))
+
+The JSD is the generalized one of GKD (arXiv 2306.13649, section 3.1). It vanishes at both ends of b, where
+JSD / b -> KL(p || q) for b -> 0 and JSD / (1-b) -> KL(q || p) for b -> 1; hence b is kept strictly inside (0, 1).
+
+Closed forms, rather than autograd, because a graph over (C, V) would keep every intermediate of that size alive.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+DivergenceName = Literal["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES: tuple[DivergenceName, ...] = ("forward_kl", "reverse_kl", "jsd")
+
+
+class Distilled(NamedTuple):
+    """What one chunk of positions learns from the teacher."""
+
+    divergence: Tensor
+    """(C,) the divergence at temperature T, without the T^2 factor."""
+    grad: Tensor
+    """(C, V) its gradient with respect to u = student logits / T."""
+    teacher_entropy: Tensor
+    """(C,) entropy in nats of the distribution distilled from, i.e. at temperature T."""
+    teacher_top1: Tensor
+    """(C,) the teacher's most probable token id."""
+
+
+def distil_full(
+    logits: Tensor, teacher_logits: Tensor, name: DivergenceName, temperature: float, beta: float
+) -> Distilled:
+    """Divergence from the teacher's whole distribution; logits (C, V) and teacher_logits (C, V) in any float type."""
+    log_q = tempered_log_softmax(logits, temperature)
+    log_p = tempered_log_softmax(teacher_logits, temperature)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    value, grad = divergence(log_q, log_p, name, beta)
+    return Distilled(value, grad, entropy, teacher_logits.argmax(-1))
+
+
+def distil_top_k(
+    logits: Tensor, log_probs: Tensor, ids: Tensor, name: DivergenceName, temperature: float, beta: float
+) -> Distilled:
+    """Divergence from a teacher of which only k log-probabilities per position are known.
+
+    The k tokens are k outcomes, all others together one more. By the data-processing inequality the divergence over
+    these k + 1 outcomes is never above the full one (f-divergences cannot grow when outcomes are merged), and they
+    are equal where student and teacher agree on the relative weights inside the remainder. The gradient moves the
+    remainder's total mass only, in proportion to the student's own weights.
+
+    Args:
+        logits: (C, V) student logits.
+        log_probs: (C, k) teacher log-probabilities **at this temperature**, normalised over the whole vocabulary:
+            the remainder at another temperature cannot be known from them. In any order.
+        ids: (C, k) int64, their token ids, distinct in a row; k < V.
+
+    The entropy is that of the k + 1 outcomes, a lower bound of the full one.
+    """
+    work_dtype = torch.promote_types(logits.dtype, torch.float32)
+    rest = logits.to(work_dtype, copy=True).div_(temperature)
+    top = rest.gather(-1, ids)  # (C, k)
+    rest.scatter_(-1, ids, -math.inf)
+    rest_logit = rest.logsumexp(-1, keepdim=True)  # (C, 1)
+    log_q = torch.cat((top, rest_logit), -1).log_softmax(-1)  # (C, k + 1)
+    log_p = _with_remainder(log_probs.to(work_dtype))  # (C, k + 1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    value, outcome_grad = divergence(log_q, log_p, name, beta)
+    grad = rest.sub_(rest_logit).exp_().mul_(outcome_grad[:, -1:]).scatter_(-1, ids, outcome_grad[:, :-1])
+    teacher_top1 = ids.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+    return Distilled(value, grad, entropy, teacher_top1)
+
+
+def divergence(log_q: Tensor, log_p: Tensor, name: DivergenceName, beta: float) -> tuple[Tensor, Tensor]:
+    """(rows,) divergence and (rows, outcomes) gradient with respect to the student's logits.
+
+    log_q and log_p (rows, outcomes) are normalised log-probabilities of student and teacher; both are overwritten.
+    """
+    if name == "forward_kl":
+        p = log_p.exp()
+        value = log_p.sub_(log_q).mul_(p).sum(-1)
+        return value, log_q.exp_().sub_(p)
+    if name == "reverse_kl":
+        return _towards(log_q, log_p)
+    if name == "jsd":
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        from_teacher = (log_p - log_m).mul_(log_p.exp_()).sum(-1)
+        from_student, grad = _towards(log_q, log_m)
+        return beta * from_teacher + (1 - beta) * from_student, grad.mul_(1 - beta)
+    raise ValueError(f"unknown divergence {name!r}; expected one of {', '.join(DIVERGENCES)}")
+
+
+def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """Log-softmax of logits / temperature over the last axis, in float32 (float64 where the logits are)."""
+    work_dtype = torch.promote_types(logits.dtype, torch.float32)
+    if temperature == 1.0:
+        return logits.log_softmax(-1, dtype=work_dtype)
+    return logits.to(work_dtype).div(temperature).log_softmax(-1)
+
+
+def _towards(log_q: Tensor, log_r: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || r) per row, and q * (log q/r - KL(q || r)); both arguments are overwritten.
+
+    For r fixed this is the gradient of the KL with respect to q's logits; for r = m it is the gradient of the JSD
+    but for its factor, since the terms through m cancel: b p/m + (1-b) q/m = 1.
+    """
+    log_ratio = torch.sub(log_q, log_r, out=log_r)
+    q = log_q.exp_()
+    value = (q * log_ratio).sum(-1)
+    return value, q.mul_(log_ratio.sub_(value.unsqueeze(-1)))
+
+
+def _with_remainder(log_probs: Tensor) -> Tensor:
+    """(C, k) log-probabilities -> (C, k + 1), the last being that of everything else, normalised.
+
+    Rounded log-probabilities may sum to 1 or slightly above: the remainder is kept at one float epsilon at least (a
+    zero would make the reverse KL infinite) and the row is normalised again.
+    """
+    remainder = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_(min=torch.finfo(log_probs.dtype).eps)
+    return torch.cat((log_probs, remainder.log()), -1).log_softmax(-1)
