@@ -1,0 +1,167 @@
+"""Every container gives the same rows; JSON is read in place, damaged lines and all."""
+
+import json
+import pickle
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+
+from training.data.formats import parse_record
+from training.data.images import read_image
+from training.data.records import ImageRef, RecordError
+from training.data.settings import SourceSettings
+from training.data.sources import open_source, open_sources
+
+from .samples import chat_row, draw_screen, encode, write_jsonl
+
+ROWS = [chat_row("a.png", "Wo?", "Hier – 在"), chat_row(None, "x", "y"), chat_row("b.png", '"[{', "]}\\")]
+
+
+def read_all(source):
+    return [parse_record(source.rows[i]) for i in range(len(source))]
+
+
+def write(kind: str, folder: Path) -> Path:
+    if kind == "jsonl":
+        return write_jsonl(folder / "d.jsonl", ROWS)
+    if kind == "jsonl with blank lines and no last line break":
+        path = folder / "d.jsonl"
+        path.write_text("\n" + json.dumps(ROWS[0]) + "\r\n \n" + "\n".join(json.dumps(row) for row in ROWS[1:]))
+        return path
+    if kind in ("json array", "json array with a BOM"):
+        path = folder / "d.json"
+        text = json.dumps(ROWS, ensure_ascii=False, indent=2)
+        path.write_text(text, encoding="utf-8-sig" if "BOM" in kind else "utf-8")
+        return path
+    if kind == "json with lines":
+        return write_jsonl(folder / "d.json", ROWS)
+    if kind == "folder of jsonl":
+        write_jsonl(folder / "1.jsonl", ROWS[:1])
+        (folder / "2.jsonl").write_text("")
+        write_jsonl(folder / "3.jsonl", ROWS[1:])
+        return folder
+    typed = [
+        {"messages": [{**m, "content": c if isinstance(c := m["content"], list) else [{"type": "text", "text": c}]}
+                      for m in row["messages"]]}
+        for row in ROWS
+    ]  # fmt: skip
+    dataset = datasets.Dataset.from_list(typed)
+    if kind == "parquet":
+        dataset.to_parquet(folder / "d.parquet")
+        return folder / "d.parquet"
+    if kind == "saved data set":
+        dataset.save_to_disk(folder / "saved")
+        return folder / "saved"
+    assert kind == "saved splits"
+    datasets.DatasetDict({"train": dataset, "other": dataset.select([0])}).save_to_disk(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["jsonl", "jsonl with blank lines and no last line break", "json array", "json array with a BOM",
+     "json with lines", "folder of jsonl", "parquet", "saved data set", "saved splits"],
+)  # fmt: skip
+def test_containers_give_the_same_records(kind, tmp_path):
+    source = open_source(SourceSettings(str(write(kind, tmp_path))))
+    expected = [parse_record(row) for row in ROWS]
+    assert read_all(source) == expected
+    assert read_all(pickle.loads(pickle.dumps(source))) == expected
+    assert len({source.record_id(i) for i in range(len(source))}) == 3
+    assert source.rows.where(2)
+
+
+def test_datasets_image_feature_stays_encoded(tmp_path):
+    png = encode(draw_screen(0))
+    rows = {
+        "conversations": [[{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "a"}]],
+        "images": [[{"bytes": png, "path": None}]],
+    }
+    dataset = datasets.Dataset.from_dict(rows).cast_column("images", datasets.List(datasets.Image()))
+    dataset.to_parquet(tmp_path / "d.parquet")
+    (record,) = read_all(open_source(SourceSettings(str(tmp_path / "d.parquet"))))
+    assert record.images == [ImageRef(png)]
+
+
+def test_mixed_file_with_damaged_lines(tmp_path):
+    sharegpt = {"conversations": [{"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]}
+    path = write_jsonl(tmp_path / "d.jsonl", [ROWS[1], "{not json", sharegpt, "x", '"\xff', "[" * 100_000])
+    rows = open_source(SourceSettings(str(path))).rows
+    assert len(rows) == 6
+    assert parse_record(rows[2]).messages[0].text == "h"
+    for bad in (1, 3, 4, 5):
+        with pytest.raises(RecordError) as caught:
+            rows[bad]
+        assert caught.value.reason == "invalid_json"
+        assert f"record {bad + 1}" in rows.where(bad)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "match"),
+    [
+        ("", "d.jsonl", "holds no records"),
+        ("[]", "d.json", "holds no records"),
+        ('[{"a": 1}, {"a": ', "d.json", "damaged after 1 records"),
+        ('[{"a": 1} {"a": 2}]', "d.json", "damaged after 1 records"),
+        ("a,b", "d.csv", "expected .jsonl"),
+    ],
+)
+def test_unusable_files_are_refused(tmp_path, content, name, match):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=match):
+        open_source(SourceSettings(str(tmp_path / name)))
+
+
+def test_refused_settings(tmp_path):
+    path = str(write("jsonl", tmp_path))
+    with pytest.raises(ValueError, match=r"sources\[\].path"):
+        open_source(SourceSettings(str(tmp_path / "none.jsonl")))
+    with pytest.raises(ValueError, match=r"sources\[\].root"):
+        open_source(SourceSettings(path, root=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match=r"sources\[\].weight"):
+        open_source(SourceSettings(path, weight=float("nan")))
+    with pytest.raises(ValueError, match="two sources"):
+        open_sources([SourceSettings(path), SourceSettings(path)])
+    with pytest.raises(ValueError, match=r"data\.sources"):
+        open_sources([])
+    assert [s.name for s in open_sources([SourceSettings(path), SourceSettings(path, name="b")])] == ["d", "b"]
+
+
+def test_images_stay_inside_the_root(tmp_path):
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True)
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(b"secret")
+    (root / "a.png").write_bytes(b"fine")
+    (root / "empty.png").write_bytes(b"")
+    (root / "link.png").symlink_to(outside)
+    (root / "inner.png").symlink_to(root / "a.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (tmp_path / "root2").mkdir()
+    (tmp_path / "root2" / "a.png").write_bytes(b"secret")
+    for good in ("a.png", "sub/../a.png", str(root / "a.png"), "inner.png", "./a.png"):
+        assert read_image(ImageRef(good), root) == b"fine"
+    expected = {
+        "../outside.png": "outside_root",
+        str(outside): "outside_root",
+        "/etc/passwd": "outside_root",
+        "link.png": "outside_root",
+        "../root2/a.png": "outside_root",
+        "../missing.png": "outside_root",
+        "missing.png": "missing_file",
+        "empty.png": "empty_file",
+        "sub": "unreadable_file",
+        "loop.png": "unreadable_file",
+        "a\0.png": "unreadable_file",
+        "a" * 5000: "unreadable_file",
+    }
+    for path, reason in expected.items():
+        with pytest.raises(RecordError) as caught:
+            read_image(ImageRef(path), root)
+        assert caught.value.reason == reason, path
+    with pytest.raises(RecordError, match="no root"):
+        read_image(ImageRef("a.png"), None)
+    picture = Image.new("RGB", (2, 2))
+    assert read_image(ImageRef(picture), None) is picture

@@ -1,0 +1,89 @@
+"""One row of a source -> a pruned sample: the only path, used alike by the index, the loader and the collator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from PIL import Image
+
+from pixelprune.image import ImageError, prune_image
+from pixelprune.sample import Sample, build_sample
+from pixelprune.settings import PruneSettings, ResizeSettings
+from training.data.chat import ChatEncoder
+from training.data.formats import parse_record
+from training.data.images import read_image
+from training.data.records import Record, RecordError
+
+
+@dataclass(frozen=True)
+class PreparedRecord:
+    """A record after pruning. `content_hash` covers its text, roles and image bytes: what the sample was made of."""
+
+    record: Record
+    sample: Sample
+    content_hash: int
+
+    @property
+    def num_images(self) -> int:
+        return len(self.sample.images)
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Settings that turn a row into a sample: chat template, pruning, sizes."""
+
+    chat: ChatEncoder
+    prune: PruneSettings
+    resize: ResizeSettings
+    image_token_id: int
+
+    def prepare(
+        self, row: Any, root: Path | None, *, record_format: str = "auto", record_id: str = "", expected_hash: int = -1
+    ) -> PreparedRecord:
+        """Parse, check, read, decode, resize, prune.
+
+        row: a mapping in any supported format, or a `Record`. expected_hash: refuse a record whose content is another.
+        Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
+        """
+        record = row if isinstance(row, Record) else parse_record(row, record_format)
+        chat = self.chat.encode(record)
+        pictures = [read_image(ref, root) for ref in record.images]
+        content_hash = hash_content(record, pictures)
+        if expected_hash not in (-1, content_hash):
+            raise RecordError("changed", "the record or an image of it changed since the index was built")
+        num_placeholders = int((chat.input_ids == self.image_token_id).sum())
+        if num_placeholders != len(pictures):
+            raise RecordError(
+                "image_count", f"the chat template wrote {num_placeholders} placeholders for {len(pictures)} images"
+            )
+        try:
+            images = [prune_image(picture, self.prune, self.resize) for picture in pictures]
+        except ImageError as error:
+            raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
+        sample = build_sample(chat, images, image_token_id=self.image_token_id, record_id=record_id)
+        return PreparedRecord(record, sample, content_hash)
+
+
+def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
+    """63-bit hash of everything a sample is made of (fits Parquet's int64)."""
+    digest = xxhash.xxh3_64()
+    for message in record.messages:
+        digest.update(f"\x00{message.role}\x00{len(message.parts)}".encode())
+        for part in message.parts:
+            # Lengths go in before contents, so that no two records share one stream of bytes.
+            text = part.encode() if isinstance(part, str) else b""
+            digest.update(f"\x00{'text' if isinstance(part, str) else 'image'}{len(text)}\x00".encode())
+            digest.update(text)
+    for picture in pictures:
+        data = picture if isinstance(picture, bytes) else picture.tobytes()
+        digest.update(f"\x00{len(data)}\x00".encode())
+        digest.update(data)
+    return digest.intdigest() >> 1
+
+
+def _name_images(record: Record) -> str:
+    names = [ref.source for ref in record.images if isinstance(ref.source, str)]
+    return ", ".join(names) if names else "embedded image"

@@ -1,0 +1,55 @@
+"""The settings of the data path: sources, caps, steps, and how much bad data a run tolerates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SourceSettings:
+    """One data set of a recipe."""
+
+    path: str
+    """A .jsonl, .json or .parquet file, a folder of them, a folder written by `datasets`, or a hub id (when online)."""
+    name: str = ""
+    """Name in reports and record ids; the file's stem by default. Must be unique in a recipe."""
+    root: str = ""
+    """Folder that image paths are relative to and may not leave; by default the folder of the file."""
+    format: str = "auto"
+    """auto (detected per record), sharegpt or messages."""
+    split: str = "train"
+    """Split of a hub id or of a saved DatasetDict."""
+    weight: float = 1.0
+    """How often every record is used per epoch; a fraction draws a seeded subset, another one each epoch."""
+
+
+@dataclass
+class DataSettings:
+    """What is trained on, and how it is cut into optimizer steps and packs."""
+
+    sources: list[SourceSettings] = field(default_factory=list)
+    """Training data."""
+    eval_sources: list[SourceSettings] = field(default_factory=list)
+    """Validation data; weights are ignored, every record is used once."""
+    last_turn_only: bool = False
+    """Supervise the last assistant turn only, not all of them."""
+    samples_per_step: int = 64
+    """Samples in one optimizer step over all ranks (the global batch); only the last step of an epoch is shorter."""
+    pack_tokens: int = 16384
+    """Most LLM tokens in one pack."""
+    pack_patches: int = 65536
+    """Most ViT patches (four per kept block) in one pack."""
+    paired: bool = False
+    """Use only records that fit unpruned too, so that a Full and a PixelPrune run see the same samples per step."""
+    shuffle: bool = True
+    """A new order every epoch from (seed, epoch); otherwise the order of the files."""
+    max_quarantined_share: float = 0.01
+    """A run refuses to start (or goes no further) when more than this share of its records cannot be used."""
+    index_dir: str = ""
+    """Where indexes are kept, on a file system that all ranks share; by default beside each data file."""
+    index_workers: int = 0
+    """Processes of one rank that build the index; 0 takes all cores of the machine over its ranks."""
+    num_workers: int = 4
+    """Loader processes of one rank; 0 prepares batches in the training process."""
+    prefetch_packs: int = 2
+    """Packs that each worker prepares ahead, at least; the loader always holds one whole optimizer step."""
