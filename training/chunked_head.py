@@ -68,22 +68,11 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         hidden_grad = torch.zeros_like(hidden) if job.wants_grad and hidden.requires_grad else None
         weight_grads: list[Tensor | None] = [None] * len(weights)
         for rows in _chunks(hidden.shape[0], job.chunk_size):
-            chunk = hidden[rows].detach().requires_grad_(hidden_grad is not None)
-            # Detached leaves: hooks on the real parameters must wait for the one backward pass.
-            leaves = [weight.detach().requires_grad_(job.wants_grad) for weight in weights]
-            with torch.set_grad_enabled(job.wants_grad):
-                logits = functional_call(job.head, dict(zip(job.weight_names, leaves, strict=True)), (chunk,))
-            chunk_sums, logits_grad = job.loss_of_logits(rows, logits.detach(), job.wants_grad)
+            chunk_sums, chunk_grad, *chunk_weight_grads = _one_chunk(job, rows, hidden, weights)
             sums += chunk_sums
-            if logits_grad is None:
-                continue
-            inputs = leaves if hidden_grad is None else [*leaves, chunk]
-            grads = torch.autograd.grad(logits, inputs, logits_grad, allow_unused=True)
             if hidden_grad is not None:
-                hidden_grad[rows] = grads[-1]
-            weight_grads = [
-                _accumulate(total, part) for total, part in zip(weight_grads, grads[: len(weights)], strict=True)
-            ]
+                hidden_grad[rows] = chunk_grad
+            weight_grads = [_accumulate(*grads) for grads in zip(weight_grads, chunk_weight_grads, strict=True)]
         if job.wants_grad:
             # None is left for an unused weight, and for all of them without positions.
             ready = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, weight_grads, strict=True)]
@@ -98,6 +87,24 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = zip(ctx.saved_tensors, ctx.grad_dtypes, strict=True)
         return None, *(_scaled(grad, grad_total, dtype) for grad, dtype in grads)
+
+
+def _one_chunk(job: _Job, rows: slice, hidden: Tensor, weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Sums of a chunk, gradient of its hidden states, gradients of the weights; None for what has no gradient.
+
+    A function of its own, so that everything of size (C, V) is gone when it returns.
+    """
+    chunk = hidden[rows].detach().requires_grad_(job.wants_grad and hidden.requires_grad)
+    # Detached leaves: hooks on the real parameters must wait for the one backward pass.
+    leaves = [weight.detach().requires_grad_(job.wants_grad) for weight in weights]
+    with torch.set_grad_enabled(job.wants_grad):
+        logits = functional_call(job.head, dict(zip(job.weight_names, leaves, strict=True)), (chunk,))
+    sums, logits_grad = job.loss_of_logits(rows, logits.detach(), job.wants_grad)
+    if logits_grad is None:
+        return sums, None, *(None for _ in weights)
+    if chunk.requires_grad:
+        return sums, *torch.autograd.grad(logits, [chunk, *leaves], logits_grad, allow_unused=True)
+    return sums, None, *torch.autograd.grad(logits, leaves, logits_grad, allow_unused=True)
 
 
 def _accumulate(total: Tensor | None, part: Tensor | None) -> Tensor | None:

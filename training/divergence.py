@@ -42,7 +42,7 @@ def distil_full(
     """Divergence from the teacher's whole distribution; logits (C, V) and teacher_logits (C, V) in any float type."""
     log_q = tempered_log_softmax(logits, temperature)
     log_p = tempered_log_softmax(teacher_logits, temperature)
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = -log_p.exp().mul_(log_p).sum(-1)
     value, grad = divergence(log_q, log_p, name, beta)
     return Distilled(value, grad, entropy, teacher_logits.argmax(-1))
 
@@ -72,7 +72,7 @@ def distil_top_k(
     rest_logit = rest.logsumexp(-1, keepdim=True)  # (C, 1)
     log_q = torch.cat((top, rest_logit), -1).log_softmax(-1)  # (C, k + 1)
     log_p = _with_remainder(log_probs.to(work_dtype))  # (C, k + 1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = -log_p.exp().mul_(log_p).sum(-1)
     value, outcome_grad = divergence(log_q, log_p, name, beta)
     grad = rest.sub_(rest_logit).exp_().mul_(outcome_grad[:, -1:]).scatter_(-1, ids, outcome_grad[:, :-1])
     teacher_top1 = ids.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
@@ -91,8 +91,9 @@ def divergence(log_q: Tensor, log_p: Tensor, name: DivergenceName, beta: float) 
     if name == "reverse_kl":
         return _towards(log_q, log_p)
     if name == "jsd":
-        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        from_teacher = (log_p - log_m).mul_(log_p.exp_()).sum(-1)
+        log_m = log_p + math.log(beta / (1 - beta))
+        torch.logaddexp(log_m, log_q, out=log_m).add_(math.log1p(-beta))
+        from_teacher = torch.sub(log_p, log_m).mul_(log_p.exp_()).sum(-1)
         from_student, grad = _towards(log_q, log_m)
         return beta * from_teacher + (1 - beta) * from_student, grad.mul_(1 - beta)
     raise ValueError(f"unknown divergence {name!r}; expected one of {', '.join(DIVERGENCES)}")
