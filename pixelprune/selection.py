@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pixelprune.settings import BLOCK
+from pixelprune.settings import BLOCK, PruneSettings
+
+METRICS = ("max", "mae")
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,7 @@ class Selection:
 
     keep: bool (rows, cols), True where the block is kept.
     source: int32 (rows, cols), flat index (row * cols + col) of the kept block whose pixels stand here after decoding.
+        The baselines random and conncomp predict nothing: their omitted blocks have source -1.
     """
 
     keep: np.ndarray
@@ -28,33 +31,64 @@ class Selection:
     def num_blocks(self) -> int:
         return int(self.keep.size)
 
+    @property
+    def retain_ratio(self) -> float:
+        return self.num_kept / self.num_blocks
+
+
+def check_image(image: np.ndarray, block: int = BLOCK) -> None:
+    """ValueError unless `image` is a non-empty uint8 array (height, width, 3) with both sides multiples of `block`."""
+    if not isinstance(block, int) or block < 1:
+        raise ValueError(f"block: expected a positive number of pixels, got {block!r}")
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"image: expected a numpy array, got {type(image).__name__}")
+    if image.dtype != np.uint8:
+        raise ValueError(f"image: expected dtype uint8 (0..255), got {image.dtype}")
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image: expected shape (height, width, 3) in RGB order, got {image.shape}")
+    height, width = image.shape[:2]
+    if height == 0 or width == 0:
+        raise ValueError(f"image: expected at least one pixel, got {height} x {width}")
+    if height % block or width % block:
+        raise ValueError(
+            f"image: expected height and width to be multiples of {block}, got {height} x {width}; "
+            "resize to the size given by pixelprune.fit_size first"
+        )
+
+
+def check_settings(settings: PruneSettings) -> None:
+    """ValueError unless metric and threshold are usable; the strategy's name is checked by the registry."""
+    if settings.metric not in METRICS:
+        raise ValueError(f"prune.metric: expected one of {', '.join(METRICS)}, got {settings.metric!r}")
+    if not 0 <= settings.threshold <= 1:
+        raise ValueError(
+            f"prune.threshold: expected 0..1 (a distance of pixels scaled to [0, 1]), got {settings.threshold!r}"
+        )
+
 
 def select(
-    image: np.ndarray, *, strategy: str = "pred2d", metric: str = "max", threshold: float = 0.0, block: int = BLOCK
+    image: np.ndarray,
+    *,
+    strategy: str = "pred2d",
+    metric: str = "max",
+    threshold: float = 0.0,
+    seed: int = 0,
+    block: int = BLOCK,
 ) -> Selection:
-    """Exact pred2d in plain Python; the compiled library replaces this body."""
-    rows, cols = image.shape[0] // block, image.shape[1] // block
-    keep = np.ones((rows, cols), dtype=bool)
-    source = np.arange(rows * cols, dtype=np.int32).reshape(rows, cols)
-    if strategy == "none":
-        return Selection(keep, source)
-    blocks = image.reshape(rows, block, cols, block, 3).swapaxes(1, 2)
+    """Choose the blocks of an image to keep (paper section 3; baselines of section 4).
 
-    def same(p: tuple[int, int], q: tuple[int, int]) -> bool:
-        return np.array_equal(blocks[p], blocks[q])
+    image: uint8 (height, width, 3), both sides multiples of `block` pixels.
+    strategy: pred2d, raster, serpentine, none, or a baseline: random, conncomp.
+    metric, threshold: a block is omitted when the largest ("max") or mean ("mae") absolute difference to its
+        prediction, on pixels scaled to [0, 1], is at most `threshold`; 0 demands equality.
+    seed: used by the baselines only.
 
-    for r in range(rows):
-        for c in range(cols):
-            if r == 0 and c == 0:
-                continue
-            left, above, corner = (r, c - 1), (r - 1, c), (r - 1, c - 1)
-            if r == 0:
-                predicted = left
-            elif c == 0:
-                predicted = above
-            else:
-                predicted = above if same(corner, left) and not same(corner, above) else left
-            if same(predicted, (r, c)):
-                keep[r, c] = False
-                source[r, c] = source[predicted]
-    return Selection(keep, source)
+    Pure and thread-safe; releases the GIL. The first call in a fresh install compiles (seconds); later ones do not.
+    Raises ValueError for an image or a setting outside this.
+    """
+    from pixelprune.registry import get_strategy  # numba loads here, not with the package
+
+    settings = PruneSettings(strategy=strategy, metric=metric, threshold=threshold, seed=seed)
+    check_settings(settings)
+    check_image(image, block)
+    return get_strategy(strategy).run(image, settings, block)

@@ -14,11 +14,19 @@ def fit_size(
     factor: int = 32,
     max_aspect_ratio: float = 200,
 ) -> tuple[int, int]:
-    """(height, width) in pixels after resizing. Raises ValueError for empty or too elongated pictures."""
+    """(height, width) in pixels after resizing, multiples of `factor`: what the HF processor computes, bit for bit.
+
+    Sides go to the nearest multiple; a picture outside min_pixels..max_pixels (total pixels) is scaled to its limit
+    first, keeping its shape. As there, a side never falls below one block, so a thin picture can exceed max_pixels.
+
+    Raises ValueError for empty or too elongated pictures and for limits that no picture meets.
+    """
     if height < 1 or width < 1:
         raise ValueError(f"expected a picture of at least 1x1 pixels, got {width}x{height}")
     if max(height, width) / min(height, width) > max_aspect_ratio:
         raise ValueError(f"expected an aspect ratio of at most {max_aspect_ratio}, got {width}x{height}")
+    if not 1 <= min_pixels <= max_pixels:
+        raise ValueError(f"resize: expected 1 <= min_pixels <= max_pixels, got {min_pixels} and {max_pixels}")
     new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
     if new_height * new_width > max_pixels:
         shrink = math.sqrt((height * width) / max_pixels)
