@@ -1,0 +1,98 @@
+"""`make demo`: real screenshots in, a pruned ZeRO-2 training run out, with a toy model, in minutes on two CPU cores."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+
+from launch.local import default_num_ranks, run_local
+from training.errors import UserError
+from training.report import plot_convergence, summarise
+from training.tracking import read_metrics
+
+RECIPE = Path("configs/demo.yaml")
+RUN = Path("runs/demo")
+SAMPLES = Path("data_tools/samples")
+
+
+def main() -> int:
+    console = Console(highlight=False)
+    if not SAMPLES.is_dir():
+        Console(stderr=True).print("error: run the demo from the root of the repository (`make demo`)")
+        return 2
+    try:
+        _make_start_model(console)
+        # A second demo is a new run, not the continuation of a finished one.
+        (RUN / "metrics.jsonl").unlink(missing_ok=True)
+        num_ranks = default_num_ranks()
+        console.print(f"training with {num_ranks} ranks: {RECIPE}")
+        code = run_local(RECIPE, [], num_ranks)
+        if code:
+            return code
+        _show_result(console)
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True)
+        return 2
+    return 0
+
+
+def _make_start_model(console: Console) -> None:
+    from training.toy_model import build_toy_model, texts_of_records
+
+    folder = build_toy_model(RUN / "start", texts_of_records(SAMPLES / "train.jsonl"))
+    console.print(f"a toy Qwen3-VL of 4 million random weights, in the form of the real ones: {folder}")
+
+
+def _show_result(console: Console) -> None:
+    rows = read_metrics(RUN)
+    facts = summarise(rows)
+    plot = plot_convergence({"PixelPrune": rows}, RUN / "convergence.png")
+    overlay = _draw_example(RUN / "omitted_blocks.png")
+    console.print(
+        Panel(
+            "\n".join(
+                [
+                    f"retain ratio of the data set  {facts['retain ratio']:.1%} of all blocks are kept",
+                    f"training loss                 {facts['first loss']:.3f} -> {facts['last loss']:.3f}"
+                    f" in {facts['steps']:.0f} steps",
+                    f"held-out loss                 {facts['held-out loss before']:.3f} -> "
+                    f"{facts['held-out loss after']:.3f} (pages never trained on)",
+                    f"speed                         {facts['samples/s']:.1f} samples/s",
+                    "",
+                    f"convergence plot              {plot}",
+                    f"omitted blocks greyed out     {overlay}",
+                    f"trained model (Hugging Face)  {RUN / 'export'}",
+                ]
+            ),
+            title="PixelPrune demo",
+            expand=False,
+        )
+    )
+    console.print(
+        "The same on your own data and model:\n"
+        "  .venv/bin/python -m launch configs/demo.yaml run.name=mine model.path=/path/to/Qwen3-VL-2B-Instruct "
+        "data.sources.0.path=/path/to/train.jsonl data.eval_sources.0.path=/path/to/eval.jsonl",
+        soft_wrap=True,
+    )
+
+
+def _draw_example(path: Path) -> Path:
+    from PIL import Image
+
+    from pixelprune import select
+    from pixelprune.image import decode_image, resize_image
+    from pixelprune.overlay import draw_overlay
+    from pixelprune.settings import ResizeSettings
+
+    resize = ResizeSettings()
+    screenshot = sorted((SAMPLES / "images").glob("*.png"))[0]
+    image = resize_image(decode_image(screenshot, resize), resize)
+    Image.fromarray(draw_overlay(image, select(image))).save(path)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Start a recipe on this machine through the `deepspeed` launcher: one rank per GPU, or a few on the CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.prebuild import clear_stale_lock
+from training.errors import UserError
+
+
+def default_num_ranks() -> int:
+    """One rank per GPU; without a GPU two, so that the distributed path is the one that runs."""
+    import torch
+
+    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+
+
+def find_deepspeed() -> str:
+    """Path of the `deepspeed` launcher: on PATH, or beside this Python. Raises UserError."""
+    beside = Path(sys.executable).with_name("deepspeed")
+    found = shutil.which("deepspeed") or (str(beside) if beside.exists() else None)
+    if found is None:
+        raise UserError(
+            "no `deepspeed` on PATH; install the training extra (`make install`, or pip install 'pixelprune[train]') "
+            "and activate its environment"
+        )
+    return found
+
+
+def local_command(recipe: Path, overrides: list[str], num_ranks: int, *, port: int | None = None) -> list[str]:
+    """The exact command that starts `num_ranks` processes of training.train on this machine."""
+    port_arguments = ["--master_port", str(port)] if port else []
+    return [
+        find_deepspeed(),
+        "--num_accelerators",
+        str(num_ranks),
+        *port_arguments,
+        "--module",
+        "training.train",
+        str(recipe),
+        *overrides,
+    ]
+
+
+def run_local(recipe: Path, overrides: list[str], num_ranks: int | None = None) -> int:
+    """Run to the end in the foreground and return the exit code."""
+    from launch.ports import free_port
+
+    command = local_command(recipe, overrides, num_ranks or default_num_ranks(), port=free_port())
+    clear_stale_lock()
+    return subprocess.run(command, check=False).returncode

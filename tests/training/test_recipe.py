@@ -1,0 +1,122 @@
+"""Recipes: strict, typed, and every mistake is one line that names the field."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.config import Config, ConfigError
+from training.recipe import config_from_dict, config_to_dict, load_recipe, show
+
+MINIMAL = "model: {path: some/model}\ndata: {sources: [{path: a.jsonl}]}\n"
+RECIPES = sorted(Path("configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_strictly_and_is_short(path):
+    load_recipe(path)
+    assert len(path.read_text().splitlines()) <= 40
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+def test_overrides_win_over_the_recipe_and_reach_into_lists(recipe):
+    config = load_recipe(
+        recipe, ["optim.lr=2e-5", "data.sources.0.weight=3", "prune.threshold=0.02", "tracking.tags=[a, b]"]
+    )
+    assert config.optim.lr == 2e-5
+    assert config.data.sources[0].weight == 3
+    assert config.prune.threshold == 0.02
+    assert config.tracking.tags == ["a", "b"]
+
+
+def test_a_recipe_states_only_what_differs_from_its_base(recipe, tmp_path):
+    twin = tmp_path / "twin.yaml"
+    twin.write_text("base: recipe.yaml\nprune: {strategy: none}\n")
+    config, base = load_recipe(twin), load_recipe(recipe)
+    assert config.prune.strategy == "none"
+    assert config == dataclasses.replace(base, prune=config.prune)
+
+
+def leaves(kind, prefix=""):
+    for item in dataclasses.fields(kind):
+        inner = item.default_factory if dataclasses.is_dataclass(item.default_factory) else None
+        yield from leaves(inner, f"{prefix}{item.name}.") if inner else [f"{prefix}{item.name}"]
+
+
+def test_every_field_is_reachable_from_yaml(recipe):
+    """Writing the resolved tree out and reading it back names every field and gives the same config."""
+    config = load_recipe(recipe)
+    shown = yaml.safe_load(show(config))
+    for dotted in leaves(Config):
+        node = shown
+        for part in dotted.split("."):
+            assert part in node, dotted
+            node = node[part]
+    recipe.write_text(show(config))
+    assert load_recipe(recipe) == config
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optm.lr=3", "unknown key 'optm'; did you mean 'optim'"),
+        ("optim.vitt.lr=3", "did you mean 'optim.vit'"),
+        ("prune.treshold=1", "did you mean 'prune.threshold'"),
+        ("optim.lr=abc", "optim.lr: Value 'abc'"),
+        ("data.num_workers=1.5", "data.num_workers"),
+        ("data.sources.x.weight=3", "expected a list index, got 'x'"),
+        ("data.sources.7.weight=3", "data.sources has 1 entries"),
+        ("model.path=${oc.env:HOME}", "interpolation .* is refused"),
+        ("model.dtype=fp16", "model.dtype: expected one of bfloat16, float32, got 'fp16'"),
+        ("loss.ce_weight=-1", "ce_weight"),
+        ("optim={vit: {freeze: true}, llm: {freeze: true}, merger: {freeze: true}}", "nothing is left to train"),
+        ("schedule={max_steps: 0, epochs: 0}", "expected max_steps > 0 or epochs > 0"),
+        ("lr", "expected key=value"),
+        ("optim.lr.x=1", "optim.lr has no fields"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_the_field(recipe, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(recipe, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "optim: {learning_rate: 1}\n", "unknown key 'optim.learning_rate'"),
+        (MINIMAL + "optim: {lr: [1]}\n", "optim.lr"),
+        (MINIMAL + "run: {name: '${oc.env:HOME}'}\n", "interpolation"),
+        ("- a\n- b\n", "expected sections"),
+        ("model: [", "not valid YAML"),
+        ("data: {sources: [{path: a, wieght: 2}]}\n", "did you mean 'data.sources.0.weight'"),
+        ("base: recipe.yaml\n", "in a circle"),
+        ("base: missing.yaml\n", "no such recipe"),
+        ("data: {sources: [{path: a}]}\n", "model.path: expected a Hugging Face model folder"),
+        ("model: {path: a}\n", "data.sources: expected at least one"),
+    ],
+)
+def test_a_bad_recipe_is_one_line_that_names_the_field(recipe, text, message):
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_recipe(recipe)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_in_scientific_notation_are_numbers(recipe):
+    recipe.write_text(MINIMAL + "optim: {lr: 1e-5}\n")
+    assert load_recipe(recipe).optim.lr == 1e-5

@@ -1,0 +1,190 @@
+"""The one typed tree behind every recipe. Sections live beside the code they steer; the rest is here.
+
+Defaults < recipe < command line. Cross-field rules are checked in `check_config`, which names the field to change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pixelprune.settings import PruneSettings, ResizeSettings
+from training.data.settings import DataSettings
+from training.errors import UserError
+from training.loss import LossSettings
+
+
+@dataclass
+class RunSettings:
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = "run"
+    """Name of the run: its folder below `folder`, and its name in tracking."""
+    folder: str = "runs"
+    """Parent folder of all runs."""
+    seed: int = 0
+    """Seeds data order, dropout and everything random."""
+
+
+@dataclass
+class ModelSettings:
+    """Which model is trained and what of it."""
+
+    path: str = ""
+    """Hugging Face folder or hub id of the model."""
+    dtype: str = "bfloat16"
+    """bfloat16 or float32: precision of weights and activations (gradients accumulate in float32 either way)."""
+    attention: str = "auto"
+    """auto (the fastest that is installed), flash_attention_2, varlen, sdpa or eager."""
+    recompute_vit: int = 1
+    """Recompute the activations of every k-th ViT layer in backward; 1 = all layers, 0 = none."""
+    recompute_llm: int = 1
+    """The same for the language model's layers."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model folder. Leave off unless you have read it."""
+
+
+@dataclass
+class GroupSettings:
+    """One part of the model."""
+
+    freeze: bool = False
+    """Leave these weights as they are."""
+    lr: float | None = None
+    """Learning rate of this part; optim.lr when not given."""
+
+
+@dataclass
+class OptimSettings:
+    """AdamW with warm-up and cosine decay, and the parts of the model it steers."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; never on norms, biases and embeddings."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    vit: GroupSettings = field(default_factory=GroupSettings)
+    merger: GroupSettings = field(default_factory=GroupSettings)
+    """The merger and the DeepStack mergers."""
+    llm: GroupSettings = field(default_factory=GroupSettings)
+
+
+@dataclass
+class ScheduleSettings:
+    """How long, and how the learning rate moves."""
+
+    max_steps: int = 0
+    """Optimizer steps to run; 0 means `epochs` decides."""
+    epochs: float = 1.0
+    """Passes over the data when max_steps is 0."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from lr / warmup_steps."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this share of the peak learning rate."""
+
+
+@dataclass
+class DistributedSettings:
+    """How ranks share the work."""
+
+    zero_stage: int = 2
+    """0, 1 or 2: what ZeRO shards over ranks (nothing, optimizer states, also gradients)."""
+    threads_per_rank: int = 0
+    """CPU threads of a rank; 0 shares the machine's cores evenly."""
+    timeout_minutes: float = 30.0
+    """A collective that hangs for this long ends the run."""
+    reduce_bucket_size: int = 200_000_000
+    """Elements reduced at once by ZeRO."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further DeepSpeed settings, merged into the generated JSON; must not contradict the fields above."""
+
+
+@dataclass
+class CheckpointSettings:
+    """What is kept on disk."""
+
+    every_steps: int = 0
+    """Save the full training state every n steps; 0 saves only at the end and when stopped."""
+    keep_last: int = 2
+    """Complete checkpoints to keep; older ones are deleted."""
+    export_at_end: bool = True
+    """Write the trained model as a Hugging Face folder when the run ends."""
+
+
+@dataclass
+class TrackingSettings:
+    """What is written where. metrics.jsonl is always written to the run's folder."""
+
+    wandb: str = "auto"
+    """auto (online when logged in, else offline), online, offline or disabled."""
+    project: str = "pixelprune"
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    log_every: int = 1
+    """Steps between two rows of metrics."""
+
+
+@dataclass
+class EvalSettings:
+    """Validation loss on data.eval_sources."""
+
+    every_steps: int = 0
+    """Steps between two validations; 0 validates only before the first and after the last step."""
+    at_start: bool = True
+    """Validate before the first step, so that there is something to compare with."""
+
+
+@dataclass
+class Config:
+    """A whole run. `python -m training.train RECIPE --show` prints it resolved."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    resize: ResizeSettings = field(default_factory=ResizeSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+
+
+class ConfigError(UserError):
+    """A recipe that cannot be run, in one line: which field, what was expected, what came."""
+
+
+def check_config(config: Config) -> None:
+    """Rules across fields. Raises ConfigError naming the field to change."""
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            raise ConfigError(message)
+
+    def one_of(name: str, value: Any, allowed: tuple) -> None:
+        need(value in allowed, f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
+
+    need(bool(config.model.path), "model.path: expected a Hugging Face model folder or hub id, got nothing")
+    need(bool(config.data.sources), "data.sources: expected at least one data set, got none")
+    one_of("model.dtype", config.model.dtype, ("bfloat16", "float32"))
+    one_of("model.attention", config.model.attention, ("auto", "flash_attention_2", "varlen", "sdpa", "eager"))
+    one_of("distributed.zero_stage", config.distributed.zero_stage, (0, 1, 2))
+    one_of("tracking.wandb", config.tracking.wandb, ("auto", "online", "offline", "disabled"))
+    need(config.optim.lr > 0, f"optim.lr: expected a positive learning rate, got {config.optim.lr}")
+    need(config.optim.max_grad_norm >= 0, f"optim.max_grad_norm: expected >= 0, got {config.optim.max_grad_norm}")
+    need(
+        config.schedule.max_steps > 0 or config.schedule.epochs > 0,
+        "schedule: expected max_steps > 0 or epochs > 0, got neither",
+    )
+    parts = (config.optim.vit, config.optim.merger, config.optim.llm)
+    need(not all(part.freeze for part in parts), "optim: vit, merger and llm are all frozen; nothing is left to train")
+    need(
+        "/" not in config.run.name and config.run.name != "",
+        f"run.name: expected a folder name, got {config.run.name!r}",
+    )

@@ -1,0 +1,94 @@
+"""The DeepSpeed engine: its JSON is generated from the config, and one call runs one optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from training.config import Config, ConfigError
+from training.parameters import parameter_groups
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def join_ranks(config: Config) -> Ranks:
+    """Join the process group that the launcher described (one process alone counts as a group of one)."""
+    accelerator = get_accelerator()
+    local_rank = dist.get_node_local_rank(fallback_rank=0)
+    accelerator.set_device(local_rank)
+    timeout = timedelta(minutes=config.distributed.timeout_minutes)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    device = torch.device(accelerator.current_device_name())
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def deepspeed_json(config: Config, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's settings, generated. Raises ConfigError when the passthrough contradicts the config."""
+    on_cpu = device.type == "cpu"
+    generated: dict[str, Any] = {
+        # The loop decides where an optimizer step ends and scales losses itself: these two only satisfy DeepSpeed.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "zero_optimization": {
+            "stage": config.distributed.zero_stage,
+            "overlap_comm": not on_cpu,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": config.distributed.reduce_bucket_size,
+            "allgather_bucket_size": config.distributed.reduce_bucket_size,
+        },
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        # bf16 accumulation is off by 0.24 % in the gradient norm after 64 micro-steps.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+    return _merged(generated, config.distributed.deepspeed, "distributed.deepspeed")
+
+
+def build_engine(module: nn.Module, config: Config, device: torch.device):
+    """The engine around `module`, with AdamW over the recipe's parameter groups."""
+    groups = parameter_groups(module, config.optim)
+    optimizer = torch.optim.AdamW(
+        groups,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+        fused=device.type == "cuda",
+    )
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_json(config, device))
+    return engine
+
+
+def _merged(generated: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:
+    merged = dict(generated)
+    for key, value in extra.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value, f"{where}.{key}")
+        elif key in merged and merged[key] != value:
+            raise ConfigError(
+                f"{where}.{key}: {value!r} contradicts {merged[key]!r}, which is generated from the other sections; "
+                "change it there"
+            )
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,114 @@
+"""Loading the stock model, and the module that the engine runs: packed row in, loss sums out."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+
+from pixelprune.family import family_of
+from pixelprune.pack import Pack, VisionGeometry, model_inputs
+from training.config import ConfigError, ModelSettings
+from training.loss import LossSettings, LossSums, supervised_loss
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What the data path needs of a model folder, without its weights."""
+
+    path: str
+    config: object
+    tokenizer: object
+    preprocessor: dict
+    geometry: VisionGeometry
+
+
+def load_model_files(settings: ModelSettings) -> ModelFiles:
+    """Config, tokenizer and preprocessor of a model folder or hub id. Raises ConfigError naming model.path."""
+    path = settings.path
+    if (Path(path).is_absolute() or path.startswith(".") or "/" not in path) and not Path(path).is_dir():
+        raise ConfigError(f"model.path: no such model folder: {path}")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {path} is not a loadable model folder: {str(error).splitlines()[0]}") from error
+    family_of(config)
+    preprocessor = _read_preprocessor(path)
+    geometry = VisionGeometry.from_config(config, preprocessor)
+    return ModelFiles(path, config, tokenizer, preprocessor, geometry)
+
+
+def load_model(settings: ModelSettings, *, attention: str, device: torch.device) -> PreTrainedModel:
+    """The stock model with its weights on `device`."""
+    return AutoModelForImageTextToText.from_pretrained(
+        settings.path,
+        dtype=DTYPES[settings.dtype],
+        attn_implementation=attention,
+        trust_remote_code=settings.trust_remote_code,
+        device_map=None,
+    ).to(device)
+
+
+def choose_attention(requested: str, device: torch.device) -> str:
+    """The attention backend to load the model with; said once in the log."""
+    if requested != "auto":
+        return requested
+    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    chosen = "flash_attention_2" if has_flash else "sdpa"
+    logger.info("attention backend: %s", chosen)
+    return chosen
+
+
+def enable_recomputation(model: PreTrainedModel, settings: ModelSettings) -> None:
+    """Recompute every k-th layer of the ViT and of the language model in backward (non-reentrant)."""
+    for part, every in (
+        (model.model.visual, settings.recompute_vit),
+        (model.model.language_model, settings.recompute_llm),
+    ):
+        if every:
+            part.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+
+
+class SupervisedModel(nn.Module):
+    """The stock model plus the loss, as one module: the engine sees one forward per micro-step.
+
+    The inner stock model gives final hidden states; the output head runs only at positions that predict a supervised
+    token, in chunks. This equals the stock forward with `logits_to_keep` (tested) without its (N, V) logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, geometry: VisionGeometry, loss: LossSettings):
+        super().__init__()
+        self.model = model
+        self.geometry = geometry
+        self.loss = loss
+
+    def forward(self, pack: Pack) -> LossSums:
+        """Loss sums over the pack's supervised positions; the pack is on the model's device."""
+        hidden = self.hidden_at_supervised(pack)
+        return supervised_loss(hidden, self.model.lm_head, pack.labels, self.loss)
+
+    def hidden_at_supervised(self, pack: Pack) -> torch.Tensor:
+        """Final hidden states (N, D) at the positions whose logits predict a supervised token."""
+        inputs = model_inputs(pack, self.geometry, self.model.dtype)
+        return self.model.model(**inputs).last_hidden_state[0].index_select(0, pack.logit_index)
+
+
+def _read_preprocessor(path: str) -> dict:
+    local = Path(path) / "preprocessor_config.json"
+    if not local.exists() and not Path(path).is_dir():
+        from transformers.utils import cached_file
+
+        found = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        local = Path(found) if found else local
+    return json.loads(local.read_text()) if local.exists() else {}

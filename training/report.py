@@ -1,0 +1,104 @@
+"""Pictures and a table of one or several runs: `python -m training.report RUN [RUN...] [-o FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+from training.tracking import read_metrics
+
+
+def plot_convergence(runs: dict[str, list[dict]], path: Path) -> Path:
+    """Training loss (thin: every step, thick: running mean) and held-out loss over optimizer steps."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
+    for number, (name, rows) in enumerate(runs.items()):
+        colour = f"C{number}"
+        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        if train:
+            steps, losses = zip(*train, strict=True)
+            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _running_mean(losses), color=colour, label=f"{name}: training")
+        if held_out:
+            steps, losses = zip(*held_out, strict=True)
+            axes.plot(steps, losses, "o--", color=colour, markersize=4, label=f"{name}: held-out")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy per supervised token (nats)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def summarise(rows: list[dict]) -> dict[str, float]:
+    """First, last and best of a run; speeds are medians over its steps."""
+    train = [row for row in rows if "loss" in row]
+    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    facts: dict[str, float] = {}
+    if train:
+        facts |= {
+            "steps": train[-1]["step"],
+            "first loss": train[0]["loss"],
+            "last loss": train[-1]["loss"],
+            "retain ratio": train[-1]["retain_ratio"],
+            "samples/s": _median([row["samples_per_s"] for row in train]),
+            "kept tokens/s": _median([row["kept_tokens_per_s"] for row in train]),
+            "step s": _median([row["step_s"] for row in train]),
+        }
+    if held_out:
+        facts |= {"held-out loss before": held_out[0], "held-out loss after": held_out[-1]}
+    return facts
+
+
+def print_table(runs: dict[str, list[dict]], console: Console) -> None:
+    facts = {name: summarise(rows) for name, rows in runs.items()}
+    table = Table()
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+    for key in dict.fromkeys(key for run in facts.values() for key in run):
+        table.add_row(key, *(f"{run[key]:,.4g}" if key in run else "-" for run in facts.values()))
+    console.print(table)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders (they hold metrics.jsonl)")
+    parser.add_argument("-o", "--out", type=Path, help="folder of the pictures; the first run's by default")
+    args = parser.parse_args(argv)
+    console = Console()
+    for run in args.runs:
+        if not (run / "metrics.jsonl").exists():
+            Console(stderr=True).print(f"error: {run}: no metrics.jsonl; expected the folder of a run", style="red")
+            return 2
+    runs = {run.name: read_metrics(run) for run in args.runs}
+    print_table(runs, console)
+    console.print(f"plot: {plot_convergence(runs, (args.out or args.runs[0]) / 'convergence.png')}")
+    return 0
+
+
+def _running_mean(values: tuple[float, ...], share: float = 0.1) -> list[float]:
+    smooth, current = [], values[0]
+    for value in values:
+        current += share * (value - current)
+        smooth.append(current)
+    return smooth
+
+
+def _median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Train from a recipe: `deepspeed --module training.train RECIPE [key=value...]`; `--show` prints the resolved config.
+
+The loop reads top to bottom: join the ranks, index and plan the data, build the engine, run optimizer steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from training.errors import UserError
+from training.recipe import load_recipe, show
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. User errors end with one line and exit code 2."""
+    parser = argparse.ArgumentParser(prog="training.train", description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path, help="YAML recipe, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=2e-5")
+    parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
+    args = parser.parse_args(argv)
+    try:
+        config = load_recipe(args.recipe, args.overrides)
+        if args.show:
+            sys.stdout.write(show(config))
+            return 0
+        from training.run import run
+
+        run(config)
+    except UserError as error:
+        if args.local_rank == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    sys.exit(main())
