@@ -367,7 +367,7 @@ def replay_pred2d(kept, block, metric, limit, keep, slot):
             if r > 0 and c > 0:
                 a, b, corner = slot[r, c - 1] * size, slot[r - 1, c] * size, slot[r - 1, c - 1] * size
                 use_above = matches(kept, row_len, corner, a, block, metric, limit) and not matches(
-                    kept, corner, b, block, metric, limit
+                    kept, row_len, corner, b, block, metric, limit
                 )
             slot[r, c] = slot[r - 1, c] if use_above else slot[r, c - 1]
 
