@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,39 @@ class PreparedRecord:
     @property
     def num_images(self) -> int:
         return len(self.sample.images)
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What turns a row into a sample, in a form that travels to worker processes."""
+
+    model_path: str
+    prune: PruneSettings
+    resize: ResizeSettings
+    last_turn_only: bool = False
+
+    def build(self) -> Preparer:
+        """Load tokenizer and config. Raises ValueError when the model's config names no image token."""
+        from transformers import AutoConfig
+
+        chat = ChatEncoder.from_folder(self.model_path, last_turn_only=self.last_turn_only)
+        image_token_id = getattr(AutoConfig.from_pretrained(self.model_path), "image_token_id", None)
+        if image_token_id is None:
+            raise ValueError(f"{self.model_path}: expected a vision-language model with an image_token_id (model.path)")
+        return Preparer(chat, self.prune, self.resize, image_token_id)
+
+    def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
+        """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
+        tokenizer = preparer.chat.tokenizer
+        vocabulary = xxhash.xxh3_128(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        return {
+            "prune": asdict(self.prune),
+            "resize": asdict(self.resize),
+            "last_turn_only": self.last_turn_only,
+            "tokenizer": vocabulary,
+            "chat_template": xxhash.xxh3_128(tokenizer.chat_template.encode()).hexdigest(),
+            "image_token_id": preparer.image_token_id,
+        }
 
 
 @dataclass(frozen=True)

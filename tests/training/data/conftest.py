@@ -9,7 +9,7 @@ import pytest
 from pixelprune.settings import PruneSettings, ResizeSettings
 from training.data.chat import ChatEncoder
 from training.data.prepare import Preparer
-from training.toy_model import build_tokenizer
+from training.toy_model import build_tokenizer, toy_config
 
 from .samples import chat_row, draw_screen, write_jsonl
 
@@ -20,9 +20,11 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def tokenizer_folder(tokenizer, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
+def model_folder(tokenizer, tmp_path_factory) -> Path:
+    """Tokenizer and config; data preparation needs no weights."""
+    folder = tmp_path_factory.mktemp("model")
     tokenizer.save_pretrained(folder)
+    toy_config(tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -1,0 +1,221 @@
+"""The index against counts taken by hand, its reuse, its resume, and its quarantine."""
+
+import dataclasses
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixelprune.image import prune_image
+from pixelprune.settings import PruneSettings, ResizeSettings
+from training.data import index_builder
+from training.data.index_builder import build_index
+from training.data.prepare import PrepareSettings
+from training.data.quarantine import count_reasons, read_quarantine
+from training.data.settings import DataSettings, SourceSettings
+
+from .samples import chat_row, write_jsonl
+
+
+@pytest.fixture
+def prepare(model_folder) -> PrepareSettings:
+    return PrepareSettings(str(model_folder), PruneSettings(), ResizeSettings(min_pixels=32 * 32))
+
+
+def build(folder: Path, prepare, **options):
+    options = {"num_workers": 0, "show_progress": False} | options
+    return build_index([SourceSettings(str(folder / "train.jsonl"))], prepare, **options)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Rows measured so far."""
+    rows = []
+    original = index_builder.measure_row
+    monkeypatch.setattr(index_builder, "measure_row", lambda *args: (rows.append(args[2]), original(*args))[1])
+    return rows
+
+
+def test_counts_are_those_of_the_images_and_the_text(screens, prepare, tokenizer):
+    index = build(screens, prepare)
+    assert len(index) == index.num_records == 24
+    for i in range(24):
+        path = screens / f"screen_{i}.png"
+        kept = full = 0
+        if path.exists():
+            selection = prune_image(path, prepare.prune, prepare.resize).selection
+            kept, full = int(selection.keep.sum()), selection.keep.size
+            assert 0 < kept < full
+        assert (index.kept_blocks[i].sum(), index.full_blocks[i].sum()) == (kept, full)
+        row = index.sources[0].rows[i]
+        question, answer = row["messages"][0]["content"][-1]["text"], row["messages"][1]["content"]
+        image = "<|vision_start|><|image_pad|><|vision_end|>" if path.exists() else ""
+        text = f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        assert index.text_tokens[i] == len(tokenizer(text)["input_ids"]) - path.exists()
+        assert index.num_supervised[i] == len(tokenizer(answer + "<|im_end|>")["input_ids"])
+    ratio = sum(k.sum() for k in index.kept_blocks) / sum(f.sum() for f in index.full_blocks)
+    assert index.retain_ratio == pytest.approx(ratio)
+    inputs = index.plan_input(lambda tokens, images: tokens + 1000 * sum(images))
+    assert inputs.tokens.tolist() == (index.text_tokens + index.num_kept).tolist()
+    assert inputs.patches.tolist() == (4 * index.num_kept).tolist()
+    assert inputs.cost.tolist() == (inputs.tokens + 1000 * index.num_kept).tolist()
+
+
+def test_workers_and_ranks_give_the_same_index(screens, prepare, monkeypatch, tmp_path):
+    monkeypatch.setattr(index_builder, "CHUNK_ROWS", 5)
+    alone = build(screens, prepare, index_dir=str(tmp_path / "alone"))
+    pooled = build(screens, prepare, index_dir=str(tmp_path / "pool"), num_workers=2)
+    barrier = threading.Barrier(3)
+    results = {}
+
+    def one_rank(rank):
+        results[rank] = build(
+            screens, prepare, index_dir=str(tmp_path / "ranks"), rank=rank, world_size=3, barrier=barrier.wait
+        )
+
+    threads = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(3)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    for other in (pooled, *results.values()):
+        assert other.content_hash.tolist() == alone.content_hash.tolist()
+        assert other.text_tokens.tolist() == alone.text_tokens.tolist()
+        assert [k.tolist() for k in other.kept_blocks] == [k.tolist() for k in alone.kept_blocks]
+    assert not list((tmp_path / "ranks").rglob("part-*")), "parts are gone once joined"
+
+
+def test_reused_until_something_it_depends_on_changes(screens, prepare, measured):
+    build(screens, prepare)
+    assert len(measured) == 24
+    build(screens, prepare)
+    assert len(measured) == 24
+    changes = [
+        dataclasses.replace(prepare, prune=PruneSettings(threshold=0.1)),
+        dataclasses.replace(prepare, resize=ResizeSettings(min_pixels=64 * 64)),
+        dataclasses.replace(prepare, last_turn_only=True),
+    ]
+    for number, changed in enumerate(changes, start=1):
+        build(screens, changed)
+        assert len(measured) == 24 + 24 * number
+    path = screens / "train.jsonl"
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
+    build(screens, prepare)
+    assert len(measured) == 24 * 4 + 25
+    os.utime(path, ns=(1, 1))
+    build(screens, prepare)
+    assert len(measured) == 24 * 4 + 50
+
+
+def test_rebuilt_for_another_tokenizer(screens, prepare, measured, tokenizer, model_folder, tmp_path):
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    build(screens, prepare)
+    build(screens, dataclasses.replace(prepare, model_path=str(other)))
+    assert len(measured) == 24, "an equal tokenizer in another folder is the same"
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# changed #}")
+    build(screens, dataclasses.replace(prepare, model_path=str(other)))
+    assert len(measured) == 48
+
+
+def test_a_killed_build_goes_on_where_it_was(screens, prepare, monkeypatch, measured):
+    monkeypatch.setattr(index_builder, "CHUNK_ROWS", 4)
+    original = index_builder.measure_row
+
+    def dies_at_13(preparer, source, row):
+        if row == 13:
+            raise KeyboardInterrupt
+        return original(preparer, source, row)
+
+    monkeypatch.setattr(index_builder, "measure_row", dies_at_13)
+    with pytest.raises(KeyboardInterrupt):
+        build(screens, prepare)
+    monkeypatch.setattr(index_builder, "measure_row", original)
+    measured.clear()
+    assert len(build(screens, prepare)) == 24
+    assert measured == list(range(12, 24)), "three whole parts of four rows were kept"
+
+
+def test_an_unexpected_error_names_the_record(screens, prepare, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr("training.data.prepare.prune_image", broken)
+    with pytest.raises(RuntimeError) as caught:
+        build(screens, prepare)
+    assert "record 1" in caught.value.__notes__[0]
+
+
+def test_quarantine_adds_up_and_is_written(screens, prepare, tmp_path):
+    good = [chat_row("screen_0.png"), chat_row(None), chat_row("screen_1.png")]
+    bad = ["{broken", chat_row("none.png"), chat_row("../x.png"), {"messages": []}]
+    write_jsonl(screens / "train.jsonl", [*good, *bad])
+    index = build(screens, prepare)
+    assert (len(index), index.num_records) == (3, 7)
+    reasons = {"invalid_json": 1, "missing_file": 1, "outside_root": 1, "empty_conversation": 1}
+    assert count_reasons(index.quarantined) == reasons
+    sidecar = next(screens.rglob("quarantine.jsonl"))
+    assert read_quarantine(sidecar) == index.quarantined
+    assert index.quarantined[0].file.endswith("train.jsonl, record 4")
+    assert index.summary()["num_kept"] + index.summary()["num_quarantined"] == 7
+    settings = DataSettings(max_quarantined_share=0.5)
+    with pytest.raises(ValueError, match=r"4 of 7 records cannot be used .*data\.max_quarantined_share"):
+        index.checked(settings, tmp_path / "q.jsonl")
+    settings.max_quarantined_share = 0.6
+    assert len(index.checked(settings, tmp_path / "q.jsonl")) == 3
+    assert read_quarantine(tmp_path / "q.jsonl") == index.quarantined
+
+
+def test_a_source_with_nothing_usable_is_refused(screens, prepare, tmp_path):
+    write_jsonl(screens / "train.jsonl", [chat_row("none.png")] * 5)
+    with pytest.raises(ValueError, match="5 of 5 records cannot be used"):
+        build(screens, prepare).checked(DataSettings(max_quarantined_share=1.0), tmp_path / "q.jsonl")
+
+
+def test_over_long_after_pruning(screens, prepare, tmp_path):
+    """A flat screen fits after pruning; a noisy one of its size does not; paired, neither does."""
+    Image.new("RGB", (640, 640), "white").save(screens / "flat.png")
+    noise = np.random.default_rng(0).integers(0, 255, (640, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(screens / "noise.png")
+    write_jsonl(screens / "train.jsonl", [chat_row("flat.png"), chat_row("noise.png"), chat_row(None)])
+    index = build(screens, prepare)
+    settings = DataSettings(pack_tokens=300, max_quarantined_share=0.7)
+    kept = index.checked(settings, tmp_path / "q.jsonl")
+    assert [kept.record_id(i) for i in range(len(kept))] == ["train:0", "train:2"]
+    (entry,) = read_quarantine(tmp_path / "q.jsonl")
+    assert (entry.record, entry.reason) == ("train:1", "over_long")
+    assert "data.pack_tokens=300" in entry.detail
+    settings.paired = True
+    assert len(index.checked(settings, tmp_path / "q.jsonl")) == 1
+    settings = DataSettings(pack_patches=1000, max_quarantined_share=0.7)
+    assert len(index.checked(settings, tmp_path / "q.jsonl")) == 2
+    teacher = index.plan_input(lambda tokens, images: 1.0, teacher_cost=lambda tokens, images: 10.0 * sum(images))
+    assert teacher.cost.tolist() == [4001.0, 4001.0, 1.0]
+    assert teacher.patches.tolist() == [1600, 1600, 0]
+
+
+def test_sources_have_weights_and_records_too(screens, prepare):
+    write_jsonl(screens / "a.jsonl", [chat_row(None) | {"weight": 0.5}, chat_row(None)])
+    write_jsonl(screens / "b.jsonl", [chat_row(None)])
+    sources = [SourceSettings(str(screens / "a.jsonl"), weight=3), SourceSettings(str(screens / "b.jsonl"), weight=0.2)]
+    index = build_index(sources, prepare, num_workers=0, show_progress=False)
+    inputs = index.plan_input(lambda tokens, images: 1.0)
+    assert inputs.copies.tolist() == [1.5, 3.0, 0.2]
+    assert inputs.source.tolist() == [0, 0, 1]
+    assert [index.record_id(i) for i in range(3)] == ["a:0", "a:1", "b:0"]
+
+
+def test_folder_that_cannot_be_written_names_the_knob(screens, prepare):
+    (screens / "file").write_text("")
+    with pytest.raises(ValueError, match=r"data\.index_dir"):
+        build(screens, prepare, index_dir=str(screens / "file"))
+
+
+def test_ranks_without_a_shared_folder_are_told(screens, prepare, monkeypatch):
+    monkeypatch.setattr(index_builder, "CHUNK_ROWS", 5)
+    with pytest.raises(ValueError, match="file system that all ranks share"):
+        build(screens, prepare, rank=0, world_size=2)

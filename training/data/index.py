@@ -1,0 +1,205 @@
+"""What every record measures after pruning: one row per record, from columns that know nothing of ranks or caps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pixelprune.settings import MERGE
+from training.data.plan import PlanInput
+from training.data.quarantine import Quarantined, count_reasons, refuse_above, write_quarantine
+from training.data.settings import DataSettings
+from training.data.sources import Source
+
+CostFunction = Callable[[int, Sequence[int]], float]
+"""(LLM tokens of a sample, kept blocks of each of its images) -> FLOPs of one optimizer step's pass over it."""
+
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("reason", pa.string()),  # empty: the record can be used
+        ("detail", pa.string()),
+        ("content_hash", pa.int64()),
+        ("text_tokens", pa.int32()),
+        ("num_supervised", pa.int32()),
+        ("weight", pa.float64()),
+        ("kept_blocks", pa.list_(pa.int32())),  # per image
+        ("full_blocks", pa.list_(pa.int32())),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The usable records of all sources of a recipe (n of them), and the ones that are not.
+
+    source, row: int (n,), where the record is read. content_hash: int64 (n,). text_tokens, num_supervised: int64 (n,).
+    weight: float64 (n,), the record's own. kept_blocks, full_blocks: one int array per record, a number per image.
+    """
+
+    sources: list[Source]
+    source: np.ndarray
+    row: np.ndarray
+    content_hash: np.ndarray
+    text_tokens: np.ndarray
+    num_supervised: np.ndarray
+    weight: np.ndarray
+    kept_blocks: list[np.ndarray]
+    full_blocks: list[np.ndarray]
+    quarantined: list[Quarantined] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def num_records(self) -> int:
+        return len(self) + len(self.quarantined)
+
+    @property
+    def num_kept(self) -> np.ndarray:
+        return np.array([blocks.sum() for blocks in self.kept_blocks], dtype=np.int64)
+
+    @property
+    def num_full(self) -> np.ndarray:
+        return np.array([blocks.sum() for blocks in self.full_blocks], dtype=np.int64)
+
+    def record_id(self, i: int) -> str:
+        return self.sources[self.source[i]].record_id(int(self.row[i]))
+
+    def where(self, i: int) -> str:
+        return self.sources[self.source[i]].rows.where(int(self.row[i]))
+
+    @property
+    def retain_ratio(self) -> float:
+        """Kept blocks over all blocks of the data set, not the mean over images. 1.0 without images."""
+        total = self.num_full.sum()
+        return float(self.num_kept.sum() / total) if total else 1.0
+
+    def subset(self, keep: np.ndarray, quarantined: list[Quarantined]) -> Index:
+        """The records where keep is True; the reasons of the others are added to the quarantine."""
+        chosen = np.flatnonzero(keep)
+        return Index(
+            self.sources,
+            **{name: getattr(self, name)[chosen] for name in COLUMNS},
+            kept_blocks=[self.kept_blocks[i] for i in chosen],
+            full_blocks=[self.full_blocks[i] for i in chosen],
+            quarantined=self.quarantined + quarantined,
+        )
+
+    def without_over_long(self, settings: DataSettings, *, with_teacher: bool = False) -> Index:
+        """Quarantine what exceeds a cap after pruning (before it, too, with a teacher or for paired recipes)."""
+        unpruned = with_teacher or settings.paired
+        blocks = self.num_full if unpruned else self.num_kept
+        tokens, patches = self.text_tokens + blocks, MERGE * MERGE * blocks
+        fits = (tokens <= settings.pack_tokens) & (patches <= settings.pack_patches)
+        why = " unpruned (data.paired or an online teacher)" if unpruned else " after pruning"
+        over_long = [
+            Quarantined(
+                self.record_id(i),
+                self.where(i),
+                "over_long",
+                f"{tokens[i]} tokens and {patches[i]} patches{why}; caps are data.pack_tokens={settings.pack_tokens}, "
+                f"data.pack_patches={settings.pack_patches}",
+            )
+            for i in np.flatnonzero(~fits).tolist()
+        ]
+        return self.subset(fits, over_long)
+
+    def checked(
+        self, settings: DataSettings, report: Path, *, with_teacher: bool = False, write_report: bool = True
+    ) -> Index:
+        """What a run trains on: without the over-long, refused when too much of the data cannot be used.
+
+        Every rank calls this; the one with `write_report` writes the quarantine to `report`. Raises ValueError.
+        """
+        index = self.without_over_long(settings, with_teacher=with_teacher)
+        if write_report:
+            write_quarantine(report, index.quarantined)
+        refuse_above(settings.max_quarantined_share, index.quarantined, index.num_records, str(report))
+        return index
+
+    def summary(self) -> dict[str, int | float | dict[str, int]]:
+        """Counts for the report at the start of a run; quarantined and kept add up to the records."""
+        return {
+            "num_records": self.num_records,
+            "num_kept": len(self),
+            "num_quarantined": len(self.quarantined),
+            "reasons": count_reasons(self.quarantined),
+            "num_images": sum(map(len, self.kept_blocks)),
+            "retain_ratio": self.retain_ratio,
+            "num_supervised_tokens": int(self.num_supervised.sum()),
+        }
+
+    def describe(self) -> str:
+        """The summary in one line."""
+        summary = self.summary()
+        reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(self.quarantined).items())
+        return (
+            f"{summary['num_records']} records: {summary['num_kept']} kept, {summary['num_quarantined']} quarantined"
+            f"{f' ({reasons})' if reasons else ''}; {summary['num_images']} images, "
+            f"retain ratio {self.retain_ratio:.3f}, {summary['num_supervised_tokens']} supervised tokens"
+        )
+
+    def plan_input(self, cost: CostFunction, *, teacher_cost: CostFunction | None = None) -> PlanInput:
+        """The plan's columns. With an online teacher, caps and cost include the teacher's full rows."""
+        tokens, full_tokens = self.text_tokens + self.num_kept, self.text_tokens + self.num_full
+        flops = _costs(cost, tokens, self.kept_blocks)
+        caps = (tokens, self.num_kept)
+        if teacher_cost is not None:
+            flops = flops + _costs(teacher_cost, full_tokens, self.full_blocks)
+            caps = (full_tokens, self.num_full)
+        source_weight = np.array([source.settings.weight for source in self.sources])[self.source]
+        return PlanInput(
+            tokens=caps[0],
+            patches=MERGE * MERGE * caps[1],
+            cost=flops,
+            num_supervised=self.num_supervised,
+            copies=source_weight * self.weight,
+            source=self.source,
+        )
+
+
+COLUMNS = ("source", "row", "content_hash", "text_tokens", "num_supervised", "weight")
+
+
+def _costs(cost: CostFunction, tokens: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
+    pairs = zip(tokens.tolist(), (image.tolist() for image in blocks), strict=True)
+    return np.array([cost(num, image) for num, image in pairs], dtype=np.float64)
+
+
+def read_index(sources: list[Source], files: list[Path]) -> Index:
+    """The Parquet sidecars of all sources, joined; usable records first to last, the others as quarantine."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+    kept: list[np.ndarray] = []
+    full: list[np.ndarray] = []
+    quarantined: list[Quarantined] = []
+    for number, (source, file) in enumerate(zip(sources, files, strict=True)):
+        table = pq.read_table(file)
+        bad = np.array(table["reason"].to_pylist(), dtype=object) != ""
+        for entry in table.filter(pa.array(bad)).to_pylist():
+            row = entry["row"]
+            quarantined.append(
+                Quarantined(source.record_id(row), source.rows.where(row), entry["reason"], entry["detail"])
+            )
+        good = table.filter(pa.array(~bad))
+        columns["source"].append(np.full(len(good), number, dtype=np.int64))
+        for name in COLUMNS[1:]:
+            dtype = np.float64 if name == "weight" else np.int64
+            columns[name].append(good[name].to_numpy().astype(dtype))
+        kept += _lists(good["kept_blocks"])
+        full += _lists(good["full_blocks"])
+    joined = {name: np.concatenate(columns[name]) for name in COLUMNS}
+    return Index(sources, **joined, kept_blocks=kept, full_blocks=full, quarantined=quarantined)
+
+
+def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=column.type)
+    offsets = array.offsets.to_numpy()
+    return np.split(array.values.to_numpy(zero_copy_only=False).astype(np.int64), offsets[1:-1]) if len(array) else []
