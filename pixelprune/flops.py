@@ -1,0 +1,213 @@
+"""What a sample costs in floating-point operations, from any Qwen3-VL or Qwen3.5 config (paper appendix E).
+
+Counted are matrix products, two operations per multiply-add; norms, activations, rotations and the resampling of the
+position grid are not. Conventions:
+
+- A training step is three forwards: the backward pass has two products for each of the forward's (one for the patch
+  embedding, whose input needs no gradient). Recomputation under gradient checkpointing is not counted (model FLOPs, as
+  MFU wants them).
+- The output head is counted at supervised positions only, where `logits_to_keep` makes logits.
+- Attention of the LLM is causal: token i sees i tokens, so L tokens make L (L + 1) / 2 pairs. `causal_half=False`
+  counts the full square, as `torch.utils.flop_counter` with eager attention and some MFU figures do. Attention of the
+  vision tower is full within each image.
+- Gated delta net layers (Qwen3.5) are counted as the chunked rule with chunks of 64 tokens, triangular solves included.
+  A last chunk that is not full is counted by its tokens; the reference implementation pads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+DELTA_CHUNK = 64
+"""Tokens per chunk of the gated delta rule in transformers and flash-linear-attention."""
+
+_FAMILIES = ("qwen3_vl", "qwen3_5")
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Forward cost coefficients of one model, and the costs they give. Make it with `from_config`.
+
+    patch_embed: per patch. vit_linear: per patch: projections and MLPs of all blocks.
+    vit_attention: per ordered pair of patches of one image.
+    merger, deepstack: per image token (block): the main merger; all DeepStack mergers together.
+    llm_linear: per token: projections and MLPs of all layers, those of linear-attention layers included.
+    llm_attention: per ordered pair of tokens that attend, over the full-attention layers.
+    llm_delta: per token: convolution and gated delta rule of the linear-attention layers.
+    head: per supervised token.
+    patches_per_block: ViT patches that merge into one image token.
+    """
+
+    patch_embed: float
+    vit_linear: float
+    vit_attention: float
+    merger: float
+    deepstack: float
+    llm_linear: float
+    llm_attention: float
+    llm_delta: float
+    head: float
+    patches_per_block: int
+    causal_half: bool = True
+    freeze_vit: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any, *, causal_half: bool = True, freeze_vit: bool = False) -> CostModel:
+        """From a Hugging Face config object or the dict in a config.json.
+
+        causal_half: see the module's conventions. freeze_vit: the vision blocks get no backward pass (mergers do).
+        Raises ValueError for other model families and for a missing field.
+        """
+        model_type = _get(config, "model_type")
+        if model_type not in _FAMILIES:
+            raise ValueError(f"FLOPs: expected a config of one of {', '.join(_FAMILIES)}, got {model_type!r}")
+        vision, text = _get(config, "vision_config"), _get(config, "text_config")
+        return cls(
+            **_vision_costs(vision), **_text_costs(text, model_type), causal_half=causal_half, freeze_vit=freeze_vit
+        )
+
+    def breakdown(
+        self, *, kept_blocks: Sequence[int], text_tokens: int, supervised_tokens: int, training: bool
+    ) -> dict[str, float]:
+        """FLOPs of one sample by part; arguments as in `sample_flops`."""
+        return self._parts(
+            float(sum(kept_blocks)), float(self.patch_squares(kept_blocks)), text_tokens, supervised_tokens, training
+        )
+
+    def sample_flops(
+        self, *, kept_blocks: Sequence[int], text_tokens: int, supervised_tokens: int, training: bool
+    ) -> float:
+        """FLOPs of one sample.
+
+        kept_blocks: image tokens of each image (all of its blocks for the Full model).
+        text_tokens: tokens of the row that are not image tokens. supervised_tokens: positions where logits are made.
+        """
+        parts = self.breakdown(
+            kept_blocks=kept_blocks,
+            text_tokens=text_tokens,
+            supervised_tokens=supervised_tokens,
+            training=training,
+        )
+        return sum(parts.values())
+
+    def batch_flops(
+        self,
+        *,
+        image_tokens: np.ndarray,
+        patch_squares: np.ndarray,
+        text_tokens: np.ndarray,
+        supervised_tokens: np.ndarray,
+        training: bool,
+    ) -> np.ndarray:
+        """FLOPs of N samples, float64 (N,), from their totals.
+
+        image_tokens: image tokens over all images of the sample. patch_squares: sum over its images of the squared
+        number of ViT patches (see `patch_squares`). The others as in `sample_flops`; all arrays are (N,).
+        """
+        columns = (image_tokens, patch_squares, text_tokens, supervised_tokens)
+        tokens, squares, text, supervised = (np.asarray(column, dtype=np.float64) for column in columns)
+        return np.asarray(sum(self._parts(tokens, squares, text, supervised, training).values()), dtype=np.float64)
+
+    def patch_squares(self, kept_blocks: Sequence[int]) -> int:
+        """Sum over the images of the squared number of ViT patches: what attention per image costs."""
+        return sum((int(kept) * self.patches_per_block) ** 2 for kept in kept_blocks)
+
+    def _parts(self, image_tokens: Any, patch_squares: Any, text_tokens: Any, supervised: Any, training: bool) -> dict:
+        tokens = image_tokens + text_tokens
+        pairs = tokens * (tokens + 1) / 2 if self.causal_half else tokens * tokens
+        factor = 3.0 if training else 1.0
+        vit_factor, embed_factor = (1.0, 1.0) if self.freeze_vit or not training else (3.0, 2.0)
+        per_patch = embed_factor * self.patch_embed + vit_factor * self.vit_linear
+        return {
+            "vit_attention": vit_factor * self.vit_attention * patch_squares,
+            "vit_linear": per_patch * self.patches_per_block * image_tokens,
+            "merger": factor * self.merger * image_tokens,
+            "deepstack": factor * self.deepstack * image_tokens,
+            "llm_attention": factor * self.llm_attention * pairs,
+            "llm_delta": factor * self.llm_delta * tokens,
+            "llm_linear": factor * self.llm_linear * tokens,
+            "head": factor * self.head * supervised,
+        }
+
+
+def _get(config: Any, name: str, default: Any = None) -> Any:
+    value = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(f"FLOPs: the model's config has no field {name!r}")
+    return value
+
+
+def _product(size: Any) -> int:
+    """Pixels of a patch, whose side may be one number or a pair."""
+    return int(size) ** 2 if isinstance(size, int) else int(size[0]) * int(size[1])
+
+
+def _vision_costs(vision: Any) -> dict[str, Any]:
+    width, depth, inner = (_get(vision, name) for name in ("hidden_size", "depth", "intermediate_size"))
+    frames = _get(vision, "temporal_patch_size")
+    patch_values = _get(vision, "in_channels") * (frames if isinstance(frames, int) else frames[0])
+    patch_values *= _product(_get(vision, "patch_size"))
+    patches_per_block = _get(vision, "spatial_merge_size") ** 2
+    merged = width * patches_per_block
+    merger = 2 * merged * (merged + _get(vision, "out_hidden_size"))
+    return {
+        "patch_embed": 2.0 * patch_values * width,
+        # Four width x width projections (q, k, v, output) and the two matrices of the MLP.
+        "vit_linear": depth * 2.0 * (4 * width * width + 2 * width * inner),
+        # Scores and weighted values: two products of the heads' total width.
+        "vit_attention": depth * 4.0 * width,
+        "merger": float(merger),
+        "deepstack": float(merger * len(_get(vision, "deepstack_visual_indexes", ()))),
+        "patches_per_block": patches_per_block,
+    }
+
+
+def _text_costs(text: Any, model_type: str) -> dict[str, Any]:
+    width, inner, num_layers = (_get(text, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    heads, kv_heads, head_dim = (
+        _get(text, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    num_full, delta_linear, delta_rule = num_layers, 0.0, 0.0
+    query_matrices = 1
+    if model_type == "qwen3_5":
+        query_matrices = 2  # the query projection also makes the gate on the attention's output
+        num_full = _num_full_layers(text, num_layers)
+        delta_linear, delta_rule = _delta_costs(text, width)
+    attention = width * head_dim * ((query_matrices + 1) * heads + 2 * kv_heads)
+    swiglu = 3 * width * inner
+    return {
+        "llm_linear": 2.0 * (num_full * attention + num_layers * swiglu) + (num_layers - num_full) * delta_linear,
+        "llm_attention": num_full * 4.0 * heads * head_dim,
+        "llm_delta": (num_layers - num_full) * delta_rule,
+        "head": 2.0 * width * _get(text, "vocab_size"),
+    }
+
+
+def _num_full_layers(text: Any, num_layers: int) -> int:
+    layer_types = list(_get(text, "layer_types", ()))
+    if not layer_types:  # an older config.json gives the spacing instead: every fourth layer, unless it says otherwise
+        return num_layers // _get(text, "full_attention_interval", 4)
+    unknown = set(layer_types) - {"full_attention", "linear_attention"}
+    if unknown or len(layer_types) != num_layers:
+        raise ValueError(f"FLOPs: expected layer_types for {num_layers} full or linear layers, got {layer_types}")
+    return layer_types.count("full_attention")
+
+
+def _delta_costs(text: Any, width: int) -> tuple[float, float]:
+    """Per token and layer: the projections of a gated delta net; its convolution and chunked rule."""
+    key_heads, heads = _get(text, "linear_num_key_heads"), _get(text, "linear_num_value_heads")
+    key_dim, value_dim = _get(text, "linear_key_head_dim"), _get(text, "linear_value_head_dim")
+    mixed = 2 * key_heads * key_dim + heads * value_dim  # q, k and v side by side
+    projections = 2.0 * width * (mixed + 2 * heads * value_dim + 2 * heads)  # qkv; z and output; b and a
+    convolution = 2.0 * _get(text, "linear_conv_kernel_dim") * mixed
+    # Per token and head: K K^T and Q K^T; attention times values; state read by keys, read by queries and written.
+    within = 2.0 * DELTA_CHUNK * (2 * key_dim + value_dim)
+    across = 6.0 * key_dim * value_dim
+    solves = float(DELTA_CHUNK * (key_dim + value_dim))  # half of a square product: the system is triangular
+    return projections, convolution + heads * (within + across + solves)
