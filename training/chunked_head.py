@@ -73,6 +73,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             if hidden_grad is not None:
                 hidden_grad[rows] = chunk_grad
             weight_grads = [_accumulate(*grads) for grads in zip(weight_grads, chunk_weight_grads, strict=True)]
+            del chunk_weight_grads  # (V, D): not beside those of the next chunk
         if job.wants_grad:
             # None is left for an unused weight, and for all of them without positions.
             ready = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, weight_grads, strict=True)]

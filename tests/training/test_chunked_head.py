@@ -1,5 +1,6 @@
 """The output head in chunks: which gradients arrive, how often, and what is alive meanwhile."""
 
+from collections.abc import Callable
 from typing import Any
 
 import peft
@@ -138,33 +139,34 @@ def test_weight_gradients_of_many_chunks_add_up_in_float32() -> None:
     assert (in_bfloat16.double() - exact).norm() > 2**-5 * exact.norm()
 
 
-class VocabularyBytes(TorchDispatchMode):
-    """Counts the bytes of live storages that hold a tensor with a vocabulary dimension, and names every operator."""
+class LiveBytes(TorchDispatchMode):
+    """Bytes of live storages that were made as a tensor of a counted shape; names every operator, too."""
 
-    def __init__(self, vocab: int) -> None:
+    def __init__(self, counts: Callable[[torch.Size], bool]) -> None:
         super().__init__()
-        self.vocab, self.most_rows, self.peak_bytes = vocab, 0, 0
+        self.counts, self.most_rows, self.peak_bytes = counts, 0, 0
         self.operators: set[str] = set()
         self.live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         self.operators.add(func.name())
         for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor) or tensor.ndim != 2:
+            if not isinstance(tensor, Tensor) or not self.counts(tensor.shape):
                 continue
-            if tensor.shape[1] == self.vocab and tensor.shape[0] != D:  # not the head itself
-                self.most_rows = max(self.most_rows, tensor.shape[0])
-                storage = tensor.untyped_storage()
+            self.most_rows = max(self.most_rows, tensor.shape[0])
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:  # a new one, no view
                 self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
         self.peak_bytes = max(self.peak_bytes, sum(num_bytes for _, num_bytes in self.live.values()))
         return result
 
 
-def vocabulary_bytes(num: int, settings: LossSettings, vocab: int = 1000) -> VocabularyBytes:
+def vocabulary_bytes(num: int, settings: LossSettings, vocab: int = 1000) -> LiveBytes:
     case = Case(num, torch.bfloat16, vocab=vocab)
-    with VocabularyBytes(vocab) as counted:
+    with LiveBytes(lambda shape: shape[1:] == (vocab,) and shape[0] != D) as counted:  # logits; not heads (D, V)
         case.loss(settings).total.backward()
     return counted
 
@@ -207,3 +209,13 @@ def test_the_host_reads_no_value_of_a_tensor() -> None:
     assert "aten::_log_softmax" in operators  # the list is not empty
     reads = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::is_nonzero", "aten::equal"}
     assert not operators & reads
+
+
+def test_two_head_gradients_are_alive_at_most() -> None:
+    # Wide against the chunk, so that the head's gradients are the peak: the sum in float32 and one chunk's part.
+    case = Case(12, torch.float32, vocab=1000)
+    case.hidden = torch.randn(12, 64).requires_grad_()
+    case.head = nn.Linear(64, 1000, bias=False)
+    with LiveBytes(lambda shape: tuple(shape) == (1000, 64)) as counted:
+        case.loss(LossSettings(chunk_size=2)).total.backward()
+    assert counted.peak_bytes == 2 * 1000 * 64 * 4

@@ -130,3 +130,8 @@ def test_rounded_top_k_log_probabilities_are_normalised() -> None:
     result = distil_top_k(student, rounded, torch.tensor([[0, 1, 2]]), "forward_kl", 1.0, 0.5)
     assert 0 <= result.divergence.item() < 1e-4
     assert math.isfinite(result.teacher_entropy.item())
+    # The remainder counts as one float32 epsilon, which keeps the reverse KL of a spread-out student in bounds.
+    reverse = distil_top_k(torch.zeros(1, V), rounded, torch.tensor([[0, 1, 2]]), "reverse_kl", 1.0, 0.5)
+    p = torch.cat((rounded[0].double().exp(), torch.tensor([torch.finfo(torch.float32).eps])))
+    q = torch.tensor([1 / V, 1 / V, 1 / V, (V - 3) / V], dtype=torch.float64)
+    torch.testing.assert_close(reverse.divergence[0].double(), (q * (q / (p / p.sum())).log()).sum(), rtol=1e-5, atol=0)
