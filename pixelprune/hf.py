@@ -1,0 +1,219 @@
+"""Generation with pruned images on stock Hugging Face models: `prepare`, then `generate`. Nothing is patched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pixelprune.pack import VisionGeometry, pack_samples, vision_inputs
+from pixelprune.prompter import Messages, Prompter
+from pixelprune.sample import Sample, build_sample
+from pixelprune.settings import PruneSettings, ResizeSettings
+
+# B = conversations, L = tokens of the longest prompt, V = vocabulary
+
+RESERVED = ("inputs", "input_ids", "attention_mask", "position_ids", "past_key_values", "mm_encoder_outputs")
+"""Arguments of the stock `generate` that are made here."""
+
+
+@dataclass(frozen=True)
+class PrunedInputs:
+    """Prompts ready for any stock model of their family: still on the host, independent of device and dtype.
+
+    samples: one per conversation; texts: the prompts as the chat template rendered them.
+    """
+
+    samples: list[Sample]
+    texts: list[str]
+    prompter: Prompter
+
+    @property
+    def num_kept_blocks(self) -> int:
+        return sum(image.selection.num_kept for sample in self.samples for image in sample.images)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all images before pruning."""
+        return sum(image.selection.num_blocks for sample in self.samples for image in sample.images)
+
+    @property
+    def retain_ratio(self) -> float:
+        """Kept blocks / all blocks over all images; 1.0 without images."""
+        return self.num_kept_blocks / self.num_blocks if self.num_blocks else 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all prompts, padding not counted."""
+        return sum(len(sample) for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated: texts without special tokens, ids up to and including the end token, the stock output.
+
+    With `num_return_sequences=n` there are n entries per conversation, in order. `output` carries scores or logits
+    where `output_scores` or `output_logits` asked for them.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    output: Any
+
+    @property
+    def text(self) -> str:
+        """The only answer. Raises ValueError when there are several."""
+        if len(self.texts) != 1:
+            raise ValueError(f"{len(self.texts)} answers were generated; read .texts")
+        return self.texts[0]
+
+
+def prepare(
+    source: Any,
+    messages: Messages | list[Messages],
+    *,
+    prune: PruneSettings | str | None = None,
+    resize: ResizeSettings | None = None,
+    tools: list | None = None,
+    template_kwargs: dict | None = None,
+) -> PrunedInputs:
+    """Messages with images -> prompts in which only kept blocks remain, at their original 2-D positions.
+
+    source: a model folder, a hub id, a processor, or a `Prompter` (loaded once, for many calls).
+    messages: one conversation, or a list of conversations for a batch, in Hugging Face or OpenAI form; images as
+    path, bytes, picture or uint8 array.
+    prune, resize: see `Prompter.load`; a Prompter brings its own.
+    Raises ValueError for messages that cannot be used and ImageError (a ValueError) for images that cannot.
+    """
+    if isinstance(source, Prompter):
+        if prune is not None or resize is not None:
+            raise ValueError("a Prompter brings its own prune and resize settings; give them to Prompter.load")
+        prompter = source
+    else:
+        prompter = Prompter.load(source, prune=prune, resize=resize)
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError("expected a conversation (a list of messages) or a list of conversations, got none")
+    conversations = [messages] if isinstance(messages[0], Mapping) else messages
+    samples, texts = [], []
+    for number, conversation in enumerate(conversations, start=1):
+        try:
+            text, images = prompter.render(list(conversation), tools=tools, template_kwargs=template_kwargs)
+            sample = build_sample(
+                prompter.tokens(text),
+                prompter.prune_images(images),
+                image_token_id=prompter.image_token_id,
+                record_id=f"conversation {number}",
+            )
+        except ValueError as error:
+            if len(conversations) > 1:
+                error.args = (f"conversation {number}: {error}",)
+            raise
+        samples.append(sample)
+        texts.append(text)
+    return PrunedInputs(samples, texts, prompter)
+
+
+@torch.no_grad()
+def generate(model: Any, inputs: PrunedInputs, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> Generation:
+    """The stock `model.generate` on pruned prompts; every other argument (sampling, beams, streamer) is the stock one.
+
+    Several conversations are left-padded into one batch. A streamer needs a batch of one, as in the stock method.
+    Raises ValueError for arguments that are made here and for a model of another family than the prompts.
+    """
+    refuse_reserved(generate_kwargs)
+    arguments = model_arguments(model, inputs)
+    pad = generate_kwargs.pop("pad_token_id", inputs.prompter.pad_token_id)
+    output = model.generate(
+        **arguments,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+        **(generate_kwargs | {"return_dict_in_generate": True}),
+    )
+    output.past_key_values = None  # the memory goes with the answer, not with the result
+    rows = output.sequences[:, arguments["input_ids"].shape[1] :].tolist()
+    ends = end_token_ids(model, generate_kwargs)
+    token_ids = [trim(row, ends, pad) for row in rows]
+    return Generation(decode(inputs.prompter, token_ids), token_ids, output)
+
+
+@torch.no_grad()
+def prefill_logits(model: Any, inputs: PrunedInputs) -> torch.Tensor:
+    """Logits (B, V) in float32 of the first token to be generated: one forward pass over the prompts, no cache kept."""
+    logits = model(**model_arguments(model, inputs), use_cache=False, logits_to_keep=1).logits
+    return logits[:, -1].float()
+
+
+def model_arguments(model: Any, inputs: PrunedInputs) -> dict[str, Any]:
+    """What the stock forward and the stock `generate` take: encoded images and the left-padded rows.
+
+    input_ids, attention_mask (B, L) and position_ids (4, B, L) on the model's device: row 0 counts the tokens of each
+    row, rows 1-3 are MRoPE of the unpruned sequences. The stock `generate` continues each position row by one per
+    token, which is `Sample.next_position` because a prompt ends in text.
+    """
+    samples, pad = inputs.samples, inputs.prompter.pad_token_id
+    longest = max(len(sample) for sample in samples)
+    ids = np.full((len(samples), longest), pad, dtype=np.int64)
+    mask = np.zeros((len(samples), longest), dtype=np.int64)
+    positions = np.zeros((4, len(samples), longest), dtype=np.int64)
+    for row, sample in enumerate(samples):
+        if sample.position_ids[:, -1].tolist() != [sample.next_position - 1] * 3:
+            raise ValueError("the prompt ends in an image; expected text behind it (the chat template's answer header)")
+        start = longest - len(sample)
+        ids[row, start:] = sample.input_ids
+        mask[row, start:] = 1
+        positions[0, row, start:] = np.arange(len(sample))
+        positions[1:, row, start:] = sample.position_ids
+    device = model.get_input_embeddings().weight.device
+    rows = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    arguments: dict[str, Any] = {name: torch.from_numpy(array).to(device) for name, array in rows.items()}
+    return arguments | encode_images(model, samples, inputs.prompter)
+
+
+def encode_images(model: Any, samples: list[Sample], prompter: Prompter) -> dict[str, Any]:
+    """The stock vision tower over the kept blocks of all images; empty where there are none."""
+    stock = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model
+    if prompter.image_token_id != getattr(stock.config, "image_token_id", None):
+        raise ValueError(
+            f"the prompts use image token {prompter.image_token_id}, the model expects "
+            f"{getattr(stock.config, 'image_token_id', None)}; prepare them with the model's own folder"
+        )
+    normalisation = {"image_mean": prompter.image_mean, "image_std": prompter.image_std}
+    geometry = VisionGeometry.from_config(stock.config, normalisation)
+    vision = stock.model.visual
+    pack = pack_samples(samples, geometry).to(next(vision.parameters()).device)
+    arguments = vision_inputs(pack, geometry, vision.dtype)
+    if not arguments:
+        return {}
+    return {"mm_encoder_outputs": {"image": stock.model.get_image_features(**arguments, return_dict=True)}}
+
+
+def refuse_reserved(generate_kwargs: dict) -> None:
+    """Raise ValueError for arguments of the stock `generate` that would contradict the prepared prompts."""
+    reserved = [name for name in generate_kwargs if name in RESERVED or name.startswith(("pixel_values", "image_"))]
+    if reserved:
+        raise ValueError(f"{', '.join(reserved)}: made from the prepared inputs, leave it out")
+
+
+def end_token_ids(model: Any, generate_kwargs: dict) -> set[int]:
+    """The end tokens in force: argument, then generation config."""
+    config = generate_kwargs.get("generation_config") or model.generation_config
+    ends = generate_kwargs.get("eos_token_id", config.eos_token_id)
+    if ends is None:
+        ends = model.generation_config.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else {int(end) for end in ends}
+
+
+def trim(row: list[int], ends: set[int], pad: int) -> list[int]:
+    """A generated row up to and including its first end token, without the padding of rows that ended early."""
+    end = next((i for i, token in enumerate(row) if token in ends), None)
+    row = row if end is None else row[: end + 1]
+    while row and row[-1] == pad and pad not in ends:
+        row = row[:-1]
+    return row
+
+
+def decode(prompter: Prompter, token_ids: list[list[int]]) -> list[str]:
+    return prompter.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

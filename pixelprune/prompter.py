@@ -1,0 +1,284 @@
+"""Conversations in Hugging Face or OpenAI form -> rendered text, token ids and pruned images."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pixelprune.image import ImageError, ImageSource, PrunedImage, prune_image
+from pixelprune.sample import ChatTokens
+from pixelprune.settings import PruneSettings, ResizeSettings
+
+PRUNE_FILE = "pixelprune.json"
+"""Beside a trained model's weights: the prune and resize settings it was trained with."""
+PREPROCESSOR_FILE = "preprocessor_config.json"
+IMAGE_TYPES = ("image", "image_url", "input_image")
+TEXT_TYPES = ("text", "input_text")
+
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """What turns messages into a pruned prompt: tokenizer, chat template, image token, and the settings in force.
+
+    image_mean, image_std: the pixel normalisation of the model's own image processor.
+    """
+
+    tokenizer: Any
+    chat_template: str
+    image_token_id: int
+    prune: PruneSettings
+    resize: ResizeSettings
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    @classmethod
+    def load(
+        cls, source: Any, *, prune: PruneSettings | str | None = None, resize: ResizeSettings | None = None
+    ) -> Prompter:
+        """From a model folder, a hub id, or a processor (an object with `.tokenizer` and `.image_processor`).
+
+        prune, resize: where left out, the settings the model was trained with (pixelprune.json beside its weights),
+        otherwise pred2d and the size limits of its image processor. `prune` may be a strategy's name; "none" keeps
+        every block.
+        Raises ValueError for a source that is neither, or that has no chat template or image token.
+        """
+        if isinstance(source, str | Path):
+            parts = _from_folder(str(source))
+        elif hasattr(source, "tokenizer"):
+            parts = _from_processor(source)
+        else:
+            raise ValueError(
+                f"expected a model folder, a hub id or a processor with a tokenizer, got {type(source).__name__}"
+            )
+        trained = parts.pop("trained_with")
+        limits = _size_limits(parts.pop("preprocessor"))
+        if isinstance(prune, str):
+            prune = PruneSettings(strategy=prune)
+        return cls(
+            **parts,
+            prune=prune or (trained[0] if trained else PruneSettings()),
+            resize=resize or (trained[1] if trained else ResizeSettings(**limits)),
+        )
+
+    @property
+    def image_token(self) -> str:
+        return self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+
+    @property
+    def pad_token_id(self) -> int:
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else end
+
+    def render(
+        self, messages: Messages, *, tools: list | None = None, template_kwargs: dict | None = None
+    ) -> tuple[str, list[ImageSource]]:
+        """The conversation through the chat template, answer header included, and its images in order.
+
+        Raises ValueError for messages that are not in the expected form or that the template refuses.
+        """
+        from jinja2 import TemplateError
+
+        turns, images = self._read(messages)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns,
+                tools=tools,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+                **(template_kwargs or {}),
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        return text, images
+
+    def tokens(self, text: str) -> ChatTokens:
+        """Token ids of rendered text, one placeholder per image; nothing is supervised in a prompt."""
+        ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+        return ChatTokens(ids, np.zeros(len(ids), dtype=bool))
+
+    def prune_images(self, sources: list[ImageSource]) -> list[PrunedImage]:
+        """Decode, resize and select. Raises ImageError saying which image it was."""
+        pruned = []
+        for number, source in enumerate(sources, start=1):
+            try:
+                pruned.append(prune_image(source, self.prune, self.resize))
+            except ImageError as error:
+                raise ImageError(error.reason, f"image {number} of the conversation: {error}") from error
+        return pruned
+
+    def _read(self, messages: Messages) -> tuple[Messages, list[ImageSource]]:
+        """Messages as templates take them (images without their content), and the images."""
+        turns: Messages = []
+        images: list[ImageSource] = []
+        for number, message in enumerate(messages, start=1):
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(f"message {number}: expected a dict with 'role' and 'content', got {_short(message)}")
+            content = message.get("content")
+            if isinstance(content, list | tuple):
+                content = [self._read_part(part, f"message {number}", images) for part in content]
+            elif content is not None:
+                self._check_text(content, f"message {number}")
+            turns.append({**message, "content": content})
+        return turns, images
+
+    def _read_part(self, part: Any, where: str, images: list[ImageSource]) -> dict:
+        if isinstance(part, str):
+            part = {"type": "text", "text": part}
+        if not isinstance(part, Mapping):
+            raise ValueError(f"{where}: expected text and image parts, got {_short(part)}")
+        kind = part.get("type") or next((name for name in ("image", "image_url", "text") if name in part), None)
+        if kind in IMAGE_TYPES:
+            images.append(image_of_part(part, where))
+            return {"type": "image"}
+        if kind in TEXT_TYPES:
+            self._check_text(part.get("text"), where)
+            return {"type": "text", "text": part["text"]}
+        raise ValueError(f"{where}: parts of type {kind!r} are not supported, expected text or image")
+
+    def _check_text(self, text: Any, where: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: expected text as a string, got {_short(text)}")
+        if self.image_token in text:
+            raise ValueError(f"{where}: the text contains {self.image_token!r}; give the image as a part of its own")
+
+
+def image_of_part(part: Mapping, where: str) -> ImageSource:
+    """The image of a message part: a path, encoded bytes, a picture or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
+
+    Read from the keys image, path, url, base64 or image_url (OpenAI). Nothing is fetched from the network.
+    Raises ValueError saying what was expected.
+    """
+    values = [part[key] for key in ("image", "path", "url", "base64", "image_url") if part.get(key) is not None]
+    if len(values) != 1:
+        raise ValueError(f"{where}: expected an image part with one of image, path, url, base64 or image_url")
+    value = values[0]["url"] if isinstance(values[0], Mapping) and "url" in values[0] else values[0]
+    if part.get("base64") is not None:
+        return _decode_base64(value, where)
+    if isinstance(value, str):
+        if value.startswith("data:"):
+            return _decode_base64(value.partition(",")[2], where)
+        if value.startswith(("http://", "https://")):
+            raise ValueError(f"{where}: {_short(value)} is not fetched; download it and give its path or bytes")
+        return value.removeprefix("file://")
+    if isinstance(value, np.ndarray):
+        if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (3,), (4,)):
+            raise ValueError(
+                f"{where}: expected a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4), "
+                f"got {value.dtype} {value.shape}"
+            )
+        return Image.fromarray(value)
+    if isinstance(value, Path | bytes | Image.Image):
+        return value
+    raise ValueError(f"{where}: expected an image as path, bytes, picture or uint8 array, got {type(value).__name__}")
+
+
+def read_prune_file(content: str, name: str = PRUNE_FILE) -> tuple[PruneSettings, ResizeSettings]:
+    """The settings a model was trained with, from the JSON beside its weights. Raises ValueError naming the file."""
+    try:
+        stored = json.loads(content)
+        return PruneSettings(**stored["prune"]), ResizeSettings(**stored["resize"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}: expected the objects 'prune' and 'resize' with known settings: {error}") from error
+
+
+def _from_folder(path: str) -> dict:
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a loadable model folder: {str(error).splitlines()[0]}") from error
+    if getattr(config, "image_token_id", None) is None:
+        raise ValueError(f"{path}: a {config.model_type} model takes no images (no image_token_id in its config)")
+    preprocessor = json.loads(_read_model_file(path, PREPROCESSOR_FILE) or "{}")
+    return _parts(tokenizer, None, config.image_token_id, preprocessor)
+
+
+def _from_processor(processor: Any) -> dict:
+    tokenizer = processor.tokenizer
+    image_token_id = getattr(processor, "image_token_id", None)
+    if image_token_id is None:
+        token = getattr(processor, "image_token", None) or "<|image_pad|>"
+        image_token_id = tokenizer.get_vocab().get(token)
+    if image_token_id is None:
+        raise ValueError("the processor names no image token; give the model folder instead")
+    image_processor = getattr(processor, "image_processor", None)
+    preprocessor = {
+        key: getattr(image_processor, key)
+        for key in ("size", "image_mean", "image_std")
+        if getattr(image_processor, key, None) is not None
+    }
+    return _parts(tokenizer, getattr(processor, "chat_template", None), image_token_id, preprocessor)
+
+
+def _parts(tokenizer: Any, chat_template: str | None, image_token_id: int, preprocessor: dict) -> dict:
+    """What both kinds of source end in. A processor leads to its folder through its tokenizer."""
+    chat_template = chat_template or tokenizer.chat_template
+    path = tokenizer.name_or_path
+    if not isinstance(chat_template, str):
+        stored = _read_model_file(path, "chat_template.json")  # where older folders keep it
+        chat_template = json.loads(stored)["chat_template"] if stored else None
+    if not chat_template:
+        raise ValueError(f"{path}: the tokenizer has no chat template")
+    stored = _read_model_file(path, PRUNE_FILE)
+    return {
+        "tokenizer": tokenizer,
+        "chat_template": chat_template,
+        "image_token_id": int(image_token_id),
+        "image_mean": tuple(preprocessor.get("image_mean", (0.5, 0.5, 0.5))),
+        "image_std": tuple(preprocessor.get("image_std", (0.5, 0.5, 0.5))),
+        "preprocessor": preprocessor,
+        "trained_with": read_prune_file(stored, f"{path}/{PRUNE_FILE}") if stored else None,
+    }
+
+
+def _read_model_file(path: str, name: str) -> str | None:
+    """A file of a model folder or hub id; None where it has none."""
+    if not path:
+        return None
+    if not Path(path).is_dir():
+        from transformers.utils import cached_file
+
+        # Optional files: absent from the repository, or from the local copy of a machine without network.
+        found = cached_file(
+            path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        )
+        return Path(found).read_text() if found else None
+    file = Path(path) / name
+    return file.read_text() if file.exists() else None
+
+
+def _size_limits(preprocessor: dict) -> dict[str, int]:
+    """min_pixels and max_pixels of the image processor; its `size` names them shortest_edge and longest_edge."""
+    size = preprocessor.get("size") or {}
+    size = size if isinstance(size, Mapping) else dataclasses.asdict(size)
+    limits = {
+        "min_pixels": size.get("shortest_edge") or preprocessor.get("min_pixels"),
+        "max_pixels": size.get("longest_edge") or preprocessor.get("max_pixels"),
+    }
+    return {name: int(value) for name, value in limits.items() if value}
+
+
+def _decode_base64(data: str, where: str) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise ValueError(f"{where}: the image is not valid base64: {error}") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
