@@ -1,0 +1,11 @@
+"""PixelPrune: leave out pixel-redundant blocks of an image before the vision transformer (arXiv 2604.00886).
+
+Importing this loads neither torch nor transformers; numba is loaded by the first selection.
+"""
+
+from pixelprune.codec import Compressed, decode, encode
+from pixelprune.selection import Selection, select
+from pixelprune.settings import PruneSettings, ResizeSettings
+from pixelprune.sizing import fit_size
+
+__all__ = ["Compressed", "PruneSettings", "ResizeSettings", "Selection", "decode", "encode", "fit_size", "select"]

@@ -1,0 +1,152 @@
+"""Command line: `python -m pixelprune stats PATH...` and `python -m pixelprune show IMAGE -o OUT.png`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pixelprune.image import decode_image, resize_image
+from pixelprune.overlay import draw_overlay, side_by_side
+from pixelprune.selection import METRICS, check_settings, select
+from pixelprune.settings import PruneSettings, ResizeSettings
+from pixelprune.stats import DatasetStats, ImageStats, find_images, measure_files
+
+STRATEGIES = ("pred2d", "raster", "serpentine", "random", "conncomp", "none")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 nothing could be measured, 2 wrong usage."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:  # ImageError included
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    resize = ResizeSettings()
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument(
+        "--strategies", nargs="+", choices=STRATEGIES, default=None, metavar="NAME", help=", ".join(STRATEGIES)
+    )
+    shared.add_argument("--metric", choices=METRICS, default="max")
+    shared.add_argument(
+        "--thresholds", nargs="+", type=float, default=[0.0], metavar="T", help="0..1, default 0 (exact)"
+    )
+    shared.add_argument("--min-pixels", type=int, default=resize.min_pixels, help=f"default {resize.min_pixels}")
+    shared.add_argument("--max-pixels", type=int, default=resize.max_pixels, help=f"default {resize.max_pixels}")
+    parser = argparse.ArgumentParser(prog="python -m pixelprune", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    stats = commands.add_parser("stats", parents=[shared], help="redundancy of images, files or folders")
+    stats.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="image, or folder of PNG, JPEG and WebP files"
+    )
+    stats.add_argument("--json", action="store_true", help="all numbers as JSON on standard output")
+    stats.add_argument("--extremes", type=int, default=3, metavar="N", help="best and worst images to list, default 3")
+    stats.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
+    stats.set_defaults(run=_stats)
+
+    show = commands.add_parser("show", parents=[shared], help="draw which blocks are omitted")
+    show.add_argument("image", type=Path)
+    show.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png")
+    show.add_argument("--panel-width", type=int, default=1280, help="pixels at most, default 1280")
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _rules(options: argparse.Namespace, default: tuple[str, ...]) -> dict[str, PruneSettings]:
+    """Every strategy at every threshold, labelled by strategy, with the threshold where it says something."""
+    rules: dict[str, PruneSettings] = {}
+    for strategy, threshold in itertools.product(options.strategies or default, options.thresholds):
+        rule = PruneSettings(strategy=strategy, metric=options.metric, threshold=threshold)
+        check_settings(rule)
+        rules[strategy if threshold == 0 else f"{strategy} {options.metric} <= {threshold:g}"] = rule
+    return rules
+
+
+def _resize(options: argparse.Namespace) -> ResizeSettings:
+    return ResizeSettings(min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+
+
+def _stats(options: argparse.Namespace) -> int:
+    rules = _rules(options, default=("pred2d", "raster", "serpentine"))
+    paths, unreadable = find_images(options.paths)
+    if not paths and not unreadable:
+        raise ValueError(f"no PNG, JPEG or WebP image below {', '.join(map(str, options.paths))}")
+    if options.threads < 1:
+        raise ValueError(f"--threads: expected at least 1, got {options.threads}")
+    result = DatasetStats(unreadable=unreadable)
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(paths))
+        for outcome in measure_files(paths, rules, _resize(options), options.threads):
+            if isinstance(outcome, ImageStats):
+                result.images.append(outcome)
+            else:
+                result.unreadable.append(outcome)
+            progress.advance(task)
+    if options.json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        _print_stats(result, list(rules), options.extremes)
+    return 0 if result.images else 1
+
+
+def _print_stats(result: DatasetStats, labels: list[str], num_extremes: int) -> None:
+    console = Console()
+    if result.images:
+        stored, seen = result.mean_size(original=True), result.mean_size()
+        console.print(
+            f"{len(result.images)} images, {result.num_blocks} blocks; mean size {stored[1]:.0f} x {stored[0]:.0f} "
+            f"as stored, {seen[1]:.0f} x {seen[0]:.0f} as the model sees them; {result.duplicate_ratio:.1%} of the "
+            "blocks repeat another block of their image",
+            soft_wrap=True,
+        )
+        table = Table("strategy", "retain ratio", "kept blocks")
+        for label in labels:
+            kept = sum(image.kept[label] for image in result.images)
+            table.add_row(label, f"{result.retain_ratio(label):.2%}", str(kept))
+        console.print(table)
+        ordered = result.by_retain_ratio(labels[0])
+        count = min(num_extremes, len(ordered) // 2)
+        table = Table(f"retain ratio ({labels[0]})", "duplicate blocks")
+        table.add_column("image", overflow="fold")
+        for image in [*ordered[:count], *ordered[len(ordered) - count :]] if count else ordered:
+            table.add_row(f"{image.retain_ratio(labels[0]):.2%}", f"{image.duplicate_ratio:.1%}", escape(image.path))
+        console.print(table)
+    if result.unreadable:
+        console.print(f"{len(result.unreadable)} could not be read:")
+        for _, reason in result.unreadable:
+            console.print(f"  {escape(reason)}", soft_wrap=True)
+
+
+def _show(options: argparse.Namespace) -> int:
+    rules = _rules(options, default=("pred2d",))
+    if options.panel_width < 64:
+        raise ValueError(f"--panel-width: expected at least 64 pixels, got {options.panel_width}")
+    resize = _resize(options)
+    image = resize_image(decode_image(options.image, resize), resize)
+    panels = []
+    for label, rule in rules.items():
+        selection = select(image, strategy=rule.strategy, metric=rule.metric, threshold=rule.threshold)
+        caption = f"{label}: keeps {selection.num_kept} of {selection.num_blocks} blocks ({selection.retain_ratio:.1%})"
+        panels.append((caption, draw_overlay(image, selection)))
+    sheet = side_by_side(panels, options.panel_width)
+    sheet.save(options.output, format="PNG")
+    Console().print(f"wrote {options.output} ({sheet.width} x {sheet.height})", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""`python -m pixelprune stats` and `show`, through their entry point."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixelprune.__main__ import main
+from pixelprune.overlay import draw_overlay
+from pixelprune.selection import select
+from tests.pixelprune.selection_reference import page
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(3):
+        Image.fromarray(page(320, 640, seed=seed)).save(folder / f"page{seed}.png")
+    return folder
+
+
+def test_stats_as_json(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n")
+    arguments = ["stats", str(folder), "--json", "--strategies", "pred2d", "raster", "--thresholds", "0", "0.05"]
+    assert main(arguments) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["num_images"] == 3
+    assert summary["num_blocks"] == 3 * 200
+    kept = [select(page(320, 640, seed=seed)).num_kept for seed in range(3)]
+    near = [select(page(320, 640, seed=seed), strategy="raster", threshold=0.05).num_kept for seed in range(3)]
+    assert [image["kept_blocks"]["pred2d"] for image in summary["images"]] == kept
+    assert summary["retain_ratio"]["pred2d"] == sum(kept) / 600
+    assert summary["retain_ratio"]["raster max <= 0.05"] == sum(near) / 600
+    assert [Path(entry["path"]).name for entry in summary["unreadable"]] == ["broken.png"]
+
+
+def test_stats_as_tables(folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (folder / "broken.png").write_bytes(b"")
+    assert main(["stats", str(folder), "--extremes", "1"]) == 0
+    text = capsys.readouterr().out
+    kept = [select(page(320, 640, seed=seed)).num_kept for seed in range(3)]
+    assert "3 images, 600 blocks; mean size 640 x 320 as stored" in text
+    assert f"{sum(kept) / 600:.2%}" in text
+    best, worst = min(range(3), key=kept.__getitem__), max(range(3), key=kept.__getitem__)
+    assert f"page{best}.png" in text
+    assert f"page{worst}.png" in text
+    assert text.rstrip().endswith("broken.png: the file is empty")
+    assert "1 could not be read" in text
+
+
+def test_stats_of_one_image_lists_it(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["stats", str(folder / "page1.png")]) == 0
+    assert "1 images, 200 blocks" in capsys.readouterr().out
+
+
+def test_stats_without_any_readable_image_fails(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["stats", str(tmp_path / "gone.png")]) == 1
+    assert "gone.png: no such file" in capsys.readouterr().out
+    assert main(["stats", str(tmp_path)]) == 2
+    assert "no PNG, JPEG or WebP image below" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--thresholds", "5"], "expected 0..1"),
+        (["--threads", "0"], "--threads"),
+        (["--min-pixels", "0"], "min_pixels"),
+    ],
+)
+def test_wrong_values_are_one_clear_line(folder: Path, extra: list[str], words: str, capsys) -> None:
+    code = main(["stats", str(folder), *extra])
+    captured = capsys.readouterr()
+    if words == "min_pixels":  # the size rule refuses each image, so each is listed with the reason
+        assert code == 1
+        assert captured.out.count("min_pixels") == 3
+    else:
+        assert code == 2
+        assert words in captured.err
+        assert captured.err.count("\n") == 1
+
+
+def test_show_draws_every_rule(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    image, path, output = page(), tmp_path / "page.png", tmp_path / "sheet.png"
+    Image.fromarray(image).save(path)
+    arguments = ["show", str(path), "-o", str(output), "--strategies", "pred2d", "none", "--min-pixels", "1024"]
+    assert main([*arguments, "--thresholds", "0", "0.05"]) == 0
+    assert "sheet.png" in capsys.readouterr().out.replace("\n", "")
+    sheet = np.asarray(Image.open(output))
+    for panel in (draw_overlay(image, select(image)), draw_overlay(image, select(image, threshold=0.05)), image):
+        height, width = panel.shape[:2]
+        corners = np.argwhere((sheet[:-height, :-width] == panel[0, 0]).all(axis=-1))
+        assert any(np.array_equal(sheet[r : r + height, c : c + width], panel) for r, c in corners)
+
+
+def test_show_refuses_what_it_cannot_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    output = str(tmp_path / "sheet.png")
+    assert main(["show", str(folder / "gone.png"), "-o", output]) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert main(["show", str(folder / "page0.png"), "-o", output, "--panel-width", "3"]) == 2
+    assert not Path(output).exists()
+
+
+def test_the_module_runs_and_names_its_choices() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pixelprune", "stats", "x", "--strategies", "zip"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "pred2d" in done.stderr
