@@ -30,9 +30,11 @@ def write_quarantine(path: Path, entries: Iterable[Quarantined]) -> None:
     partial.replace(path)
 
 
-def append_quarantine(path: Path, entry: Quarantined) -> None:
-    """Add one entry, loudly: this is for records that went bad while a run was under way."""
+def append_quarantine(path: Path | None, entry: Quarantined) -> None:
+    """Add one entry, loudly: this is for records that went bad while a run was under way. Without a path, log only."""
     logger.error("quarantined %s (%s): %s: %s", entry.record, entry.file, entry.reason, entry.detail)
+    if path is None:
+        return
     with path.open("a") as file:
         file.write(json.dumps(asdict(entry)) + "\n")
 

@@ -1,0 +1,295 @@
+"""Plan -> packs of one rank, prepared ahead by worker processes, with the cursor of what was consumed.
+
+Every micro-step of an optimizer step is prepared before the first one is handed out. Only then is it known whether a
+record went bad since the index was built; its supervised tokens are subtracted from the step's count on all ranks by
+one sum of two integers over the ranks per optimizer step, and losses stay exact sums over an exact global count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from pixelprune.pack import Pack, VisionGeometry
+from training.data.index import Index
+from training.data.plan import PlanInput, PlanSettings, StepPlan, num_steps, plan_epoch
+from training.data.prepare import PrepareSettings
+from training.data.quarantine import Quarantined, append_quarantine
+from training.data.upload import upload_ahead
+from training.data.worker import PackDataset, PackResult, PackTask, start_worker
+
+SumOverRanks = Callable[[list[int]], list[int]]
+"""Sums a few integers over all ranks; called once per optimizer step by every rank."""
+
+
+class Cursor(NamedTuple):
+    """The next optimizer step to run: `step` counts within the epoch. The whole state of the data order."""
+
+    epoch: int = 0
+    step: int = 0
+
+
+START = Cursor()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One pack of one rank.
+
+    step: optimizer step counted from the start of the run; micro_step within it; is_boundary: the last one of it.
+    num_supervised, num_samples: of the whole optimizer step over all ranks, without what was lost.
+    cursor: where to continue once this batch is consumed. is_dummy: nothing in here but the dummy.
+    """
+
+    pack: Pack
+    step: int
+    micro_step: int
+    is_boundary: bool
+    num_supervised: int
+    num_samples: int
+    cursor: Cursor
+    is_dummy: bool
+
+    @property
+    def record_ids(self) -> tuple[str, ...]:
+        return self.pack.record_ids
+
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How packs are prepared.
+
+    device: packs arrive there when it is CUDA (pinned memory, copied in the background). num_workers 0: in-process.
+    dummy_image: see `PixelPruneCollator`. max_quarantined_share: of all records, lost within one epoch.
+    report: JSONL file for records that went bad while running (one file per rank).
+    """
+
+    num_workers: int = 0
+    prefetch_packs: int = 2
+    dummy_image: bool = True
+    device: torch.device = CPU
+    max_quarantined_share: float = 0.01
+    report: Path | None = None
+
+
+class _PlannedStep(NamedTuple):
+    cursor: Cursor
+    plan: StepPlan
+    after: Cursor
+
+
+class PackLoader:
+    """The packs of one rank from a cursor on, epoch after epoch. Iterating it again starts at the cursor again."""
+
+    def __init__(
+        self,
+        index: Index,
+        inputs: PlanInput,
+        plan_settings: PlanSettings,
+        prepare: PrepareSettings,
+        geometry: VisionGeometry,
+        settings: LoaderSettings,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        cursor: Cursor = START,
+        num_steps: int | None = None,
+        sum_over_ranks: SumOverRanks = lambda values: values,
+    ):
+        """`num_steps` counts from the start of the run, not from the cursor; by default the cursor's epoch is ended."""
+        self.index, self.inputs, self.plan_settings, self.settings = index, inputs, plan_settings, settings
+        self.rank, self.world_size, self.start = rank, world_size, Cursor(*cursor)
+        self.sum_over_ranks = sum_over_ranks
+        self.first_step = self._global_step(self.start)
+        self.last_step = num_steps if num_steps is not None else self._global_step(Cursor(self.start.epoch + 1, 0))
+        self._dataset = PackDataset(index.sources, prepare, geometry, settings.dummy_image)
+        self._lost_in_epoch = [0, 0]
+        self._data_loader: DataLoader | None = None
+
+    @classmethod
+    def build(cls, config, feed, files, ranks, *, num_steps: int, cursor: Cursor = START) -> PackLoader:
+        """The training loader of a run: Config, Feed, ModelFiles and Ranks of the packages above this one."""
+        vision_is_frozen = config.optim.vit.freeze and config.optim.merger.freeze
+        return cls(
+            feed.index,
+            feed.plan_input,
+            feed.plan_settings,
+            feed.prepare,
+            files.geometry,
+            _loader_settings(config, ranks, "quarantine", dummy_image=not vision_is_frozen),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            cursor=cursor,
+            num_steps=num_steps,
+            sum_over_ranks=_sum_over_process_group(ranks.world_size),
+        )
+
+    @classmethod
+    def build_eval(cls, config, feed, files, ranks) -> PackLoader:
+        """Every record once, whatever the weights, in plan order; ranks without work get a dummy."""
+        once = dataclasses.replace(feed.plan_input, copies=np.ones(len(feed.plan_input)))
+        return cls(
+            feed.index,
+            once,
+            feed.plan_settings,
+            feed.prepare,
+            files.geometry,
+            _loader_settings(config, ranks, "quarantine_eval", dummy_image=False),
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            sum_over_ranks=_sum_over_process_group(ranks.world_size),
+        )
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        for _, batches in self.steps():
+            yield from batches
+
+    def steps(self) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
+        """(optimizer step since the start of the run, its micro-batches); waiting happens in the inner iterator."""
+        # The worker processes stay for the next iteration (validation runs the same loader again and again).
+        if self._data_loader is None:
+            self._data_loader = self._results()
+        results = iter(self._data_loader)
+        for step, planned in enumerate(self._planned_steps(), start=self.first_step):
+            batches = self._micro_batches(step, planned, results)
+            yield step, batches
+            # A caller that left the step early must not shift the following ones.
+            for _ in batches:
+                pass
+
+    def _micro_batches(self, step: int, planned: _PlannedStep, results: Iterator[PackResult]) -> Iterator[MicroBatch]:
+        plan = planned.plan
+        prepared = [next(results) for _ in range(plan.num_micro_steps)]
+        num_supervised, num_samples = self._without_lost(planned.cursor, plan, prepared)
+        for micro_step, (pack, result) in enumerate(upload_ahead(prepared, self.settings.device)):
+            is_boundary = micro_step == plan.num_micro_steps - 1
+            yield MicroBatch(
+                pack,
+                step,
+                micro_step,
+                is_boundary,
+                num_supervised,
+                num_samples,
+                planned.after if is_boundary else planned.cursor,
+                result.is_dummy,
+            )
+
+    def _without_lost(self, cursor: Cursor, plan: StepPlan, prepared: list[PackResult]) -> tuple[int, int]:
+        """Supervised tokens and samples of the step over all ranks, without the records that went bad."""
+        lost = [entry for result in prepared for entry in result.lost]
+        for entry in lost:
+            self._report(entry)
+        mine = [sum(result.num_lost_supervised for result in prepared), len(lost)]
+        tokens, samples = self.sum_over_ranks(mine)
+        if cursor.epoch != self._lost_in_epoch[0]:
+            self._lost_in_epoch = [cursor.epoch, 0]
+        self._lost_in_epoch[1] += samples
+        if self._lost_in_epoch[1] > self.settings.max_quarantined_share * self.index.num_records:
+            raise ValueError(
+                f"{self._lost_in_epoch[1]} records of epoch {cursor.epoch} can no longer be used, of "
+                f"{self.index.num_records} in all: more than data.max_quarantined_share="
+                f"{self.settings.max_quarantined_share}; they changed since the index was built, see "
+                f"{self.settings.report or 'the log'}"
+            )
+        return plan.num_supervised - tokens, plan.num_samples - samples
+
+    def _report(self, entry: Quarantined) -> None:
+        append_quarantine(self.settings.report, entry)
+
+    def _results(self) -> DataLoader:
+        """Results in plan order; DataLoader keeps the order of its sampler whatever worker is first."""
+        workers = self.settings.num_workers
+        options: dict = {}
+        if workers:
+            # A whole optimizer step is prepared ahead while the one before it is trained on.
+            ahead = max(self.settings.prefetch_packs, -(-self._first_num_micro_steps() // workers) + 1)
+            options = {
+                "prefetch_factor": ahead,
+                "multiprocessing_context": "spawn",
+                "worker_init_fn": start_worker,
+                "persistent_workers": True,
+            }
+        return DataLoader(
+            self._dataset,
+            sampler=_Tasks(self),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=self.settings.device.type == "cuda",
+            **options,
+        )
+
+    def _first_num_micro_steps(self) -> int:
+        return next((planned.plan.num_micro_steps for planned in self._planned_steps()), 1)
+
+    def _planned_steps(self) -> Iterator[_PlannedStep]:
+        """From the cursor to the last step. Planned twice, for the tasks and for the batches: milliseconds a step."""
+        cursor, plan = self.start, None
+        for _ in range(self.first_step, self.last_step):
+            if plan is None or plan.epoch != cursor.epoch:
+                plan = plan_epoch(self.inputs, self.plan_settings, epoch=cursor.epoch, world_size=self.world_size)
+            is_last = cursor.step + 1 >= len(plan)
+            after = Cursor(cursor.epoch + 1, 0) if is_last else Cursor(cursor.epoch, cursor.step + 1)
+            yield _PlannedStep(cursor, plan[cursor.step], after)
+            cursor = after
+
+    def _global_step(self, cursor: Cursor) -> int:
+        steps = [num_steps(self.inputs, self.plan_settings, epoch) for epoch in range(cursor.epoch)]
+        return sum(steps) + cursor.step
+
+    def task(self, rows) -> PackTask:
+        """The task of a pack made of these rows of the index."""
+        index = self.index
+        columns = (index.source[rows], index.row[rows], index.content_hash[rows], index.num_supervised[rows])
+        return PackTask(tuple(zip(*(column.tolist() for column in columns), strict=True)))
+
+
+def _loader_settings(config, ranks, report: str, *, dummy_image: bool) -> LoaderSettings:
+    return LoaderSettings(
+        num_workers=config.data.num_workers,
+        prefetch_packs=config.data.prefetch_packs,
+        dummy_image=dummy_image,
+        device=ranks.device,
+        max_quarantined_share=config.data.max_quarantined_share,
+        report=Path(config.run.folder) / config.run.name / f"{report}_rank{ranks.rank}.jsonl",
+    )
+
+
+@lru_cache(maxsize=4)
+def _sum_over_process_group(world_size: int) -> SumOverRanks:
+    """Over gloo on the CPU whatever the backend of training: nothing waits for the device.
+
+    Every rank must build its loaders in the same order, as the group is made with the first one.
+    """
+    if world_size == 1:
+        return lambda values: values
+    group = torch.distributed.new_group(backend="gloo")
+
+    def sum_over_ranks(values: list[int]) -> list[int]:
+        total = torch.tensor(values, dtype=torch.int64)
+        torch.distributed.all_reduce(total, group=group)
+        return total.tolist()
+
+    return sum_over_ranks
+
+
+class _Tasks:
+    """This rank's packs in order, as the DataLoader's sampler."""
+
+    def __init__(self, loader: PackLoader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[PackTask]:
+        for planned in self.loader._planned_steps():
+            for micro_step in planned.plan.micro_steps:
+                yield self.loader.task(micro_step[self.loader.rank])
