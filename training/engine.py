@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,6 +25,7 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    world_size_per_node: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -38,7 +40,9 @@ def join_ranks(config: Config) -> Ranks:
     timeout = timedelta(minutes=config.distributed.timeout_minutes)
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, hosts.count(socket.gethostname()))
 
 
 def deepspeed_json(config: Config, device: torch.device) -> dict[str, Any]:

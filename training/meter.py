@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from pixelprune.pack import Pack
+from training.data.collator import DUMMY_ID, DUMMY_TOKENS
 from training.engine import Ranks
 from training.loss import LossSums
 
@@ -49,15 +50,15 @@ class StepMeter:
     def add_pack(self, pack: Pack, sums: LossSums, *, is_dummy: bool, flops: float = 0.0) -> None:
         losses = torch.stack([part.detach().float() for part in sums])
         self._losses = losses if self._losses is None else self._losses + losses
-        if is_dummy:
-            return
-        self._flops += flops
-        self._counts["num_samples"] += pack.num_samples
+        # What the dummy adds, in a pack of its own or behind text-only samples, is not work done.
+        has_dummy = int(DUMMY_ID in pack.record_ids)
+        self._flops += 0.0 if is_dummy else flops
+        self._counts["num_samples"] += pack.num_samples - has_dummy
         self._counts["num_supervised"] += pack.num_supervised
-        self._counts["kept_tokens"] += pack.num_tokens
-        self._counts["full_tokens"] += pack.num_full_tokens
-        self._counts["kept_blocks"] += pack.num_kept_blocks
-        self._counts["full_blocks"] += pack.num_full_blocks
+        self._counts["kept_tokens"] += pack.num_tokens - has_dummy * DUMMY_TOKENS
+        self._counts["full_tokens"] += pack.num_full_tokens - has_dummy * DUMMY_TOKENS
+        self._counts["kept_blocks"] += pack.num_kept_blocks - has_dummy
+        self._counts["full_blocks"] += pack.num_full_blocks - has_dummy
 
     def timing(self, name: str) -> _Timer:
         """A context that adds its wall time to data_wait, forward, backward or optimizer."""
