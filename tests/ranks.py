@@ -1,0 +1,31 @@
+"""Start a program on several ranks through the real deepspeed launcher and read what its first rank wrote."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from launch.local import find_deepspeed
+from launch.ports import free_port
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_ranks(module: str, num_ranks: int, out: Path, *arguments: str) -> dict:
+    """Run `python -m MODULE OUT ARGUMENTS...` on `num_ranks` CPU ranks over gloo; returns the JSON in OUT."""
+    command = [
+        find_deepspeed(), "--num_accelerators", str(num_ranks), "--master_port", str(free_port()),
+        "--module", module, str(out), *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
+        raise AssertionError(f"{module} on {num_ranks} ranks ended with exit code {done.returncode}")
+    return json.loads(out.read_text())
+
+
+def without_launcher_arguments(argv: list[str]) -> list[str]:
+    """The deepspeed launcher puts --local_rank=N first among the arguments."""
+    return [argument for argument in argv if not argument.startswith("--local_rank")]

@@ -1,0 +1,87 @@
+"""The rules of the house: imports point one way, no cycles, no training stack behind `import pixelprune`."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "pixelprune": set(),
+    "training": {"pixelprune"},
+    "data_tools": {"pixelprune"},
+    "launch": {"training", "pixelprune", "data_tools"},
+}
+FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path) for path in FILES}
+
+
+def imports_of(path: Path, *, at_start_only: bool = False) -> set[str]:
+    """Modules of this project that a file imports (with `at_start_only`, while it is itself imported)."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in tree.body if at_start_only else ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        found |= {name for name in names if name in MODULES}
+    return found
+
+
+def test_imports_point_one_way():
+    for path in FILES:
+        package = path.relative_to(ROOT).parts[0]
+        for name in imports_of(path):
+            other = name.split(".")[0]
+            assert other == package or other in MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_there_are_no_import_cycles():
+    graph = {module_of(path): imports_of(path, at_start_only=True) - {module_of(path)} for path in FILES}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
+        if module not in done:
+            for other in sorted(graph[module]):
+                visit(other, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", ["pixelprune", "pixelprune.pack", "pixelprune.image", "pixelprune.codec"])
+def test_pixelprune_imports_without_the_training_stack(module):
+    blocked = ["deepspeed", "datasets", "wandb", "omegaconf", "peft", "pyarrow"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import {module}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_environment_is_read_in_launch_only():
+    pattern = re.compile(r"os\.environ|os\.getenv|from os import environ")
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] != "launch":
+            assert not pattern.search(path.read_text()), path.relative_to(ROOT)
+
+
+def test_no_file_is_a_smell():
+    for path in FILES:
+        assert path.name != "utils.py"
+        assert len(path.read_text().splitlines()) <= 400, path.relative_to(ROOT)

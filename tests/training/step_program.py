@@ -1,0 +1,90 @@
+"""Runs on every rank of test_step.py: optimizer steps of the same global batches, cut in different ways."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from pixelprune.pack import pack_samples
+from tests.conftest import screen
+from tests.pixelprune.reference import make_sample
+from tests.ranks import without_launcher_arguments
+from training.config import Config, ModelSettings, OptimSettings
+from training.engine import build_engine, join_ranks
+from training.meter import StepMeter
+from training.model import SupervisedModel, enable_recomputation, load_model, load_model_files
+from training.run import run_step
+
+ANSWERS = [
+    "(1, 2)",
+    "A long answer that has many supervised tokens.",
+    "(512, 87)",
+    "no",
+    "7",
+    "(3, 3)",
+    "yes",
+    "(0, 0)",
+]
+
+
+def make_samples(tokenizer, *, some_without_image: bool) -> list:
+    """Eight samples of uneven length and supervised count; with `some_without_image`, the first four are text only."""
+    return [
+        make_sample(
+            tokenizer,
+            [] if some_without_image and number < 4 else [screen(3 + number % 3, 4, number)],
+            "Where is Save?",
+            answer,
+            name=str(number),
+        )
+        for number, answer in enumerate(ANSWERS)
+    ]
+
+
+def main() -> None:
+    out, model_path, packing = without_launcher_arguments(sys.argv[1:])
+    torch.set_num_threads(1)
+    config = Config(
+        model=ModelSettings(path=model_path, dtype="float32"), optim=OptimSettings(lr=1e-3, max_grad_norm=0.0)
+    )
+    ranks = join_ranks(config)
+    files = load_model_files(config.model)
+    model = load_model(config.model, attention="sdpa", device=ranks.device)
+    enable_recomputation(model, config.model)
+    engine = build_engine(SupervisedModel(model, files.geometry, config.loss), config, ranks.device)
+    meter = StepMeter(ranks)
+
+    samples = make_samples(files.tokenizer, some_without_image=packing == "text beside images")
+    if packing == "text beside images":
+        from training.data.collator import dummy_sample
+
+        # Rank 0 gets the text-only samples: the dummy keeps ViT and merger in its backward.
+        samples = [[*samples[:4], dummy_sample(files.geometry.image_token_id)], samples[4:]]
+        groups = [samples[ranks.rank]] if ranks.world_size == 2 else samples
+    else:
+        size = 8 if packing == "one pack" else 2
+        packs = [samples[start : start + size] for start in range(0, 8, size)]
+        groups = packs[ranks.rank :: ranks.world_size]
+    mine = [pack_samples(group, files.geometry) for group in groups]
+    num_supervised = sum(sample.num_supervised for sample in make_samples(files.tokenizer, some_without_image=False))
+    rows = []
+    for _ in range(3):
+        batches = [
+            SimpleNamespace(
+                pack=pack, is_boundary=number == len(mine) - 1, num_supervised=num_supervised, is_dummy=False
+            )
+            for number, pack in enumerate(mine)
+        ]
+        run_step(engine, batches, meter)
+        metrics = meter.finish()
+        rows.append({"loss": metrics["loss"], "grad_norm": float(engine.get_global_grad_norm())})
+    if ranks.is_first:
+        Path(out).write_text(json.dumps({"steps": rows, "num_supervised": metrics["num_supervised"]}))
+
+
+if __name__ == "__main__":
+    main()
