@@ -1,0 +1,128 @@
+"""Time of `select` relative to `image.copy()` of the same image, side by side, one thread.
+
+python -m benchmarks.select [--repeats 15] [--images FOLDER]
+
+Each repeat times one copy and then every setting on the same image, so that all share the state of the caches: images
+up to about 10 megapixels are timed from the last-level cache, the 4096 x 4096 composite (50 MB) from memory. Times are
+medians over repeats; ratios are medians over images.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from benchmarks.record import markdown_table, write_record
+from pixelprune.image import decode_image, resize_image
+from pixelprune.selection import select
+from pixelprune.settings import ResizeSettings
+from pixelprune.sizing import fit_size
+from pixelprune.stats import find_images
+
+SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples" / "images"
+COMPOSITES = {"2716x1616": (1616, 2716), "4096x4096": (4096, 4096)}
+SETTINGS = [
+    *((strategy, "max", 0.0) for strategy in ("pred2d", "raster", "serpentine")),
+    *(
+        (strategy, metric, threshold)
+        for strategy in ("pred2d", "raster", "serpentine")
+        for metric in ("max", "mae")
+        for threshold in (0.02, 0.1)
+    ),
+]
+
+
+def composite(images: list[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Screenshots side by side and below each other until the canvas is full, then resized as the model would."""
+    canvas = np.empty((height, width, 3), dtype=np.uint8)
+    number, top = 0, 0
+    while top < height:
+        left, row_height = 0, height
+        while left < width:
+            part = images[number % len(images)][: height - top, : width - left]
+            canvas[top : top + part.shape[0], left : left + part.shape[1]] = part
+            left, row_height, number = left + part.shape[1], min(row_height, part.shape[0]), number + 1
+        top += row_height
+    size = fit_size(height, width)
+    return np.asarray(Image.fromarray(canvas).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+
+
+def label(setting: tuple[str, str, float]) -> str:
+    strategy, metric, threshold = setting
+    return strategy if threshold == 0 else f"{strategy} {metric} {threshold:g}"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def time_image(image: np.ndarray, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a copy and of every setting."""
+    work: dict[str, Callable[[], object]] = {"copy": image.copy}
+    for setting in SETTINGS:
+        strategy, metric, threshold = setting
+        work[label(setting)] = partial(select, image, strategy=strategy, metric=metric, threshold=threshold)
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(repeats + 2):
+        for name, function in work.items():
+            elapsed = seconds(function)
+            if repeat >= 2:  # the first two compile and warm up
+                times[name].append(1000 * elapsed)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--images", type=Path, default=SAMPLES)
+    options = parser.parse_args()
+    resize = ResizeSettings()
+    paths, _ = find_images([options.images])
+    samples = [resize_image(decode_image(path, resize), resize) for path in paths]
+    groups = {"samples": samples}
+    for name, (height, width) in COMPOSITES.items():
+        # Starting at different screenshots gives different composites.
+        groups[name] = [composite(samples[start:] + samples[:start], height, width) for start in (0, len(samples) // 2)]
+
+    measured = {name: [time_image(image, options.repeats) for image in images] for name, images in groups.items()}
+    rows = []
+    for name in measured["samples"][0]:
+        row = {"select": name}
+        for group, timings in measured.items():
+            if name == "copy":
+                row[group] = f"{statistics.median(timing['copy'] for timing in timings):.3f} ms"
+            else:
+                row[group] = f"{statistics.median(timing[name] / timing['copy'] for timing in timings):.2f}x"
+        rows.append(row)
+    table = markdown_table(rows)
+    payload = {
+        "command": f"python -m benchmarks.select --repeats {options.repeats}",
+        "num_images": {group: len(images) for group, images in groups.items()},
+        "median_megapixels": {
+            group: statistics.median(image.shape[0] * image.shape[1] / 1e6 for image in images)
+            for group, images in groups.items()
+        },
+        "median_ms": {
+            group: {name: statistics.median(timing[name] for timing in timings) for name in timings[0]}
+            for group, timings in measured.items()
+        },
+        "median_ratio_to_copy": {
+            group: {name: statistics.median(timing[name] / timing["copy"] for timing in timings) for name in timings[0]}
+            for group, timings in measured.items()
+        },
+    }
+    path = write_record("select", payload, table)
+    Console().print(table, markup=False, soft_wrap=True)
+    Console().print(f"wrote {path}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
