@@ -62,7 +62,7 @@ def build_feed(
             show_progress=ranks.is_first,
         )
         report = folder / f"quarantine{'' if shuffle else '_eval'}.jsonl"
-        index = index.checked(data, report)
+        index = index.checked(data, report, write_report=ranks.is_first)
     except ValueError as error:
         raise UserError(str(error)) from error
     cost = CostModel.from_config(files.config)
@@ -73,10 +73,4 @@ def build_feed(
         shuffle=shuffle and data.shuffle,
         seed=config.run.seed,
     )
-
-    def flops(num_tokens: int, kept_blocks: list[int]) -> float:
-        return cost.sample_flops(
-            kept_blocks=kept_blocks, text_tokens=num_tokens - sum(kept_blocks), supervised_tokens=0, training=True
-        )
-
-    return Feed(index, prepare, index.plan_input(flops), plan_settings)
+    return Feed(index, prepare, index.plan_input(cost), plan_settings)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pixelprune.flops import CostModel
 from pixelprune.settings import MERGE
 from training.data.plan import PlanInput
 from training.data.quarantine import Quarantined, count_reasons, refuse_above, write_quarantine
 from training.data.settings import DataSettings
 from training.data.sources import Source
-
-CostFunction = Callable[[int, Sequence[int]], float]
-"""(LLM tokens of a sample, kept blocks of each of its images) -> FLOPs of one optimizer step's pass over it."""
 
 SCHEMA = pa.schema(
     [
@@ -39,7 +37,8 @@ class Index:
     """The usable records of all sources of a recipe (n of them), and the ones that are not.
 
     source, row: int (n,), where the record is read. content_hash: int64 (n,). text_tokens, num_supervised: int64 (n,).
-    weight: float64 (n,), the record's own. kept_blocks, full_blocks: one int array per record, a number per image.
+    weight: float64 (n,), the record's own. kept_blocks, full_blocks: int64 (I,), blocks of all images in order; those
+    of record i are at image_starts[i] to image_starts[i + 1] (int64 (n + 1,)).
     """
 
     sources: list[Source]
@@ -49,8 +48,9 @@ class Index:
     text_tokens: np.ndarray
     num_supervised: np.ndarray
     weight: np.ndarray
-    kept_blocks: list[np.ndarray]
-    full_blocks: list[np.ndarray]
+    image_starts: np.ndarray
+    kept_blocks: np.ndarray
+    full_blocks: np.ndarray
     quarantined: list[Quarantined] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -62,11 +62,18 @@ class Index:
 
     @property
     def num_kept(self) -> np.ndarray:
-        return np.array([blocks.sum() for blocks in self.kept_blocks], dtype=np.int64)
+        """Kept blocks per record: int64 (n,)."""
+        return self._per_record(self.kept_blocks)
 
     @property
     def num_full(self) -> np.ndarray:
-        return np.array([blocks.sum() for blocks in self.full_blocks], dtype=np.int64)
+        """All blocks per record: int64 (n,)."""
+        return self._per_record(self.full_blocks)
+
+    def _per_record(self, per_image: np.ndarray) -> np.ndarray:
+        """Sums over the images of each record."""
+        total = np.concatenate([[0], np.cumsum(per_image)])
+        return total[self.image_starts[1:]] - total[self.image_starts[:-1]]
 
     def record_id(self, i: int) -> str:
         return self.sources[self.source[i]].record_id(int(self.row[i]))
@@ -83,11 +90,14 @@ class Index:
     def subset(self, keep: np.ndarray, quarantined: list[Quarantined]) -> Index:
         """The records where keep is True; the reasons of the others are added to the quarantine."""
         chosen = np.flatnonzero(keep)
+        num_images = np.diff(self.image_starts)
+        images = np.repeat(keep, num_images)
         return Index(
             self.sources,
             **{name: getattr(self, name)[chosen] for name in COLUMNS},
-            kept_blocks=[self.kept_blocks[i] for i in chosen],
-            full_blocks=[self.full_blocks[i] for i in chosen],
+            image_starts=np.concatenate([[0], np.cumsum(num_images[chosen])]),
+            kept_blocks=self.kept_blocks[images],
+            full_blocks=self.full_blocks[images],
             quarantined=self.quarantined + quarantined,
         )
 
@@ -130,7 +140,7 @@ class Index:
             "num_kept": len(self),
             "num_quarantined": len(self.quarantined),
             "reasons": count_reasons(self.quarantined),
-            "num_images": sum(map(len, self.kept_blocks)),
+            "num_images": len(self.kept_blocks),
             "retain_ratio": self.retain_ratio,
             "num_supervised_tokens": int(self.num_supervised.sum()),
         }
@@ -145,38 +155,41 @@ class Index:
             f"retain ratio {self.retain_ratio:.3f}, {summary['num_supervised_tokens']} supervised tokens"
         )
 
-    def plan_input(self, cost: CostFunction, *, teacher_cost: CostFunction | None = None) -> PlanInput:
+    def plan_input(self, cost: CostModel, *, with_teacher: bool = False) -> PlanInput:
         """The plan's columns. With an online teacher, caps and cost include the teacher's full rows."""
-        tokens, full_tokens = self.text_tokens + self.num_kept, self.text_tokens + self.num_full
-        flops = _costs(cost, tokens, self.kept_blocks)
-        caps = (tokens, self.num_kept)
-        if teacher_cost is not None:
-            flops = flops + _costs(teacher_cost, full_tokens, self.full_blocks)
-            caps = (full_tokens, self.num_full)
-        source_weight = np.array([source.settings.weight for source in self.sources])[self.source]
+        flops = self._flops(cost, self.kept_blocks, training=True)
+        blocks = self.num_kept
+        if with_teacher:
+            flops = flops + self._flops(cost, self.full_blocks, training=False)
+            blocks = self.num_full
+        source_weight = np.array([source.settings.weight for source in self.sources], dtype=np.float64)[self.source]
         return PlanInput(
-            tokens=caps[0],
-            patches=MERGE * MERGE * caps[1],
+            tokens=self.text_tokens + blocks,
+            patches=MERGE * MERGE * blocks,
             cost=flops,
             num_supervised=self.num_supervised,
             copies=source_weight * self.weight,
             source=self.source,
         )
 
+    def _flops(self, cost: CostModel, blocks: np.ndarray, *, training: bool) -> np.ndarray:
+        """FLOPs per record when its images have these blocks: float64 (n,)."""
+        return cost.batch_flops(
+            image_tokens=self._per_record(blocks),
+            patch_squares=self._per_record((MERGE * MERGE * blocks) ** 2),
+            text_tokens=self.text_tokens,
+            supervised_tokens=self.num_supervised,
+            training=training,
+        )
+
 
 COLUMNS = ("source", "row", "content_hash", "text_tokens", "num_supervised", "weight")
-
-
-def _costs(cost: CostFunction, tokens: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
-    pairs = zip(tokens.tolist(), (image.tolist() for image in blocks), strict=True)
-    return np.array([cost(num, image) for num, image in pairs], dtype=np.float64)
 
 
 def read_index(sources: list[Source], files: list[Path]) -> Index:
     """The Parquet sidecars of all sources, joined; usable records first to last, the others as quarantine."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-    kept: list[np.ndarray] = []
-    full: list[np.ndarray] = []
+    images: dict[str, list[np.ndarray]] = {"num": [], "kept_blocks": [], "full_blocks": []}
     quarantined: list[Quarantined] = []
     for number, (source, file) in enumerate(zip(sources, files, strict=True)):
         table = pq.read_table(file)
@@ -191,15 +204,15 @@ def read_index(sources: list[Source], files: list[Path]) -> Index:
         for name in COLUMNS[1:]:
             dtype = np.float64 if name == "weight" else np.int64
             columns[name].append(good[name].to_numpy().astype(dtype))
-        kept += _lists(good["kept_blocks"])
-        full += _lists(good["full_blocks"])
-    joined = {name: np.concatenate(columns[name]) for name in COLUMNS}
-    return Index(sources, **joined, kept_blocks=kept, full_blocks=full, quarantined=quarantined)
-
-
-def _lists(column: pa.ChunkedArray) -> list[np.ndarray]:
-    array = column.combine_chunks()
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], type=column.type)
-    offsets = array.offsets.to_numpy()
-    return np.split(array.values.to_numpy(zero_copy_only=False).astype(np.int64), offsets[1:-1]) if len(array) else []
+        images["num"].append(pc.list_value_length(good["kept_blocks"]).to_numpy().astype(np.int64))
+        for name in ("kept_blocks", "full_blocks"):
+            images[name].append(pc.list_flatten(good[name]).to_numpy().astype(np.int64))
+    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return Index(
+        sources,
+        **joined,
+        image_starts=np.concatenate([[0], np.cumsum(np.concatenate(images["num"]))]),
+        kept_blocks=np.concatenate(images["kept_blocks"]),
+        full_blocks=np.concatenate(images["full_blocks"]),
+        quarantined=quarantined,
+    )

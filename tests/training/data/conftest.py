@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pixelprune.flops import CostModel
 from pixelprune.settings import PruneSettings, ResizeSettings
 from training.data.chat import ChatEncoder
 from training.data.prepare import Preparer
@@ -26,6 +27,11 @@ def model_folder(tokenizer, tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder)
     toy_config(tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def cost(tokenizer) -> CostModel:
+    return CostModel.from_config(toy_config(tokenizer))
 
 
 @pytest.fixture(scope="session")

@@ -49,19 +49,40 @@ def test_counts_are_those_of_the_images_and_the_text(screens, prepare, tokenizer
             selection = prune_image(path, prepare.prune, prepare.resize).selection
             kept, full = int(selection.keep.sum()), selection.keep.size
             assert 0 < kept < full
-        assert (index.kept_blocks[i].sum(), index.full_blocks[i].sum()) == (kept, full)
+        assert (index.num_kept[i], index.num_full[i]) == (kept, full)
         row = index.sources[0].rows[i]
         question, answer = row["messages"][0]["content"][-1]["text"], row["messages"][1]["content"]
         image = "<|vision_start|><|image_pad|><|vision_end|>" if path.exists() else ""
         text = f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
         assert index.text_tokens[i] == len(tokenizer(text)["input_ids"]) - path.exists()
         assert index.num_supervised[i] == len(tokenizer(answer + "<|im_end|>")["input_ids"])
-    ratio = sum(k.sum() for k in index.kept_blocks) / sum(f.sum() for f in index.full_blocks)
-    assert index.retain_ratio == pytest.approx(ratio)
-    inputs = index.plan_input(lambda tokens, images: tokens + 1000 * sum(images))
-    assert inputs.tokens.tolist() == (index.text_tokens + index.num_kept).tolist()
-    assert inputs.patches.tolist() == (4 * index.num_kept).tolist()
-    assert inputs.cost.tolist() == (inputs.tokens + 1000 * index.num_kept).tolist()
+    assert index.retain_ratio == pytest.approx(index.num_kept.sum() / index.num_full.sum())
+
+
+def test_plan_columns_are_those_of_each_record(screens, prepare, cost):
+    """One record with two images, one with one, one with none; costs taken record by record."""
+    rows = [chat_row("screen_0.png"), chat_row("screen_1.png"), chat_row(None)]
+    rows[0]["messages"][0]["content"].insert(0, {"type": "image", "image": "screen_3.png"})
+    write_jsonl(screens / "train.jsonl", rows)
+    index = build(screens, prepare)
+
+    def kept(name):
+        return prune_image(screens / name, prepare.prune, prepare.resize).selection.num_kept
+
+    blocks = [[kept("screen_3.png"), kept("screen_0.png")], [kept("screen_1.png")], []]
+    full = [[24, 80], [24], []]
+    for with_teacher in (False, True):
+        inputs = index.plan_input(cost, with_teacher=with_teacher)
+        for i in range(3):
+            counted = {"text_tokens": int(index.text_tokens[i]), "supervised_tokens": int(index.num_supervised[i])}
+            expected = cost.sample_flops(kept_blocks=blocks[i], training=True, **counted)
+            capped = blocks[i]
+            if with_teacher:
+                expected += cost.sample_flops(kept_blocks=full[i], training=False, **counted)
+                capped = full[i]
+            assert inputs.cost[i] == pytest.approx(expected)
+            assert inputs.tokens[i] == counted["text_tokens"] + sum(capped)
+            assert inputs.patches[i] == 4 * sum(capped)
 
 
 def test_workers_and_ranks_give_the_same_index(screens, prepare, monkeypatch, tmp_path):
@@ -82,7 +103,8 @@ def test_workers_and_ranks_give_the_same_index(screens, prepare, monkeypatch, tm
     for other in (pooled, *results.values()):
         assert other.content_hash.tolist() == alone.content_hash.tolist()
         assert other.text_tokens.tolist() == alone.text_tokens.tolist()
-        assert [k.tolist() for k in other.kept_blocks] == [k.tolist() for k in alone.kept_blocks]
+        assert other.kept_blocks.tolist() == alone.kept_blocks.tolist()
+        assert other.image_starts.tolist() == alone.image_starts.tolist()
     assert not list((tmp_path / "ranks").rglob("part-*")), "parts are gone once joined"
 
 
@@ -176,7 +198,7 @@ def test_a_source_with_nothing_usable_is_refused(screens, prepare, tmp_path):
         build(screens, prepare).checked(DataSettings(max_quarantined_share=1.0), tmp_path / "q.jsonl")
 
 
-def test_over_long_after_pruning(screens, prepare, tmp_path):
+def test_over_long_after_pruning(screens, prepare, tmp_path, cost):
     """A flat screen fits after pruning; a noisy one of its size does not; paired, neither does."""
     Image.new("RGB", (640, 640), "white").save(screens / "flat.png")
     noise = np.random.default_rng(0).integers(0, 255, (640, 640, 3), dtype=np.uint8)
@@ -193,17 +215,17 @@ def test_over_long_after_pruning(screens, prepare, tmp_path):
     assert len(index.checked(settings, tmp_path / "q.jsonl")) == 1
     settings = DataSettings(pack_patches=1000, max_quarantined_share=0.7)
     assert len(index.checked(settings, tmp_path / "q.jsonl")) == 2
-    teacher = index.plan_input(lambda tokens, images: 1.0, teacher_cost=lambda tokens, images: 10.0 * sum(images))
-    assert teacher.cost.tolist() == [4001.0, 4001.0, 1.0]
-    assert teacher.patches.tolist() == [1600, 1600, 0]
+    assert len(index.checked(DataSettings(pack_tokens=300, max_quarantined_share=0.7), tmp_path / "q.jsonl")) == 2
+    assert len(index.without_over_long(DataSettings(pack_tokens=300), with_teacher=True)) == 1
+    assert index.subset(np.array([False, True, False]), []).plan_input(cost).patches.tolist() == [1600]
 
 
-def test_sources_have_weights_and_records_too(screens, prepare):
+def test_sources_have_weights_and_records_too(screens, prepare, cost):
     write_jsonl(screens / "a.jsonl", [chat_row(None) | {"weight": 0.5}, chat_row(None)])
     write_jsonl(screens / "b.jsonl", [chat_row(None)])
     sources = [SourceSettings(str(screens / "a.jsonl"), weight=3), SourceSettings(str(screens / "b.jsonl"), weight=0.2)]
     index = build_index(sources, prepare, num_workers=0, show_progress=False)
-    inputs = index.plan_input(lambda tokens, images: 1.0)
+    inputs = index.plan_input(cost)
     assert inputs.copies.tolist() == [1.5, 3.0, 0.2]
     assert inputs.source.tolist() == [0, 0, 1]
     assert [index.record_id(i) for i in range(3)] == ["a:0", "a:1", "b:0"]

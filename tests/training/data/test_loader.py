@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pixelprune.flops import CostModel
 from pixelprune.pack import VisionGeometry, pack_samples
 from pixelprune.settings import PruneSettings, ResizeSettings
 from training.data.collator import DUMMY_ID
@@ -28,10 +29,11 @@ class Setup:
         from transformers import AutoConfig
 
         self.prepare = PrepareSettings(str(model_folder), PruneSettings(), ResizeSettings(min_pixels=32 * 32))
-        self.geometry = VisionGeometry.from_config(AutoConfig.from_pretrained(model_folder))
+        config = AutoConfig.from_pretrained(model_folder)
+        self.geometry = VisionGeometry.from_config(config)
         sources = [SourceSettings(str(folder / "train.jsonl"))]
         self.index = build_index(sources, self.prepare, num_workers=0, show_progress=False)
-        self.inputs = self.index.plan_input(lambda tokens, images: tokens + 2.0 * sum(images))
+        self.inputs = self.index.plan_input(CostModel.from_config(config))
 
     def loader(self, plan=PLAN, settings=None, **options) -> PackLoader:
         return PackLoader(
