@@ -1,0 +1,55 @@
+"""The command line of data_tools: one parser per command, each explaining itself."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from data_tools.browser import BrowserError
+
+console = Console(stderr=True)
+
+
+def _terminate(signum: int, _: FrameType | None) -> None:
+    raise SystemExit(128 + signum)  # unwinds, so that every `finally` runs and Chromium ends with us
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 1 a failure the user can mend, 2 wrong arguments."""
+    from data_tools import render_command, sheet_command
+
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools", description="Get grounding data in: render it, convert it, look at it."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (render_command, sheet_command):
+        module.add_parser(commands)
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        options.run(options)
+    except (ValueError, BrowserError, OSError) as error:
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+    return 0
+
+
+def existing(text: str) -> Path:
+    """An argparse type: a path that exists."""
+    path = Path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"no such file or folder: {text}")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

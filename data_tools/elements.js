@@ -1,0 +1,119 @@
+// Runs in an isolated world of the page: finds what a person could click, as it is visible now.
+// Returns {elements: [Element], report: JSON}; boxes are CSS pixels of the viewport.
+(minSide) => {
+  const CLICKABLE =
+    'a[href], button, input:not([type=hidden]), select, textarea, summary, [contenteditable=""], [contenteditable=true],' +
+    "[onclick], [role=button], [role=link], [role=tab], [role=menuitem], [role=menuitemcheckbox], [role=menuitemradio]," +
+    "[role=checkbox], [role=radio], [role=switch], [role=option], [role=combobox], [role=textbox], [role=searchbox]," +
+    "[role=treeitem], [role=slider], [role=spinbutton]";
+  const HEADINGS = "h1, h2, h3, h4, h5, h6, [role=heading], legend, caption";
+  const squeeze = (text) => (text || "").replace(/\s+/g, " ").trim();
+  const overlap = (a, b) => ({
+    left: Math.max(a.left, b.left), top: Math.max(a.top, b.top),
+    right: Math.min(a.right, b.right), bottom: Math.min(a.bottom, b.bottom),
+  });
+  const size = (box) => Math.max(0, box.right - box.left) * Math.max(0, box.bottom - box.top);
+  const viewport = { left: 0, top: 0, right: innerWidth, bottom: innerHeight };
+
+  // The part of the element's box that its scrolling or clipping ancestors and the viewport let through.
+  const visibleBox = (element) => {
+    const own = element.getBoundingClientRect();
+    let box = overlap(own, viewport);
+    for (let node = element; node && node !== document.body; node = node.parentElement) {
+      const style = getComputedStyle(node);
+      if (node !== element && /(auto|scroll|hidden|clip)/.test(style.overflowX + style.overflowY)) {
+        box = overlap(box, node.getBoundingClientRect());
+      }
+      if (style.position === "fixed") break;
+    }
+    return { own, box };
+  };
+
+  const isHidden = (element) =>
+    !element.checkVisibility({ opacityProperty: true, visibilityProperty: true, contentVisibilityAuto: true });
+
+  // A click at this point lands on the element itself (or on its label, or on plain content inside it).
+  const isHit = (element, x, y) => {
+    const hit = document.elementFromPoint(x, y);
+    if (!hit) return false;
+    if (hit === element) return true;
+    if (element.contains(hit)) return hit.closest(CLICKABLE) === element;
+    return !!element.labels && [...element.labels].some((label) => label === hit || label.contains(hit));
+  };
+
+  const numHits = (element, box) => {
+    let hits = 0;
+    for (const fx of [0.15, 0.5, 0.85]) {
+      for (const fy of [0.15, 0.5, 0.85]) {
+        hits += isHit(element, box.left + fx * (box.right - box.left), box.top + fy * (box.bottom - box.top));
+      }
+    }
+    return hits;
+  };
+
+  // Text that can be read inside the box: no screen-reader-only text, no text pushed off the element.
+  const visibleText = (element, box) => {
+    if (element.matches("input:not([type=checkbox]):not([type=radio]):not([type=range]):not([type=color])," +
+        "textarea")) {
+      if (element.type === "image") return "";
+      if (element.type === "password" && element.value) return "";
+      return squeeze(element.value || element.placeholder);
+    }
+    if (element.matches("select")) {
+      return squeeze(element.selectedOptions[0] ? element.selectedOptions[0].textContent : "");
+    }
+    const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+    const range = document.createRange();
+    let text = "";
+    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+      if (!node.textContent.trim() || isHidden(node.parentElement)) continue;
+      range.selectNodeContents(node);
+      const shown = overlap(range.getBoundingClientRect(), overlap(node.parentElement.getBoundingClientRect(), box));
+      if (shown.right - shown.left >= minSide && shown.bottom - shown.top >= minSide) text += " " + node.textContent;
+    }
+    return squeeze(text);
+  };
+
+  const headings = [...document.querySelectorAll(HEADINGS)].filter((heading) => {
+    if (isHidden(heading)) return false;
+    const { own, box } = visibleBox(heading);
+    return size(own) > 0 && size(box) > 0.9 * size(own);
+  });
+  // The heading a reader sees the element under: the last one before it in the nearest ancestor that has one.
+  const headingOf = (element, box) => {
+    for (let node = element.parentElement; node; node = node.parentElement) {
+      const before = headings.filter((heading) => node.contains(heading) && !heading.contains(element) &&
+        heading.compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING);
+      if (before.length) {
+        const last = before[before.length - 1];
+        return last.getBoundingClientRect().top <= box.top + 1 ? squeeze(last.innerText) : "";
+      }
+    }
+    return "";
+  };
+
+  const elements = [];
+  const found = [];
+  const dropped = {};
+  const drop = (reason) => { dropped[reason] = (dropped[reason] || 0) + 1; };
+  for (const element of document.querySelectorAll(CLICKABLE)) {
+    const { own, box } = visibleBox(element);
+    if (size(overlap(own, viewport)) === 0) { if (size(own) > 0) drop("outside the viewport"); else drop("hidden"); continue; }
+    if (isHidden(element)) { drop("hidden"); continue; }
+    if (element.matches(":disabled, [aria-disabled=true]")) { drop("disabled"); continue; }
+    if (box.right - box.left < minSide || box.bottom - box.top < minSide) { drop("too small"); continue; }
+    if (size(box) < 0.9 * size(own)) { drop("cut off at an edge"); continue; }
+    if (!isHit(element, (box.left + box.right) / 2, (box.top + box.bottom) / 2)) { drop("occluded at its centre"); continue; }
+    if (numHits(element, box) < 7) { drop("partly covered"); continue; }
+    elements.push(element);
+    found.push({
+      box: [box.left, box.top, box.right, box.bottom],
+      text: visibleText(element, box),
+      heading: headingOf(element, box),
+      title: squeeze(element.getAttribute("title")),
+      aria: squeeze(element.getAttribute("aria-label")),
+      tag: element.localName,
+    });
+  }
+  return { elements, report: JSON.stringify({ found, dropped, href: location.href }) };
+}

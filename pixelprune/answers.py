@@ -1,0 +1,233 @@
+"""Grounding answers: how a click point or a box is written, and one parser that reads the usual ways.
+
+Coordinate systems: Qwen3-VL writes integers 0-1000 relative to the image's width and height, Qwen2.5-VL absolute
+pixels; some corpora write fractions 0-1. Points and boxes of an `Answer` are always absolute pixels of the image.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+RELATIVE = 1000
+"""Relative coordinates run from 0 to this."""
+FORMATS = ("auto", "point", "box", "point_absolute", "box_absolute", "tool_call", "tool_call_absolute")
+MAX_TEXT_LEN = 20_000
+"""Only this many last characters of an answer are read: a model that babbles ends with its answer, if with any."""
+
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]
+
+_NUMBER = r"[-+]?\d{1,7}(?:\.\d{1,17})?"
+_PAIR = rf"({_NUMBER})\s*[,;\s]\s*({_NUMBER})"
+_STRICT_POINT = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
+_STRICT_BOX = re.compile(rf"[\[(]\s*{_NUMBER}(?:\s*,\s*{_NUMBER}){{3}}\s*[\])]")
+_STRICT_TOOL = re.compile(r"<tool_call>\s*(\{.*\})\s*</tool_call>", re.DOTALL)
+# Loose shapes, most explicit first. The last match of the first shape that matches anywhere wins.
+_LOOSE = (
+    re.compile(rf"<box>\s*\(?\[?\s*{_PAIR}\s*\)?\s*,?\s*\(?\s*{_PAIR}\s*\]?\)?\s*</box>"),
+    re.compile(rf"<\|box_start\|>\s*\(\s*{_PAIR}\s*\)\s*(?:,\s*\(\s*{_PAIR}\s*\)\s*)?<\|box_end\|>"),
+    re.compile(rf"<point>\s*\(?\s*{_PAIR}\s*\)?\s*</point>"),
+    re.compile(rf"\bx\s*[=:]\s*[\"']?({_NUMBER})[\"']?\s*,?\s*\by\s*[=:]\s*[\"']?({_NUMBER})"),
+    re.compile(rf"[\[(]\s*\(?\s*{_PAIR}\s*\)?\s*,\s*\(?\s*{_PAIR}\s*\)?\s*[\])]"),
+    re.compile(rf"\(\s*{_PAIR}\s*\)\s*,\s*\(\s*{_PAIR}\s*\)"),
+    re.compile(rf"[\[(]\s*{_PAIR}\s*[\])]"),
+    re.compile(rf"\b\w*[cC]lick\w*\(\s*{_PAIR}\s*[,)]"),
+    re.compile(rf"^\W*{_PAIR}\W*$"),
+)
+_KEYS = ("coordinate", "point_2d", "bbox_2d", "point", "bbox", "box", "position", "start_box", "coordinates")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What an answer says. `point` (the box's centre for a box) and `box`: absolute pixels, None when not read."""
+
+    text: str
+    point: Point | None = None
+    box: Box | None = None
+    coordinates: str = ""
+    """relative, absolute or fraction: the system the numbers were read in."""
+    problem: str = ""
+    """Why nothing was read; empty when it was."""
+
+    @property
+    def is_parsed(self) -> bool:
+        return self.point is not None
+
+
+def to_relative(x: float, y: float, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Absolute pixels -> relative 0-1000, rounded half up. image_size: (width, height) of the original image."""
+    width, height = image_size
+    return math.floor(x * RELATIVE / width + 0.5), math.floor(y * RELATIVE / height + 0.5)
+
+
+def to_absolute(x: float, y: float, image_size: tuple[int, int]) -> Point:
+    """Relative 0-1000 -> absolute pixels. image_size: (width, height)."""
+    return x * image_size[0] / RELATIVE, y * image_size[1] / RELATIVE
+
+
+def format_point(x: float, y: float, image_size: tuple[int, int], *, format: str = "point") -> str:
+    """A point (absolute pixels) as `(x, y)` or as a tool call, in any FORMATS name but auto and the boxes.
+
+    Raises ValueError for another format.
+    """
+    if format not in ("point", "point_absolute", "tool_call", "tool_call_absolute"):
+        raise ValueError(
+            f"format_point: expected point, point_absolute, tool_call or tool_call_absolute, got {format!r}"
+        )
+    px, py = _rounded(x, y, image_size, absolute=format.endswith("_absolute"))
+    if format.startswith("point"):
+        return f"({px}, {py})"
+    call = {"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [px, py]}}
+    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>"
+
+
+def format_box(box: Box, image_size: tuple[int, int], *, format: str = "box") -> str:
+    """A box (x1, y1, x2, y2 in absolute pixels) as `[x1, y1, x2, y2]`. Raises ValueError for another format."""
+    if format not in ("box", "box_absolute"):
+        raise ValueError(f"format_box: expected box or box_absolute, got {format!r}")
+    absolute = format.endswith("_absolute")
+    corners = [*_rounded(box[0], box[1], image_size, absolute=absolute)]
+    corners += _rounded(box[2], box[3], image_size, absolute=absolute)
+    return json.dumps(corners)
+
+
+def _rounded(x: float, y: float, image_size: tuple[int, int], *, absolute: bool) -> tuple[int, int]:
+    return (math.floor(x + 0.5), math.floor(y + 0.5)) if absolute else to_relative(x, y, image_size)
+
+
+def parse_answer(text: object, *, image_size: tuple[int, int], format: str = "auto", strict: bool = False) -> Answer:
+    """Read the point or box of a model's answer; whatever the text is, this returns and never raises.
+
+    image_size: (width, height) of the original image, pixels. format: one of FORMATS. It names the coordinate system
+    and, when `strict`, the one shape that is accepted with nothing around it and inside the image. Tolerant mode takes
+    the last point or box of the text, after any `</think>`, in any known shape. `auto` reads numbers as relative
+    0-1000, as fractions where all are within 0-1 and a decimal point is written, as pixels where one is over 1000.
+    Raises ValueError for an unknown format or an impossible image size only: mistakes of the caller.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"answer format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if min(image_size) <= 0:
+        raise ValueError(f"image_size: expected a positive (width, height), got {image_size}")
+    if not isinstance(text, str):
+        return Answer(text=repr(text)[:200], problem="not a text")
+    body = text[-MAX_TEXT_LEN:].strip()
+    if not body:
+        return Answer(text, problem="empty")
+    if strict:
+        numbers, is_fractional = _read_strict(body, format), "." in body
+    else:
+        body = body.rpartition("</think>")[2]
+        numbers, is_fractional = _read_loose(body), "." in body
+    if numbers is None:
+        return Answer(text, problem="no point or box found")
+    return _answer(text, numbers, image_size, _system(numbers, format, is_fractional), strict)
+
+
+def _system(numbers: list[float], format: str, is_fractional: bool) -> str:
+    if format.endswith("_absolute"):
+        return "absolute"
+    if is_fractional and all(0 <= n <= 1 for n in numbers):
+        return "fraction"
+    return "absolute" if format == "auto" and max(numbers) > RELATIVE else "relative"
+
+
+def _answer(text: str, numbers: list[float], image_size: tuple[int, int], system: str, strict: bool) -> Answer:
+    unit = {"relative": RELATIVE, "fraction": 1.0}
+    scale_x, scale_y = (side / unit[system] if system in unit else 1.0 for side in image_size)
+    pixels = [n * (scale_y if i % 2 else scale_x) for i, n in enumerate(numbers)]
+    if strict and not all(0 <= n <= image_size[i % 2] for i, n in enumerate(pixels)):
+        return Answer(text, problem="outside the image")
+    if len(pixels) == 2:
+        return Answer(text, (pixels[0], pixels[1]), None, system)
+    x1, y1, x2, y2 = pixels
+    if strict and (x1 > x2 or y1 > y2):
+        return Answer(text, problem="box corners out of order")
+    box = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+    return Answer(text, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), box, system)
+
+
+def _read_strict(body: str, format: str) -> list[float] | None:
+    """Numbers of a text that is exactly one canonical answer of this format, else None."""
+    shape = format.removesuffix("_absolute")
+    if shape in ("point", "auto") and (match := _STRICT_POINT.fullmatch(body)):
+        return [float(n) for n in match.groups()]
+    if shape in ("box", "auto") and _STRICT_BOX.fullmatch(body):
+        return [float(n) for n in re.findall(_NUMBER, body)]
+    if shape in ("tool_call", "auto") and (match := _STRICT_TOOL.fullmatch(body)):
+        call = _loads(match.group(1))
+        arguments = call.get("arguments") if isinstance(call, dict) else None
+        numbers = _numbers(arguments.get("coordinate")) if isinstance(arguments, dict) else None
+        return numbers if numbers is not None and len(numbers) == 2 else None
+    return None
+
+
+def _read_loose(body: str) -> list[float] | None:
+    """Numbers of the last point or box in the text, of the most explicit shape there is, else None."""
+    found = [numbers for value in _json_values(body) if (numbers := _from_json(value)) is not None]
+    if found:
+        return found[-1]
+    for shape in _LOOSE:
+        matches = list(shape.finditer(body))
+        if matches:
+            return [float(n) for n in matches[-1].groups() if n is not None]
+    return None
+
+
+def _loads(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _json_values(body: str, max_tries: int = 64) -> Iterator[Any]:
+    """JSON objects, and lists of them, that stand anywhere in the text."""
+    decoder = json.JSONDecoder()
+    position = 0
+    for _ in range(max_tries):
+        match = re.compile(r"[\[{]").search(body, position)
+        if match is None:
+            return
+        position = match.start()
+        try:
+            value, position = decoder.raw_decode(body, position)
+        except (ValueError, RecursionError):
+            position += 1
+            continue
+        yield value
+
+
+def _from_json(value: Any, depth: int = 4) -> list[float] | None:
+    """Coordinates under one of the known keys, looked for in nested arguments and lists; the last one wins."""
+    if depth == 0:
+        return None
+    if isinstance(value, list):
+        found = [n for item in value if isinstance(item, (dict, list)) and (n := _from_json(item, depth - 1))]
+        return found[-1] if found else None
+    if not isinstance(value, dict):
+        return None
+    for key in _KEYS:
+        if (numbers := _numbers(value.get(key))) is not None:
+            return numbers
+    if (numbers := _numbers([value.get("x"), value.get("y")])) is not None:
+        return numbers
+    nested = [n for item in value.values() if isinstance(item, (dict, list)) and (n := _from_json(item, depth - 1))]
+    return nested[-1] if nested else None
+
+
+def _numbers(value: Any) -> list[float] | None:
+    """Two or four finite numbers as floats (also as a text like "(12, 34)"), else None."""
+    if isinstance(value, str):
+        value = [float(n) for n in re.findall(_NUMBER, value[:200])]
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(v, list) and len(v) == 2 for v in value):
+        value = [*value[0], *value[1]]
+    if not isinstance(value, list) or len(value) not in (2, 4):
+        return None
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in value):
+        return None  # NaN and infinities compare false
+    return [float(v) for v in value]
