@@ -43,7 +43,7 @@ class Shape:
 
 SHAPES = (
     Shape("toy", num_positions=2048, width=64, vocab=1024, chunk_sizes=(256, 1024)),
-    Shape("real vocabulary", num_positions=512, width=128, vocab=151_936, chunk_sizes=(32, 128)),
+    Shape("real vocabulary", num_positions=256, width=128, vocab=151_936, chunk_sizes=(16, 64)),
 )
 
 
