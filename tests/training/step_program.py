@@ -14,7 +14,8 @@ from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 from tests.ranks import without_launcher_arguments
 from training.config import Config, ModelSettings, OptimSettings
-from training.engine import build_engine, join_ranks
+from training.data.collator import dummy_sample
+from training.engine import Ranks, build_engine, join_ranks
 from training.meter import StepMeter
 from training.model import SupervisedModel, enable_recomputation, load_model, load_model_files
 from training.run import run_step
@@ -45,33 +46,26 @@ def make_samples(tokenizer, *, some_without_image: bool) -> list:
     ]
 
 
-def main() -> None:
-    out, model_path, packing = without_launcher_arguments(sys.argv[1:])
-    torch.set_num_threads(1)
+def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
+    """Loss and gradient norm of three optimizer steps from the same weights, the global batch cut by `packing`."""
     config = Config(
         model=ModelSettings(path=model_path, dtype="float32"), optim=OptimSettings(lr=1e-3, max_grad_norm=0.0)
     )
-    ranks = join_ranks(config)
     files = load_model_files(config.model)
     model = load_model(config.model, attention="sdpa", device=ranks.device)
     enable_recomputation(model, config.model)
     engine = build_engine(SupervisedModel(model, files.geometry, config.loss), config, ranks.device)
     meter = StepMeter(ranks)
-
     samples = make_samples(files.tokenizer, some_without_image=packing == "text beside images")
+    num_supervised = sum(sample.num_supervised for sample in samples)
     if packing == "text beside images":
-        from training.data.collator import dummy_sample
-
-        # Rank 0 gets the text-only samples: the dummy keeps ViT and merger in its backward.
-        samples = [[*samples[:4], dummy_sample(files.geometry.image_token_id)], samples[4:]]
-        groups = [samples[ranks.rank]] if ranks.world_size == 2 else samples
+        # The rank with text-only samples has the dummy, which keeps ViT and merger in its backward.
+        packs = [[*samples[:4], dummy_sample(files.geometry.image_token_id)], samples[4:]]
     else:
         size = 8 if packing == "one pack" else 2
         packs = [samples[start : start + size] for start in range(0, 8, size)]
-        groups = packs[ranks.rank :: ranks.world_size]
-    mine = [pack_samples(group, files.geometry) for group in groups]
-    num_supervised = sum(sample.num_supervised for sample in make_samples(files.tokenizer, some_without_image=False))
-    rows = []
+    mine = [pack_samples(pack, files.geometry) for pack in packs[ranks.rank :: ranks.world_size]]
+    steps = []
     for _ in range(3):
         batches = [
             SimpleNamespace(
@@ -81,9 +75,18 @@ def main() -> None:
         ]
         run_step(engine, batches, meter)
         metrics = meter.finish()
-        rows.append({"loss": metrics["loss"], "grad_norm": float(engine.get_global_grad_norm())})
+        steps.append({"loss": metrics["loss"], "grad_norm": float(engine.get_global_grad_norm())})
+    return {"steps": steps, "num_samples": metrics["num_samples"], "num_supervised": metrics["num_supervised"]}
+
+
+def main() -> None:
+    out, model_path = without_launcher_arguments(sys.argv[1:])
+    torch.set_num_threads(1)
+    ranks = join_ranks(Config())
+    packings = ["four packs", "text beside images"] + (["one pack"] if ranks.world_size == 1 else [])
+    results = {packing: train_three_steps(packing, model_path, ranks) for packing in packings}
     if ranks.is_first:
-        Path(out).write_text(json.dumps({"steps": rows, "num_supervised": metrics["num_supervised"]}))
+        Path(out).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
