@@ -397,3 +397,17 @@ def label_components(left, above, label):
     for index in range(rows * cols):
         parent[index] = parent[parent[index]]
         label[index // cols, index % cols] = parent[index]
+
+
+def compile_all() -> None:
+    """Compile every kernel, or load it from the cache: a second or two of work best done once, at install."""
+    image = np.zeros(2 * 3, np.uint8)
+    image.flags.writeable = False
+    left, above = np.empty((1, 2), np.bool_), np.empty((1, 2), np.bool_)
+    keep, source = np.empty((1, 2), np.bool_), np.empty((1, 2), np.int32)
+    equal_neighbours(image, 1, left, above)
+    label_components(left, above, np.empty((1, 2), np.int64))
+    pred2d_exact(image, 1, keep, source)
+    pred2d_near(image, 1, MAX, 1, keep, source)
+    scan(image, 1, EXACT, 0, False, keep, source)
+    replay_pred2d(image[:3], 1, EXACT, 0, keep, source)

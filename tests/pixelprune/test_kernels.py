@@ -31,6 +31,7 @@ ENTRY_POINTS = (
 
 
 def test_every_form_of_input_uses_one_compiled_kernel() -> None:
+    kernels.compile_all()
     read_only = page()
     read_only.flags.writeable = False
     images = [page(), read_only, page()[:, ::-1], np.asfortranarray(page()), page()[32:, 32:]]
