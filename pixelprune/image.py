@@ -63,7 +63,8 @@ def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageError("decompression_bomb", f"{name}: {error}") from error
+        limit = f"resize.max_decoded_pixels={resize.max_decoded_pixels}"
+        raise ImageError("decompression_bomb", f"{name}: {error} (our own limit is {limit})") from error
     except UnidentifiedImageError as error:
         raise ImageError("not_an_image", f"{name}: not a readable image file") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
@@ -97,7 +98,7 @@ def gather_blocks(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 def prune_pixels(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
     """Select on a resized uint8 image (H, W, 3) and gather what is kept."""
-    selection = select(image, strategy=prune.strategy, metric=prune.metric, threshold=prune.threshold)
+    selection = select(image, strategy=prune.strategy, metric=prune.metric, threshold=prune.threshold, seed=prune.seed)
     return PrunedImage(gather_blocks(image, selection.keep), selection, original_size)
 
 
