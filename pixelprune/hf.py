@@ -147,9 +147,14 @@ def prefill_logits(model: Any, inputs: PrunedInputs) -> torch.Tensor:
 
 
 def model_arguments(model: Any, inputs: PrunedInputs) -> dict[str, Any]:
-    """What the stock forward and the stock `generate` take: encoded images and the left-padded rows.
+    """What the stock forward and the stock `generate` take: the left-padded rows and the encoded images."""
+    return padded_rows(model, inputs) | encode_images(model, inputs.samples, inputs.prompter)
 
-    input_ids, attention_mask (B, L) and position_ids (4, B, L) on the model's device: row 0 counts the tokens of each
+
+def padded_rows(model: Any, inputs: PrunedInputs) -> dict[str, torch.Tensor]:
+    """The prompts as left-padded rows on the model's device.
+
+    input_ids, attention_mask (B, L) and position_ids (4, B, L): row 0 counts the tokens of each
     row, rows 1-3 are MRoPE of the unpruned sequences. The stock `generate` continues each position row by one per
     token, which is `Sample.next_position` because a prompt ends in text.
     """
@@ -168,8 +173,7 @@ def model_arguments(model: Any, inputs: PrunedInputs) -> dict[str, Any]:
         positions[1:, row, start:] = sample.position_ids
     device = model.get_input_embeddings().weight.device
     rows = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    arguments: dict[str, Any] = {name: torch.from_numpy(array).to(device) for name, array in rows.items()}
-    return arguments | encode_images(model, samples, inputs.prompter)
+    return {name: torch.from_numpy(array).to(device) for name, array in rows.items()}
 
 
 def encode_images(model: Any, samples: list[Sample], prompter: Prompter) -> dict[str, Any]:
