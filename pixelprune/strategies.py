@@ -27,10 +27,8 @@ def integer_limit(metric: str, threshold: float, block: int) -> tuple[int, int]:
         return kernels.EXACT, 0
     scale = 255 if metric == "max" else 255 * 3 * block * block
     limit = round(threshold * scale)
-    while limit / scale > threshold:
+    if limit / scale > threshold:
         limit -= 1
-    while (limit + 1) / scale <= threshold:
-        limit += 1
     return (kernels.MAX if metric == "max" else kernels.MAE), limit
 
 
