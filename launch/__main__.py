@@ -1,33 +1,131 @@
-"""Start a recipe: `python -m launch RECIPE [key=value...] [--ranks N] [--dry-run]`."""
+"""Start a recipe: `python -m launch RECIPE [key=value...]`, on this machine, on the hosts of a hostfile, or on Slurm.
+
+Exit codes: 0 finished, 2 user error, 85 stopped on request and saved (the same command continues), others failed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import sys
 from pathlib import Path
 
+from launch.environment import rank_environment
+from launch.hosts import check_ssh_tools, hostfile_command, node_command, parse_master, read_hostfile
 from launch.local import default_num_ranks, local_command, run_local
+from launch.ports import free_port
+from launch.restart import RestartPolicy
+from launch.slurm import SlurmSettings, slurm_script, submit
 from training.errors import UserError
+from training.exit_codes import USER_ERROR
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="launch", description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--ranks", type=int, help="processes; one per GPU by default, two on the CPU")
-    parser.add_argument("--dry-run", action="store_true", help="print the command instead of running it")
-    args = parser.parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     try:
-        num_ranks = args.ranks or default_num_ranks()
+        if args.slurm:
+            return _slurm(args)
+        if args.hostfile:
+            return _hosts(args)
+        if args.node_rank is not None or args.master:
+            raise UserError("--node-rank and --master belong to a --hostfile, which is the same on all nodes")
+        num_ranks = args.ranks if args.ranks is not None else default_num_ranks()
+        if num_ranks < 1:
+            raise UserError(f"--ranks: expected at least 1, got {num_ranks}")
         if args.dry_run:
             print(shlex.join(local_command(args.recipe, args.overrides, num_ranks)))
             return 0
-        return run_local(args.recipe, args.overrides, num_ranks)
+        policy = RestartPolicy(args.restarts, args.pause)
+        return run_local(args.recipe, args.overrides, num_ranks, restarts=policy, grace_seconds=args.grace)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="launch", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--ranks", type=int, help="processes; one per GPU by default, two on the CPU")
+    parser.add_argument("--restarts", type=int, default=0, help="restarts in a row without progress; 0: never restart")
+    parser.add_argument("--pause", type=float, default=10.0, help="seconds before a restart; doubles without progress")
+    parser.add_argument("--grace", type=float, default=600.0, help="seconds that ranks get to stop and save")
+    parser.add_argument("--dry-run", action="store_true", help="print the exact command (Slurm: script) and stop")
+    hosts = parser.add_argument_group("several hosts")
+    hosts.add_argument("--hostfile", type=Path, help="lines `name slots=8`; starts all of them over ssh")
+    hosts.add_argument(
+        "--node-rank", type=int, help="start only this node's ranks (0 is the file's first host), no ssh"
+    )
+    hosts.add_argument("--master", help="address:port of the first host, with --node-rank")
+    slurm = parser.add_argument_group("Slurm")
+    slurm.add_argument("--slurm", action="store_true", help="submit a job instead of running here")
+    slurm.add_argument("--nodes", type=int, default=1)
+    slurm.add_argument("--gpus-per-node", type=int, default=8)
+    slurm.add_argument("--time", default="24:00:00")
+    slurm.add_argument("--partition", default="")
+    slurm.add_argument("--warning", type=int, default=120, help="seconds before the time limit to stop and save")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], help="a further option, as in --sbatch=--account=vision"
+    )
+    return parser
+
+
+def _slurm(args: argparse.Namespace) -> int:
+    from training.recipe import load_recipe
+
+    if args.hostfile or args.ranks:
+        raise UserError("--slurm: hosts and ranks come from --nodes and --gpus-per-node; drop --hostfile and --ranks")
+    config = load_recipe(args.recipe, args.overrides)
+    run_folder = Path(config.run.folder) / config.run.name
+    settings = SlurmSettings(
+        args.nodes, args.gpus_per_node, args.time, args.partition, args.warning, args.restarts, args.sbatch
+    )
+    script = slurm_script(args.recipe, args.overrides, settings, run_folder=run_folder, grace_seconds=args.grace)
+    if args.dry_run:
+        print(script, end="")
+        return 0
+    return submit(script, run_folder)
+
+
+def _hosts(args: argparse.Namespace) -> int:
+    from launch.run import Launch, run_launch
+    from training.recipe import load_recipe
+
+    hosts = read_hostfile(args.hostfile)
+    is_node = args.node_rank is not None
+    if is_node:
+        if not 0 <= args.node_rank < len(hosts):
+            raise UserError(f"--node-rank: expected 0 to {len(hosts) - 1} for {args.hostfile}, got {args.node_rank}")
+        if args.restarts:
+            raise UserError("--restarts: one node cannot restart the others; let the scheduler start all of them again")
+        address, port = parse_master(args.master or "")
+    num_local = list(hosts.values())[args.node_rank or 0]
+
+    def make_command() -> list[str]:
+        if is_node:
+            return node_command(
+                args.recipe, args.overrides, args.hostfile, node_rank=args.node_rank, master=address, port=port
+            )
+        return hostfile_command(args.recipe, args.overrides, args.hostfile, port=free_port())
+
+    if args.dry_run:
+        print(shlex.join(make_command()))
+        return 0
+    if not is_node:
+        check_ssh_tools()
+    config = load_recipe(args.recipe, args.overrides)
+    launch = Launch(
+        config,
+        make_command,
+        rank_environment(num_local, config.distributed.threads_per_rank),
+        grace_seconds=args.grace,
+        ranks_are_remote=not is_node,
+        owns_folder=not args.node_rank,
+    )
+    return run_launch(launch, RestartPolicy(args.restarts, args.pause))
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s launch: %(message)s", datefmt="%H:%M:%S")
     sys.exit(main())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-from launch.prebuild import clear_stale_lock
+from launch.environment import chosen_gpus, rank_environment
+from launch.restart import RestartPolicy
 from training.errors import UserError
+
+TRAINER = "training.train"
 
 
 def default_num_ranks() -> int:
@@ -32,24 +34,34 @@ def find_deepspeed() -> str:
 
 
 def local_command(recipe: Path, overrides: list[str], num_ranks: int, *, port: int | None = None) -> list[str]:
-    """The exact command that starts `num_ranks` processes of training.train on this machine."""
+    """The exact command that starts `num_ranks` processes of training.train on this machine. Raises UserError."""
+    gpus = chosen_gpus(num_ranks)
+    which = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_accelerators", str(num_ranks)]
     port_arguments = ["--master_port", str(port)] if port else []
-    return [
-        find_deepspeed(),
-        "--num_accelerators",
-        str(num_ranks),
-        *port_arguments,
-        "--module",
-        "training.train",
-        str(recipe),
-        *overrides,
-    ]
+    return [find_deepspeed(), *which, *port_arguments, "--module", TRAINER, str(recipe), *overrides]
 
 
-def run_local(recipe: Path, overrides: list[str], num_ranks: int | None = None) -> int:
-    """Run to the end in the foreground and return the exit code."""
+def run_local(
+    recipe: Path,
+    overrides: list[str],
+    num_ranks: int | None = None,
+    *,
+    restarts: RestartPolicy | None = None,
+    grace_seconds: float = 600.0,
+) -> int:
+    """Run to the end in the foreground and return the exit code (training/exit_codes.py). Raises UserError."""
     from launch.ports import free_port
+    from launch.prebuild import clear_stale_lock
+    from launch.run import Launch, run_launch
+    from training.recipe import load_recipe
 
-    command = local_command(recipe, overrides, num_ranks or default_num_ranks(), port=free_port())
+    config = load_recipe(recipe, overrides)
+    ranks = num_ranks or default_num_ranks()
     clear_stale_lock()
-    return subprocess.run(command, check=False).returncode
+    launch = Launch(
+        config,
+        lambda: local_command(recipe, overrides, ranks, port=free_port()),
+        rank_environment(ranks, config.distributed.threads_per_rank),
+        grace_seconds=grace_seconds,
+    )
+    return run_launch(launch, restarts or RestartPolicy())

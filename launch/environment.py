@@ -1,0 +1,52 @@
+"""What ranks find in their environment. The only room of the house that reads environment variables is this one."""
+
+from __future__ import annotations
+
+import os
+
+from training.errors import UserError
+
+_OF_A_RANK = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "CROSS_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+)
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+def rank_environment(num_ranks: int, threads_per_rank: int = 0) -> dict[str, str]:
+    """This environment for a launcher of `num_ranks` processes on this host.
+
+    The stock launcher sets no thread counts, so every rank would take all cores; here they are shared evenly
+    (`threads_per_rank` when given). What the user has set stays. Variables that would make a process think that it is a
+    rank already are removed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key not in _OF_A_RANK}
+    num_threads = threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, num_ranks))
+    for name in _THREADS:
+        environment.setdefault(name, str(num_threads))
+    # Loader workers are forked after the tokenizer was used; its own threads would not survive that.
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        # The launcher overwrites CUDA_VISIBLE_DEVICES in the ranks, which would bring the hidden GPUs back.
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    return environment
+
+
+def chosen_gpus(num_ranks: int) -> list[str] | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves to this run, one per rank; None when it names none.
+
+    DeepSpeed ignores the variable beside `--num_accelerators` and takes the first GPUs of the machine, somebody else's
+    perhaps. Raises UserError when there are fewer than ranks, or when they are named other than by number.
+    """
+    value = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if value in ("", "-1"):
+        return None
+    gpus = [name.strip() for name in value.split(",")]
+    if not all(name.isdigit() for name in gpus):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES: expected GPU numbers as in 0,1 (all that DeepSpeed's launcher takes), got {value!r}"
+        )
+    if len(gpus) < num_ranks:
+        raise UserError(f"--ranks {num_ranks}: CUDA_VISIBLE_DEVICES leaves {len(gpus)} GPUs ({value}); lower --ranks")
+    return gpus[:num_ranks]

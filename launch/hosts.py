@@ -1,0 +1,63 @@
+"""Several hosts: DeepSpeed's hostfile, started over ssh from one of them, or node by node without ssh (Slurm)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from launch.local import TRAINER, find_deepspeed
+from training.errors import UserError
+
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*$")
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Host -> number of ranks on it, in the order of the file (`name slots=8` per line). Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"--hostfile {path}: no such file")
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        text = line.split("#")[0].strip()
+        if not text:
+            continue
+        match = _LINE.match(text)
+        if match is None or int(match[2]) < 1:
+            raise UserError(f"{path}:{number}: expected `hostname slots=8`, got {line.strip()!r}")
+        if match[1] in hosts:
+            raise UserError(f"{path}:{number}: host {match[1]} is named twice")
+        hosts[match[1]] = int(match[2])
+    if not hosts:
+        raise UserError(f"{path}: expected one line `hostname slots=8` per host, got none")
+    return hosts
+
+
+def hostfile_command(recipe: Path, overrides: list[str], hostfile: Path, *, port: int) -> list[str]:
+    """DeepSpeed starts the ranks of all hosts over ssh (pdsh)."""
+    options = ["--hostfile", str(hostfile), "--launcher", "pdsh", "--master_port", str(port)]
+    return [find_deepspeed(), *options, "--module", TRAINER, str(recipe), *overrides]
+
+
+def check_ssh_tools() -> None:
+    """Raises UserError when what the hostfile's way needs is not installed."""
+    if shutil.which("pdsh") is None:
+        raise UserError(
+            "--hostfile: no `pdsh` on PATH, which DeepSpeed starts other hosts with; install it on this host"
+        )
+
+
+def node_command(
+    recipe: Path, overrides: list[str], hostfile: Path, *, node_rank: int, master: str, port: int
+) -> list[str]:
+    """One node's part of a run that is started on every node, by Slurm or by hand: no ssh."""
+    options = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node_rank)]
+    meeting_point = ["--master_addr", master, "--master_port", str(port)]
+    return [find_deepspeed(), *options, *meeting_point, "--module", TRAINER, str(recipe), *overrides]
+
+
+def parse_master(text: str) -> tuple[str, int]:
+    """`address:port`, the same on all nodes. Raises UserError."""
+    address, colon, port = text.rpartition(":")
+    if not colon or not address or not port.isdigit():
+        raise UserError(f"--master: expected address:port as in node01:29500, got {text!r}")
+    return address, int(port)

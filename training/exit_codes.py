@@ -1,0 +1,13 @@
+"""What a rank's exit code tells whoever started it: launch/, Slurm scripts, people's own loops."""
+
+FINISHED = 0
+"""The run reached its last step."""
+
+USER_ERROR = 2
+"""The recipe or the data is wrong: starting again would fail again, so it is never restarted."""
+
+RESUMABLE = 85
+"""Stopped on request (SIGTERM, SIGINT, SIGUSR1 or the stop file), saved: start the same command again to continue."""
+
+STOP_FILE = "stop"
+"""A file of this name in the run's folder asks the ranks to stop as a signal does; it reaches ranks on other hosts."""
