@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pixelprune.hf import Generation, decode, encode_images, end_token_ids, refuse_reserved
+from pixelprune.decoding import decode, end_token_ids, generation_settings
+from pixelprune.hf import Generation, encode_images
 from pixelprune.image import PrunedImage
 from pixelprune.prompter import Messages, Prompter
 from pixelprune.sample import ChatTokens, Sample, build_sample
@@ -93,7 +94,12 @@ class Conversation:
 
     @torch.no_grad()
     def ask(
-        self, content: str | list | dict, *, role: str = "user", max_new_tokens: int = 256, **generate_kwargs: Any
+        self,
+        content: str | list | dict,
+        *,
+        role: str = "user",
+        max_new_tokens: int | None = None,
+        **generate_kwargs: Any,
     ) -> Generation:
         """Add a turn and generate the answer.
 
@@ -101,22 +107,23 @@ class Conversation:
         results). Further arguments are those of the stock `generate`, for one sequence without beams.
         A turn that fails leaves the conversation as it was. Raises ValueError as `prepare` and `generate` do.
         """
-        refuse_reserved(generate_kwargs)
         self._refuse_unusable(generate_kwargs)
+        suppressed = self._suppressed(generate_kwargs)
+        settings = generation_settings(
+            self.model, self.prompter, max_new_tokens, generate_kwargs, suppress_tokens=suppressed
+        )
         messages = [*self.messages, *_as_messages(content, role)]
         row, new_from = self._append_turn(messages)
         cache, self._cache = self._cache if new_from else None, None  # generation changes it, so a failure loses it
         cache = self._prefill(row, new_from, cache)
         device = self.model.get_input_embeddings().weight.device
         input_ids = torch.from_numpy(row.input_ids)[None].to(device)
-        settings = {"pad_token_id": self.prompter.pad_token_id} | generate_kwargs
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             position_ids=torch.from_numpy(_with_row_positions(row.position_ids, 0))[:, None].to(device),
             past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            **(settings | {"suppress_tokens": self._suppressed(generate_kwargs), "return_dict_in_generate": True}),
+            **settings,
         )
         output.past_key_values = None
         answer = output.sequences[0, len(row.input_ids) :].tolist()

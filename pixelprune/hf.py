@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from pixelprune.decoding import decode, end_token_ids, generation_settings, trim
 from pixelprune.pack import VisionGeometry, pack_samples, vision_inputs
 from pixelprune.prompter import Messages, Prompter
 from pixelprune.sample import Sample, build_sample
 from pixelprune.settings import PruneSettings, ResizeSettings
 
 # B = conversations, L = tokens of the longest prompt, V = vocabulary
-
-RESERVED = ("inputs", "input_ids", "attention_mask", "position_ids", "past_key_values", "mm_encoder_outputs")
-"""Arguments of the stock `generate` that are made here."""
 
 
 @dataclass(frozen=True)
@@ -117,25 +115,23 @@ def prepare(
 
 
 @torch.no_grad()
-def generate(model: Any, inputs: PrunedInputs, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> Generation:
+def generate(
+    model: Any, inputs: PrunedInputs, *, max_new_tokens: int | None = None, **generate_kwargs: Any
+) -> Generation:
     """The stock `model.generate` on pruned prompts; every other argument (sampling, beams, streamer) is the stock one.
 
     Several conversations are left-padded into one batch. A streamer needs a batch of one, as in the stock method.
-    Raises ValueError for arguments that are made here and for a model of another family than the prompts.
+    max_new_tokens: left out, the generation config's, otherwise 256.
+    Raises ValueError for arguments that are made here, for assisted decoding, for a model in training mode and for a
+    model of another family than the prompts.
     """
-    refuse_reserved(generate_kwargs)
+    settings = generation_settings(model, inputs.prompter, max_new_tokens, generate_kwargs)
     arguments = model_arguments(model, inputs)
-    pad = generate_kwargs.pop("pad_token_id", inputs.prompter.pad_token_id)
-    output = model.generate(
-        **arguments,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        **(generate_kwargs | {"return_dict_in_generate": True}),
-    )
+    output = model.generate(**arguments, **settings)
     output.past_key_values = None  # the memory goes with the answer, not with the result
     rows = output.sequences[:, arguments["input_ids"].shape[1] :].tolist()
     ends = end_token_ids(model, generate_kwargs)
-    token_ids = [trim(row, ends, pad) for row in rows]
+    token_ids = [trim(row, ends, generate_kwargs.get("pad_token_id", inputs.prompter.pad_token_id)) for row in rows]
     return Generation(decode(inputs.prompter, token_ids), token_ids, output)
 
 
@@ -178,12 +174,7 @@ def padded_rows(model: Any, inputs: PrunedInputs) -> dict[str, torch.Tensor]:
 
 def encode_images(model: Any, samples: list[Sample], prompter: Prompter) -> dict[str, Any]:
     """The stock vision tower over the kept blocks of all images; empty where there are none."""
-    stock = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT wraps the model
-    if prompter.image_token_id != getattr(stock.config, "image_token_id", None):
-        raise ValueError(
-            f"the prompts use image token {prompter.image_token_id}, the model expects "
-            f"{getattr(stock.config, 'image_token_id', None)}; prepare them with the model's own folder"
-        )
+    stock = stock_model(model, prompter)
     normalisation = {"image_mean": prompter.image_mean, "image_std": prompter.image_std}
     geometry = VisionGeometry.from_config(stock.config, normalisation)
     vision = stock.model.visual
@@ -194,30 +185,19 @@ def encode_images(model: Any, samples: list[Sample], prompter: Prompter) -> dict
     return {"mm_encoder_outputs": {"image": stock.model.get_image_features(**arguments, return_dict=True)}}
 
 
-def refuse_reserved(generate_kwargs: dict) -> None:
-    """Raise ValueError for arguments of the stock `generate` that would contradict the prepared prompts."""
-    reserved = [name for name in generate_kwargs if name in RESERVED or name.startswith(("pixel_values", "image_"))]
-    if reserved:
-        raise ValueError(f"{', '.join(reserved)}: made from the prepared inputs, leave it out")
+def stock_model(model: Any, prompter: Prompter) -> Any:
+    """The stock model inside a PEFT wrapper, or the model itself.
 
-
-def end_token_ids(model: Any, generate_kwargs: dict) -> set[int]:
-    """The end tokens in force: argument, then generation config."""
-    config = generate_kwargs.get("generation_config") or model.generation_config
-    ends = generate_kwargs.get("eos_token_id", config.eos_token_id)
-    if ends is None:
-        ends = model.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else {int(end) for end in ends}
-
-
-def trim(row: list[int], ends: set[int], pad: int) -> list[int]:
-    """A generated row up to and including its first end token, without the padding of rows that ended early."""
-    end = next((i for i, token in enumerate(row) if token in ends), None)
-    row = row if end is None else row[: end + 1]
-    while row and row[-1] == pad and pad not in ends:
-        row = row[:-1]
-    return row
-
-
-def decode(prompter: Prompter, token_ids: list[list[int]]) -> list[str]:
-    return prompter.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    Raises ValueError for a model in training mode: with gradient checkpointing it drops the cache without a word, and
+    generates from the last token alone. Also for a model with another image token than the prompts.
+    """
+    stock = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if stock.training:
+        raise ValueError("the model is in training mode; call model.eval() first")
+    expected = getattr(stock.config, "image_token_id", None)
+    if prompter.image_token_id != expected:
+        raise ValueError(
+            f"the prompts use image token {prompter.image_token_id}, the model expects {expected}; "
+            "prepare them with the model's own folder"
+        )
+    return stock

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from pixelprune.hf import generate, prefill_logits, prepare
@@ -287,10 +288,48 @@ def test_an_unusable_image_keeps_its_reason(prompter):
     assert refused.value.reason == "not_an_image"
 
 
+def test_a_generation_config_keeps_its_say(lively, prompter):
+    inputs = prepare(prompter, CONVERSATIONS[0])
+    expected = generate(lively, inputs, max_new_tokens=3).token_ids
+    config = GenerationConfig(max_new_tokens=3, pad_token_id=5)
+    assert generate(lively, inputs, generation_config=config).token_ids == expected
+    assert generate(lively, inputs, generation_config=config, max_new_tokens=2).token_ids == [expected[0][:2]]
+    assert generate(lively, inputs, max_length=len(inputs.samples[0]) + 3).token_ids == expected
+    assert (config.max_new_tokens, config.return_dict_in_generate) == (3, None), "the caller's object is left alone"
+
+
+def test_without_any_length_256_tokens_are_generated(lively, prompter):
+    assert len(generate(lively, prepare(prompter, user("?"))).token_ids[0]) == 256
+
+
+def test_a_model_in_training_mode_is_refused(lively, prompter):
+    """With gradient checkpointing, the stock method would drop the cache and go on from the last token alone."""
+    model = copy.deepcopy(lively).train()
+    with pytest.raises(ValueError, match=r"training mode; call model\.eval\(\) first"):
+        generate(model, prepare(prompter, CONVERSATIONS[0]), max_new_tokens=2)
+
+
+def test_chunked_prefill_gives_the_same_answer(lively, prompter):
+    inputs = prepare(prompter, CONVERSATIONS)
+    expected = generate(lively, inputs, max_new_tokens=NUM_NEW).token_ids
+    assert generate(lively, inputs, max_new_tokens=NUM_NEW, prefill_chunk_size=7).token_ids == expected
+
+
+def test_an_adapter_around_the_model_changes_nothing_here(lively, prompter):
+    peft = pytest.importorskip("peft")
+    inputs = prepare(prompter, CONVERSATIONS)
+    expected = generate(lively, inputs, max_new_tokens=NUM_NEW).token_ids
+    settings = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)  # starts as the identity
+    wrapped = peft.get_peft_model(copy.deepcopy(lively), settings).eval()
+    assert generate(wrapped, inputs, max_new_tokens=NUM_NEW).token_ids == expected
+
+
 def test_arguments_made_here_and_other_models_are_refused(lively, prompter):
     inputs = prepare(prompter, CONVERSATIONS[0])
     with pytest.raises(ValueError, match="position_ids: made from the prepared inputs"):
         generate(lively, inputs, position_ids=None)
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens: assisted decoding is not supported"):
+        generate(lively, inputs, prompt_lookup_num_tokens=3)
     other = copy.deepcopy(lively)
     other.config.image_token_id = 1
     with pytest.raises(ValueError, match="the model expects 1; prepare them with the model's own folder"):
