@@ -20,6 +20,8 @@ import numpy as np
 
 NO_BIN = -1
 SLACK = 1e-9
+EVEN_ENOUGH = 2e-3
+"""Improvement stops when the highest pack of a micro-step is this close to their mean."""
 
 
 def pack_step(
@@ -174,6 +176,8 @@ def _improve(bins, tokens, patches, cost, world_size, num_micro, max_tokens, max
         used_patches[bins[i]] += patches[i]
     for m in range(num_micro):
         first, last = m * world_size, (m + 1) * world_size
+        even_enough = load[first:last].mean() * (1 + EVEN_ENOUGH)
+        members = np.flatnonzero((bins >= first) & (bins < last))
         for _ in range(rounds):
             high = first
             low = first
@@ -182,19 +186,19 @@ def _improve(bins, tokens, patches, cost, world_size, num_micro, max_tokens, max
                     high = b
                 if load[b] < load[low]:
                     low = b
-            if load[high] - load[low] <= SLACK * load[high]:
+            if load[high] <= even_enough:
                 break
             best_peak, best_i, best_j, best_bin = load[high] * (1 - 1e-4), -1, -1, -1
-            for i in range(len(bins)):
+            for i in members:
                 if bins[i] != high:
                     continue
                 peak = max(load[high] - cost[i], load[low] + cost[i])
                 fits = used_tokens[low] + tokens[i] <= max_tokens and used_patches[low] + patches[i] <= max_patches
                 if fits and peak < best_peak:
                     best_peak, best_i, best_j, best_bin = peak, i, -1, low
-                for j in range(len(bins)):
+                for j in members:
                     b = bins[j]
-                    if b < first or b >= last or b == high or cost[j] >= cost[i]:
+                    if b == high or cost[j] >= cost[i]:
                         continue
                     moved = cost[i] - cost[j]
                     peak = max(load[high] - moved, load[b] + moved)
