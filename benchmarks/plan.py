@@ -172,8 +172,8 @@ def main() -> None:
     )
     note = (
         f"{arguments.records:,} records, {SAMPLES_PER_RANK} samples per rank and optimizer step, packs of "
-        f"{PACK_TOKENS} tokens. The peer packs next-fit in arrival order by unpruned length. Planning time is processor "
-        "time. A step takes whole micro-steps, so the fill follows from samples per step and cap."
+        f"{PACK_TOKENS} tokens. The peer packs next-fit in arrival order by unpruned length. Planning time is "
+        "processor time. A step takes whole micro-steps, so the fill follows from samples per step and cap."
     )
     payload = {"num_records": arguments.records, "samples_per_rank": SAMPLES_PER_RANK, "pack_tokens": PACK_TOKENS}
     write_record("plan", {**payload, "rows": rows}, f"{note}\n\n{table}")
