@@ -14,6 +14,7 @@ pixels. FLOPs are the cost model's for this prompt (causal attention, one positi
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -247,6 +248,7 @@ def main() -> None:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     table = table_of(rows)
     settings["images"] = arguments.images.name  # no path of this machine in a committed record
+    settings["load_average"] = os.getloadavg()  # how busy the machine was with other work
     write_record(arguments.name or f"prefill_{size}_{model.device.type}", {"settings": settings, "rows": rows}, table)
     Console().print(table, markup=False, soft_wrap=True)
 

@@ -65,6 +65,28 @@ def test_a_left_padded_batch_of_four_equals_uncached_decoding_of_each(lively, to
         assert_decodes_as(generation, row, lively, toy_tokenizer, messages, sample)
 
 
+def test_positions_of_generated_tokens_continue_both_counts(monkeypatch, lively, prompter):
+    """Row 0 counts the tokens of the pruned row; rows 1-3 go on where the unpruned sequence ended."""
+    model, seen = copy.deepcopy(lively), []
+    forward = model.model.language_model.forward
+
+    def record(*args, **kwargs):
+        seen.append(kwargs["position_ids"])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model.language_model, "forward", record)
+    inputs = prepare(prompter, CONVERSATIONS)
+    generate(model, inputs, max_new_tokens=NUM_NEW)
+    for row, sample in enumerate(inputs.samples):
+        assert torch.equal(seen[0][1:, row, -len(sample) :], torch.from_numpy(sample.position_ids))
+        assert seen[0][0, row, -len(sample) :].tolist() == list(range(len(sample)))
+        for step, positions in enumerate(seen[1:]):
+            assert positions[:, row, 0].tolist() == [len(sample) + step, *[sample.next_position + step] * 3]
+    assert len(seen) == NUM_NEW
+    unpruned = prepare(dataclasses.replace(prompter, prune=PruneSettings("none")), CONVERSATIONS).samples
+    assert [s.next_position for s in inputs.samples] == [s.next_position for s in unpruned]
+
+
 def test_the_reference_notices_a_position_that_is_off_by_one(lively, toy_tokenizer, prompter):
     """The comparison above would fail on a wrong position of generated tokens: the logits move far beyond it."""
     inputs = prepare(prompter, CONVERSATIONS[0])
