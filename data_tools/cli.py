@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -22,13 +20,13 @@ def _terminate(signum: int, _: FrameType | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 a failure the user can mend, 2 wrong arguments."""
-    from data_tools import render_command, sheet_command
+    from data_tools import convert_commands, render_command, sheet_command
 
     parser = argparse.ArgumentParser(
         prog="python -m data_tools", description="Get grounding data in: render it, convert it, look at it."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (render_command, sheet_command):
+    for module in (render_command, convert_commands, sheet_command):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
@@ -41,15 +39,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print("stopped")
         return 130
     return 0
-
-
-def existing(text: str) -> Path:
-    """An argparse type: a path that exists."""
-    path = Path(text)
-    if not path.exists():
-        raise argparse.ArgumentTypeError(f"no such file or folder: {text}")
-    return path
-
-
-if __name__ == "__main__":
-    sys.exit(main())

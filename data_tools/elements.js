@@ -1,5 +1,5 @@
 // Runs in an isolated world of the page: finds what a person could click, as it is visible now.
-// Returns {elements: [Element], report: JSON}; boxes are CSS pixels of the viewport.
+// Returns {elements: [Element], report: JSON}; boxes are CSS pixels of the viewport; reason: why one is left out, or "".
 (minSide) => {
   const CLICKABLE =
     'a[href], button, input:not([type=hidden]), select, textarea, summary, [contenteditable=""], [contenteditable=true],' +
@@ -97,22 +97,26 @@
   const dropped = {};
   const drop = (reason) => { dropped[reason] = (dropped[reason] || 0) + 1; };
   for (const element of document.querySelectorAll(CLICKABLE)) {
+    const whole = element.getBoundingClientRect();
+    if (size(whole) === 0 || isHidden(element)) { drop("hidden"); continue; }
+    if (size(overlap(whole, viewport)) === 0) { drop("outside the viewport"); continue; }
     const { own, box } = visibleBox(element);
-    if (size(overlap(own, viewport)) === 0) { if (size(own) > 0) drop("outside the viewport"); else drop("hidden"); continue; }
-    if (isHidden(element)) { drop("hidden"); continue; }
-    if (element.matches(":disabled, [aria-disabled=true]")) { drop("disabled"); continue; }
-    if (box.right - box.left < minSide || box.bottom - box.top < minSide) { drop("too small"); continue; }
-    if (size(box) < 0.9 * size(own)) { drop("cut off at an edge"); continue; }
-    if (!isHit(element, (box.left + box.right) / 2, (box.top + box.bottom) / 2)) { drop("occluded at its centre"); continue; }
-    if (numHits(element, box) < 7) { drop("partly covered"); continue; }
+    let reason = "";
+    if (element.matches(":disabled, [aria-disabled=true]")) reason = "disabled";
+    else if (box.right - box.left < minSide || box.bottom - box.top < minSide) reason = "too small";
+    else if (size(box) < 0.9 * size(own)) reason = "cut off at an edge";
+    else if (!isHit(element, (box.left + box.right) / 2, (box.top + box.bottom) / 2)) reason = "occluded at its centre";
+    else if (numHits(element, box) < 7) reason = "partly covered";
+    if (reason) drop(reason);
+    // What is left out may still be seen, and then its name is no longer unique: reported with the reason.
     elements.push(element);
     found.push({
+      reason,
       box: [box.left, box.top, box.right, box.bottom],
-      text: visibleText(element, box),
+      text: reason ? "" : visibleText(element, box),
       heading: headingOf(element, box),
       title: squeeze(element.getAttribute("title")),
       aria: squeeze(element.getAttribute("aria-label")),
-      tag: element.localName,
     });
   }
   return { elements, report: JSON.stringify({ found, dropped, href: location.href }) };

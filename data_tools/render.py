@@ -10,8 +10,9 @@ import random
 import re
 import shutil
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class RenderSettings:
     """Seconds for one page in one viewport and theme, all its scroll positions together."""
     javascript: bool = False
     source: str = "render"
-    png_level: int = 9
+    png_level: int = 6
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ def usable(shot: Shot) -> tuple[list[Element], Instructor, Counter[str]]:
     area = shot.image.shape[0] * shot.image.shape[1]
     kept = []
     for element in shot.elements:
+        if not element.is_clickable:
+            continue
         x1, y1, x2, y2 = element.box
         reason = "too large" if (x2 - x1) * (y2 - y1) > MAX_AREA * area else instructor.refusal(element)
         if reason:
@@ -244,6 +247,10 @@ def prepare_out(out: Path, *, overwrite: bool) -> None:
     (out / "images").mkdir(parents=True)
 
 
+def _write_image(out: Path, shot: Shot, level: int) -> None:
+    (out / "images" / f"{shot.name}.png").write_bytes(encode_png(shot.image, level=level))
+
+
 def render(
     site: Site,
     pages: list[str],
@@ -261,7 +268,9 @@ def render(
     started = time.monotonic()
     seen: set[bytes] = set()
     records: dict[str, list[dict[str, Any]]] = {"train": [], "eval": []}
-    with Renderer(site, settings, report, chromium) as renderer:
+    writes: deque[Future[None]] = deque()
+    # Compressing releases the interpreter lock: it runs while Chromium draws the next picture.
+    with ThreadPoolExecutor(2) as pool, Renderer(site, settings, report, chromium) as renderer:
         for number, page in enumerate(pages):
             split = "eval" if page in eval_set else "train"
             for shot in renderer.shots(page, number):
@@ -274,13 +283,17 @@ def render(
                 if not made:
                     report.dropped_images["no usable element"] += 1
                     continue
-                (out / "images" / f"{shot.name}.png").write_bytes(encode_png(shot.image, level=settings.png_level))
+                if len(writes) > 8:  # bounds the pixels in memory; raises what the write raised
+                    writes.popleft().result()
+                writes.append(pool.submit(_write_image, out, shot, settings.png_level))
                 report.num_images += 1
                 records[split].extend(made)
                 report.num_records[split] += len(made)
             report.num_pages += 1
             report.seconds = time.monotonic() - started
             yield report
+        for write in writes:
+            write.result()
     for split, written in records.items():
         if written or split == "train":
             write_jsonl(out / f"{split}.jsonl", written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 from pathlib import Path
 
 from rich.console import Console
@@ -60,6 +61,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="crawl links from these pages instead of taking every file",
     )
     add("--max-pages", type=int, default=None, help="stop after this many pages")
+    add("--shuffle", action="store_true", help="take pages in an order drawn by --seed, not by name or link")
     add("--viewports", default="390x844@2,820x1180,1366x768,1920x1080", help="WIDTHxHEIGHT[@SCALE],... (%(default)s)")
     add("--themes", default="light,dark", help="light, dark or light,dark: prefers-color-scheme (%(default)s)")
     add("--alternate-themes", action="store_true", help="one theme per page and viewport, in turn, instead of each")
@@ -73,7 +75,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--timeout", type=float, default=20.0, help="seconds per page, viewport and theme (%(default)s)")
     add("--javascript", action="store_true", help="let the pages' own scripts run (still without network)")
     add(
-        "--png-level", type=int, default=9, choices=range(1, 10), metavar="1-9", help="compression effort (%(default)s)"
+        "--png-level", type=int, default=6, choices=range(1, 10), metavar="1-9", help="compression effort (%(default)s)"
     )
     add("--sheet", type=int, default=24, metavar="N", help="records drawn onto sheet.png, 0 for none (%(default)s)")
     add("--chromium", default=None, help="Chromium's executable (default: the first found on PATH)")
@@ -106,7 +108,10 @@ def run(options: argparse.Namespace) -> None:
     """Crawl, split, render, report. Raises ValueError for wrong options and when no record came out."""
     settings = _settings(options)
     site = Site(options.pages, start=options.start)
-    pages = site.crawl(max_pages=options.max_pages)
+    pages = site.crawl(max_pages=None if options.shuffle else options.max_pages)
+    if options.shuffle:
+        random.Random(options.seed).shuffle(pages)
+        pages = pages[: options.max_pages]
     names = [name for name in options.eval_pages.split(",") if name]
     eval_set = split_pages(pages, eval_pages=names, eval_fraction=options.eval_fraction, seed=options.seed)
     prepare_out(options.out, overwrite=options.overwrite)

@@ -93,6 +93,8 @@ class Element:
     heading: str
     function: str
     """What title or aria-label say it does, where that is not its visible text; else empty."""
+    is_clickable: bool = True
+    """False for what is covered, cut off or disabled: no target, but its name is taken."""
 
 
 class PageView:
@@ -216,7 +218,7 @@ class PageView:
         return next(p["value"] for p in properties if p["name"] == name)
 
     def capture(self, viewport: Viewport) -> tuple[np.ndarray, list[Element], Counter[str]]:
-        """Screenshot, its elements, and how many were left out for which reason.
+        """Screenshot, its elements (also those that are no targets), and how many were left out for which reason.
 
         Boxes are read before and after the picture is taken; what moved meanwhile is left out.
         """
@@ -235,10 +237,12 @@ class PageView:
         still = {tuple(entry["box"]) for entry in after["found"]}
         elements = []
         for entry, (name, role) in zip(before["found"], names, strict=True):
-            if tuple(entry["box"]) not in still:
+            has_moved = tuple(entry["box"]) not in still
+            if has_moved and not entry["reason"]:
                 dropped["moved while it was read"] += 1
-                continue
-            elements.append(_element(entry, name, role, viewport.scale))
+            elements.append(
+                _element(entry, name, role, viewport.scale, is_clickable=not has_moved and not entry["reason"])
+            )
         return image, elements, dropped
 
     def _names(self, handle: str, count: int) -> list[tuple[str, str]]:
@@ -259,7 +263,7 @@ class PageView:
         return names
 
 
-def _element(entry: dict, name: str, role: str, scale: float) -> Element:
+def _element(entry: dict, name: str, role: str, scale: float, *, is_clickable: bool) -> Element:
     x1, y1, x2, y2 = (side * scale for side in entry["box"])
     readable = any(character.isalnum() for character in entry["text"])
     described = next((text for text in (entry["title"], entry["aria"]) if text and text != entry["text"]), "")
@@ -270,4 +274,5 @@ def _element(entry: dict, name: str, role: str, scale: float) -> Element:
         kind="text" if readable else "icon",
         heading=entry["heading"],
         function=described,
+        is_clickable=is_clickable,
     )

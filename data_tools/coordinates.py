@@ -1,0 +1,71 @@
+"""Coordinates inside answers: which answers give a place, and how it is written anew, relative to the image."""
+
+from __future__ import annotations
+
+import re
+
+from data_tools.conversation import DropError
+from pixelprune.answers import Answer, format_box, format_point, parse_answer
+
+SYSTEMS = ("absolute", "relative", "fraction")
+ANSWERS = ("auto", "point", "box", "tool_call")
+_CALL = re.compile(r"pyautogui\.\w+\(([^()]*)\)")
+_TOOL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
+# What may stand beside the numbers in an answer that is nothing but coordinates.
+_COORDINATE_WORDS = re.compile(
+    r"<\|?/?(?:point|box|points|box_start|box_end)\|?>|\b(?:x|y|point|box|bbox|bbox_2d|point_2d|coordinate|coordinates|json|label)\b",
+    re.IGNORECASE,
+)
+
+
+def coordinate_text(text: str) -> str:
+    """The part of an answer that gives a place: a pyautogui call, a tool call, or the answer when it is nothing else.
+
+    Raises DropError with the reason: no coordinates, or several.
+    """
+    calls = [match.group(0) for match in _CALL.finditer(text) if len(_NUMBER.findall(match.group(1))) >= 2]
+    tools = [match.group(0) for match in _TOOL.finditer(text) if '"coordinate' in match.group(1)]
+    found = calls or tools
+    if len(found) > 1:
+        raise DropError("several coordinates in one answer")
+    if found:
+        return found[0]
+    bare = _COORDINATE_WORDS.sub("", text)
+    if re.search(r"[^\W\d_]", bare) or not 2 <= len(_NUMBER.findall(bare)) <= 4:
+        raise DropError("no coordinates")
+    return text
+
+
+def read_place(text: str, image_size: tuple[int, int], system: str) -> Answer:
+    """Point or box of an answer in absolute pixels. Raises DropError with the reason.
+
+    image_size: (width, height) of the original image; system: one of SYSTEMS, what the numbers mean in this corpus.
+    """
+    place = coordinate_text(text)
+    numbers = [float(number) for number in _NUMBER.findall(place)]
+    looks_fractional = "." in place and bool(numbers) and all(0 <= number <= 1 for number in numbers)
+    if system != "fraction" and looks_fractional:
+        raise DropError("fractions 0-1 where others were expected (see --coordinates)")
+    answer = parse_answer(place, image_size=image_size, format="point_absolute" if system == "absolute" else "point")
+    if answer.point is None:
+        raise DropError("coordinates not understood")
+    if (answer.coordinates == "fraction") != (system == "fraction"):
+        raise DropError("no fractions 0-1 where they were expected (see --coordinates)")
+    corners = answer.box or answer.point
+    if not all(0 <= side <= image_size[index % 2] for index, side in enumerate(corners)):
+        raise DropError("coordinates outside the image")
+    return answer
+
+
+def write_place(answer: Answer, image_size: tuple[int, int], form: str) -> str:
+    """The place relative 0-1000 in the form asked for (one of ANSWERS); `auto` keeps points points and boxes boxes.
+
+    Raises DropError for a box that is wanted where only a point is known.
+    """
+    assert answer.point is not None
+    if form == "box" or (form == "auto" and answer.box is not None):
+        if answer.box is None:
+            raise DropError("a point where a box was wanted")
+        return format_box(answer.box, image_size)
+    return format_point(*answer.point, image_size, format="tool_call" if form == "tool_call" else "point")
