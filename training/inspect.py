@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--num", type=int, default=3, help="records per source")
     parser.add_argument("--out", type=Path, help="folder for the pictures (default: inspect/ in the run's folder)")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         config = load_recipe(args.recipe, args.overrides)
         folder = args.out or Path(config.run.folder) / config.run.name / "inspect"

@@ -26,7 +26,7 @@ def recipe(screens, model_folder):
 
 
 def test_prints_text_sizes_and_kept_blocks_and_draws_them(recipe, screens, capsys):
-    assert main([str(recipe), "--num", "24"]) == 0
+    assert main([str(recipe), "--num", "24", "data.num_workers=0"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     selection = prune_image(screens / "screen_0.png", PruneSettings(), ResizeSettings(min_pixels=1024)).selection
     assert f"<|vision_start|>[image 1: {selection.num_kept} tokens]<|vision_end|>Find 0<|im_end|>" in printed
