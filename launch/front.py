@@ -118,7 +118,7 @@ class _Stopping:
         ranks = ranks_below(self.guard_pid)
         if not ranks or not all(catches(rank, self.stops.signum) for rank in ranks):
             # Ranks install their handlers before anything worth saving exists, and a signal would only kill them.
-            logger.warning("stopped before the ranks had started")
+            logger.warning("stopped while the ranks were still starting: they had nothing to save")
             self.code = RESUMABLE
             return
         name = signal.Signals(self.stops.signum).name
