@@ -51,7 +51,8 @@ def strategy_names() -> list[str]:
 
 def get_strategy(name: str) -> Strategy:
     """The strategy of that name. ValueError naming the choices if there is none."""
-    _load()
+    if name not in _STRATEGIES:
+        _load()
     if name not in _STRATEGIES:
         raise ValueError(f"prune.strategy: expected one of {', '.join(_STRATEGIES)}, got {name!r}")
     return _STRATEGIES[name]
