@@ -13,6 +13,16 @@ from pathlib import Path
 
 RESUMABLE = 85
 
+_WORKER = """
+import pathlib, signal, sys, time
+name = pathlib.Path(sys.argv[1])
+for signum in [] if int(sys.argv[2]) else [signal.SIGTERM, signal.SIGUSR1]:
+    signal.signal(signum, lambda *_: name.with_suffix(".signalled").touch())
+name.with_suffix(".listening").touch()
+while True:
+    time.sleep(600)
+"""
+
 
 def main() -> None:
     folder, mode = Path(sys.argv[-2]), sys.argv[-1]
@@ -23,12 +33,14 @@ def main() -> None:
     if mode != "no-handlers" and not dies_like_a_broken_collective:
         for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(signum, lambda signum, _: received.append(signum))
-    # A loader worker that ignores everything but SIGKILL (or, in a crash, would keep DeepSpeed waiting 30 s) and has
-    # left the rank's session.
-    ignore = "" if dies_like_a_broken_collective else "signal.signal(15, signal.SIG_IGN); "
+    # A loader worker in a session of its own, which nothing but SIGKILL ends (in a crash DeepSpeed would wait 30 s for
+    # it) and which tells when it gets a signal that was meant for ranks.
     worker = subprocess.Popen(
-        [sys.executable, "-c", f"import signal, time; {ignore}time.sleep(600)"], start_new_session=True
+        [sys.executable, "-c", _WORKER, str(folder / f"worker-{rank}"), str(int(dies_like_a_broken_collective))],
+        start_new_session=True,
     )
+    while not (folder / f"worker-{rank}.listening").exists():
+        time.sleep(0.02)
     (folder / f"worker-{rank}.pid").write_text(str(worker.pid))
     (folder / f"rank-{rank}.threads").write_text(os.environ.get("OMP_NUM_THREADS", ""))
     (folder / f"rank-{rank}.ready").touch()

@@ -116,6 +116,7 @@ def test_every_signal_of_a_stop_reaches_each_rank_once(tmp_path, sent, expected)
     drill.front.send_signal(sent)
     drill.ends_with(RESUMABLE)
     assert drill.received() == [[expected], [expected]]
+    assert not list(tmp_path.glob("worker-*.signalled"))
     assert drill.left_over() == []
 
 
