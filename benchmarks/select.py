@@ -2,9 +2,10 @@
 
 python -m benchmarks.select [--repeats 15] [--images FOLDER]
 
-Each repeat times one copy and then every setting on the same image, so that all share the state of the caches: images
-up to about 10 megapixels are timed from the last-level cache, the 4096 x 4096 composite (50 MB) from memory. Times are
-medians over repeats; ratios are medians over images.
+Before every timed call the image is written anew, as decoding and resizing leave it; each setting is compared with a
+copy timed just before, so that both meet the same machine and caches. Images up to about 10 megapixels then come from
+the last-level cache, the 4096 x 4096 composite (50 MB) from memory. Times and ratios are medians over repeats, then
+over images.
 """
 
 import argparse
@@ -64,19 +65,31 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def time_image(image: np.ndarray, repeats: int) -> dict[str, float]:
-    """Median milliseconds of a copy and of every setting."""
-    work: dict[str, Callable[[], object]] = {"copy": image.copy}
+def time_image(image: np.ndarray, repeats: int) -> dict[str, tuple[float, float]]:
+    """For a copy and for every setting: median milliseconds, and median ratio to the copy made just before."""
+    fresh = np.empty_like(image)
+    work: dict[str, Callable[[], object]] = {"copy": fresh.copy}
     for setting in SETTINGS:
         strategy, metric, threshold = setting
-        work[label(setting)] = partial(select, image, strategy=strategy, metric=metric, threshold=threshold)
-    times: dict[str, list[float]] = {name: [] for name in work}
+        work[label(setting)] = partial(select, fresh, strategy=strategy, metric=metric, threshold=threshold)
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     for repeat in range(repeats + 2):
         for name, function in work.items():
+            np.copyto(fresh, image)
+            copy_seconds = seconds(fresh.copy)
+            np.copyto(fresh, image)
             elapsed = seconds(function)
             if repeat >= 2:  # the first two compile and warm up
-                times[name].append(1000 * elapsed)
-    return {name: statistics.median(values) for name, values in times.items()}
+                samples[name].append((1000 * elapsed, elapsed / copy_seconds))
+    return {
+        name: (statistics.median(time for time, _ in pairs), statistics.median(ratio for _, ratio in pairs))
+        for name, pairs in samples.items()
+    }
+
+
+def medians(timings: list[dict[str, tuple[float, float]]], column: int) -> dict[str, float]:
+    """Median over images of milliseconds (column 0) or of ratios (column 1), per setting."""
+    return {name: statistics.median(timing[name][column] for timing in timings) for name in timings[0]}
 
 
 def main() -> None:
@@ -93,15 +106,10 @@ def main() -> None:
         groups[name] = [composite(samples[start:] + samples[:start], height, width) for start in (0, len(samples) // 2)]
 
     measured = {name: [time_image(image, options.repeats) for image in images] for name, images in groups.items()}
-    rows = []
-    for name in measured["samples"][0]:
-        row = {"select": name}
-        for group, timings in measured.items():
-            if name == "copy":
-                row[group] = f"{statistics.median(timing['copy'] for timing in timings):.3f} ms"
-            else:
-                row[group] = f"{statistics.median(timing[name] / timing['copy'] for timing in timings):.2f}x"
-        rows.append(row)
+    times = {group: medians(timings, 0) for group, timings in measured.items()}
+    ratios = {group: medians(timings, 1) for group, timings in measured.items()}
+    rows = [{"": "image.copy()"} | {group: f"{times[group]['copy']:.3f} ms" for group in groups}]
+    rows += [{"": name} | {group: f"{ratios[group][name]:.2f}x" for group in groups} for name in map(label, SETTINGS)]
     table = markdown_table(rows)
     payload = {
         "command": f"python -m benchmarks.select --repeats {options.repeats}",
@@ -110,14 +118,8 @@ def main() -> None:
             group: statistics.median(image.shape[0] * image.shape[1] / 1e6 for image in images)
             for group, images in groups.items()
         },
-        "median_ms": {
-            group: {name: statistics.median(timing[name] for timing in timings) for name in timings[0]}
-            for group, timings in measured.items()
-        },
-        "median_ratio_to_copy": {
-            group: {name: statistics.median(timing[name] / timing["copy"] for timing in timings) for name in timings[0]}
-            for group, timings in measured.items()
-        },
+        "median_ms": times,
+        "median_ratio_to_copy": ratios,
     }
     path = write_record("select", payload, table)
     Console().print(table, markup=False, soft_wrap=True)
