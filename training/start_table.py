@@ -1,0 +1,40 @@
+"""The table at the start of a run: model, data, parallelism and cost in one look."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from training.config import Config
+from training.engine import Ranks
+from training.feed import Feed
+from training.model import ModelFiles
+from training.parameters import count_parts
+
+
+def print_start_table(
+    config: Config,
+    ranks: Ranks,
+    files: ModelFiles,
+    feed: Feed,
+    model: nn.Module,
+    attention: str,
+    num_steps: int,
+    first_step: int,
+) -> None:
+    """Printed once, by the first rank."""
+    table = Table(title=config.run.name, show_header=False, title_justify="left")
+    table.add_row("model", f"{files.path}, {config.model.dtype}, attention {attention}")
+    for count in count_parts(model, config.optim):
+        table.add_row(f"  {count.part}", f"{count.num_trained:,} of {count.num_total:,} trained, lr {count.lr:g}")
+    table.add_row("data", feed.index.describe())
+    prune = config.prune
+    table.add_row("pruning", f"{prune.strategy}, metric {prune.metric}, threshold {prune.threshold:g}")
+    steps = f"{num_steps} of {config.data.samples_per_step} samples"
+    table.add_row("steps", steps + (f", continuing after step {first_step}" if first_step else ""))
+    table.add_row("parallel", f"{ranks.world_size} ranks on {ranks.device.type}, ZeRO-{config.distributed.zero_stage}")
+    table.add_row("cost", f"{feed.plan_input.cost.mean() / 1e12:.3g} TFLOPs per sample, forward and backward")
+    recompute = f"ViT every {config.model.recompute_vit}, LLM every {config.model.recompute_llm} layers"
+    table.add_row("recomputation", recompute + " (0 = none)")
+    Console(stderr=True, width=100).print(table)
