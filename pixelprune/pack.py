@@ -24,7 +24,8 @@ from pixelprune.settings import BLOCK, MERGE, PATCH
 
 @dataclass(frozen=True)
 class VisionGeometry:
-    """What the builder needs to know of a model: the vision tower's grid and the pixel normalisation."""
+    """What the builder needs to know of a model: the vision tower's grid, the pixel normalisation, and whether the
+    language model has linear-attention layers, whose convolution takes sample borders as `seq_idx`."""
 
     image_token_id: int
     num_grid_per_side: int
@@ -33,6 +34,7 @@ class VisionGeometry:
     temporal_patch: int = 2
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    linear_attention: bool = False
 
     @classmethod
     def from_config(cls, config, preprocessor: dict | None = None) -> VisionGeometry:
@@ -55,6 +57,7 @@ class VisionGeometry:
             temporal_patch=vision.temporal_patch_size,
             image_mean=tuple(preprocessor.get("image_mean", cls.image_mean)),
             image_std=tuple(preprocessor.get("image_std", cls.image_std)),
+            linear_attention=family.linear_attention,
         )
 
 
@@ -84,6 +87,8 @@ class Pack:
     logit_index: torch.Tensor
     labels: torch.Tensor
     num_supervised_per_sample: tuple[int, ...]
+    sample_lens: tuple[int, ...]
+    num_images_per_sample: tuple[int, ...]
     record_ids: tuple[str, ...]
     num_full_blocks: int
     block_index: torch.Tensor | None = None
@@ -144,6 +149,8 @@ def pack_samples(samples: list[Sample], geometry: VisionGeometry) -> Pack:
         logit_index=torch.from_numpy(logit_index),
         labels=torch.from_numpy(ids[logit_index + 1]),
         num_supervised_per_sample=tuple(sample.num_supervised for sample in samples),
+        sample_lens=tuple(lengths),
+        num_images_per_sample=tuple(len(sample.images) for sample in samples),
         record_ids=tuple(sample.record_id for sample in samples),
         num_full_blocks=sum(image.selection.num_blocks for image in images),
         **_vision_fields(images, geometry),
@@ -155,6 +162,8 @@ def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> di
 
     Pixels are scaled, normalised and their frame duplicated here, in `dtype`. `use_cache=False` always: with a cache
     the packed mask is not built and samples leak into each other. Nothing in here waits for the device.
+    A family with linear-attention layers takes these inputs only where its compiled kernels are installed and raises
+    otherwise; `pixelprune.model_call.final_hidden` runs it anywhere.
     """
     inputs = {
         "input_ids": pack.input_ids[None],
@@ -165,7 +174,15 @@ def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> di
         "max_length_k": pack.max_seqlen,
         "use_cache": False,
     }
+    if geometry.linear_attention:
+        inputs["seq_idx"] = _sample_of_token(pack)[None]
     return inputs | vision_inputs(pack, geometry, dtype)
+
+
+def _sample_of_token(pack: Pack) -> torch.Tensor:
+    """int32 (L,): the number of the sample that each token belongs to."""
+    samples = torch.arange(pack.num_samples, dtype=torch.int32, device=pack.input_ids.device)
+    return samples.repeat_interleave(pack.cu_seqlens.diff().to(torch.int64), output_size=pack.num_tokens)
 
 
 def vision_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from pixelprune.family import family_of
-from pixelprune.pack import Pack, VisionGeometry, model_inputs
+from pixelprune.model_call import final_hidden
+from pixelprune.pack import Pack, VisionGeometry
 from training.config import ConfigError, ModelSettings
 from training.loss import LossSettings, LossSums, supervised_loss
 
@@ -100,8 +101,7 @@ class SupervisedModel(nn.Module):
 
     def hidden_at_supervised(self, pack: Pack) -> torch.Tensor:
         """Final hidden states (N, D) at the positions whose logits predict a supervised token."""
-        inputs = model_inputs(pack, self.geometry, self.model.dtype)
-        return self.model.model(**inputs).last_hidden_state[0].index_select(0, pack.logit_index)
+        return final_hidden(self.model, pack, self.geometry).index_select(0, pack.logit_index)
 
 
 def _read_preprocessor(path: str) -> dict:

@@ -1,4 +1,4 @@
-"""Toy weights in a real folder: a Qwen3-VL of a few million parameters that `from_pretrained` loads offline.
+"""Toy weights in a real folder: a Qwen3-VL or Qwen3.5 of a few million parameters that `from_pretrained` loads offline.
 
 Configuration, tokenizer, chat template and preprocessor have the published models' form; only the sizes are toy.
 `python -m training.toy_model OUT` writes one.
@@ -10,11 +10,20 @@ import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from pixelprune.family import FAMILIES, Family
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -85,34 +94,40 @@ def build_tokenizer(texts: Iterable[str] = DEFAULT_TEXTS, vocab_size: int = 2048
     )
 
 
-def toy_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
-    """A Qwen3-VL config with every part of the real one (GQA, interleaved MRoPE, DeepStack), a few layers deep."""
+def toy_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen3_vl") -> PretrainedConfig:
+    """A config with every part of the real family's (GQA, interleaved MRoPE, DeepStack, both kinds of layers, experts),
+    a few layers deep. Raises ValueError for an unknown family."""
+    if family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    facts = FAMILIES[family]
     token_id = tokenizer.convert_tokens_to_ids
-    return Qwen3VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "max_position_embeddings": 262144,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [6, 5, 5]},
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": token_id("<|im_end|>"),
-            "pad_token_id": token_id("<|endoftext|>"),
-        },
-        vision_config={
-            "depth": 4,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_heads": 4,
-            "out_hidden_size": 192,
-            "num_position_embeddings": 48 * 48,
-            "deepstack_visual_indexes": [0, 1, 2],
-        },
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": token_id("<|im_end|>"),
+        "pad_token_id": token_id("<|endoftext|>"),
+    }
+    vision: dict[str, Any] = {
+        "depth": 4,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_heads": 4,
+        "out_hidden_size": 192,
+        "num_position_embeddings": 48 * 48,
+    }
+    if facts.deepstack:
+        vision["deepstack_visual_indexes"] = [0, 1, 2]
+    return AutoConfig.for_model(
+        family,
+        text_config=text | _layers(facts) | _experts(facts),
+        vision_config=vision,
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
         vision_start_token_id=token_id("<|vision_start|>"),
@@ -121,14 +136,38 @@ def toy_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     )
 
 
-def build_toy_model(folder: str | Path, texts: Iterable[str] = DEFAULT_TEXTS, *, seed: int = 0) -> Path:
+def _layers(facts: Family) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 5e6}
+    if not facts.linear_attention:
+        return {"head_dim": 32, "rope_parameters": {**rope, "mrope_section": [6, 5, 5]}}
+    return {
+        "head_dim": 64,
+        "rope_parameters": {**rope, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.25},
+        # Each kind stands in front of and behind the other, so that a leak in one is seen through the other.
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    }
+
+
+def _experts(facts: Family) -> dict[str, Any]:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    shared = {"shared_expert_intermediate_size": 128} if facts.linear_attention else {}
+    return sizes | shared if facts.experts else {}
+
+
+def build_toy_model(
+    folder: str | Path, texts: Iterable[str] = DEFAULT_TEXTS, *, family: str = "qwen3_vl", seed: int = 0
+) -> Path:
     """Write a loadable model folder with seeded random weights and return its path."""
     folder = Path(folder)
     tokenizer = build_tokenizer(texts)
-    config = toy_config(tokenizer)
+    config = toy_config(tokenizer, family)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
+        model = AutoModelForImageTextToText.from_config(config)
     model.generation_config = GenerationConfig(
         eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id, do_sample=False
     )
@@ -162,10 +201,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--texts", type=Path, help="JSONL of records whose text the tokenizer is trained on")
+    parser.add_argument("--family", choices=list(FAMILIES), default="qwen3_vl", help="model family of the toy")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     texts = texts_of_records(args.texts) if args.texts else DEFAULT_TEXTS
-    Console().print(f"toy model written to {build_toy_model(args.folder, texts, seed=args.seed)}")
+    folder = build_toy_model(args.folder, texts, family=args.family, seed=args.seed)
+    Console().print(f"toy model written to {folder}")
 
 
 if __name__ == "__main__":
