@@ -291,7 +291,7 @@ class Tab:
                 answers.append(error)
         return answers
 
-    def wait_for(self, event: str, seen: int) -> None:
-        """Wait until `event` has come more than `seen` times."""
-        while self.num_events.get(event, 0) <= seen:
+    def wait_until(self, is_done: Callable[[], bool]) -> None:
+        """Take messages until `is_done`. Raises PageTimeoutError at the deadline."""
+        while not is_done():
             self.browser.pump(self.deadline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +33,14 @@ Read: JSON arrays or JSON lines of records with
 
 With --coordinates, answers that give a place (pyautogui call, <tool_call> JSON with "coordinate", point or box) are
 rewritten relative 0-1000 to the size of the ORIGINAL image file, and exchanges whose answer gives none are dropped.
-Every drop is counted under its reason.
+Every drop is counted under its reason, on the terminal and in OUT.report.json.
 """
 _JEDI_HELP = """\
 Convert Jedi (ShareGPT-style JSON with absolute pixel coordinates in pyautogui calls, <tool_call> JSON, points, boxes).
 
 The same as: convert --coordinates absolute --drop-system. Records keep only the exchanges whose answer gives a place;
 coordinates become relative 0-1000 of the original image size; system turns are dropped because they state the screen
-size that absolute coordinates meant. Every drop is counted under its reason.
+size that absolute coordinates meant. Every drop is counted under its reason, on the terminal and in OUT.report.json.
 """
 _SCREENSPOT_HELP = """\
 Convert ScreenSpot v2 (bbox x, y, width, height) or ScreenSpot Pro (bbox x1, y1, x2, y2) as published to evaluation
@@ -138,10 +139,9 @@ def run_convert(options: argparse.Namespace) -> None:
     with _progress() as progress:
         count = write_jsonl(options.out, records(progress))
     report = converter.report
-    title = f"{count} of {report.num_read} records written, {report.num_answers} answers rewritten"
-    _finish(
-        options, title, {"records": report.dropped_records, "exchanges of kept records": report.dropped_turns}, count
-    )
+    counts = {"read": report.num_read, "written": count, "answers rewritten": report.num_answers}
+    dropped = {"records": report.dropped_records, "exchanges of kept records": report.dropped_turns}
+    _finish(options, counts, dropped, Counter())
 
 
 def run_screenspot(options: argparse.Namespace) -> None:
@@ -163,19 +163,23 @@ def run_screenspot(options: argparse.Namespace) -> None:
 
     with _progress() as progress:
         count = write_jsonl(options.out, records(progress))
+    _finish(options, {"read": reader.num_read, "written": count}, {"entries": reader.dropped}, subsets)
+
+
+def _finish(
+    options: argparse.Namespace, counts: dict[str, int], dropped: dict[str, Counter[str]], subsets: Counter[str]
+) -> None:
+    """Show the counts and write them beside the records, draw the sheet, and refuse an empty result."""
+    table = Table(title=", ".join(f"{name} {number}" for name, number in counts.items()), show_header=False)
     for subset, number in sorted(subsets.items()):
-        console.print(f"  {subset}: {number}", highlight=False)
-    _finish(options, f"{count} of {reader.num_read} entries written", {"entries": reader.dropped}, count)
-
-
-def _finish(options: argparse.Namespace, title: str, dropped: dict[str, Counter[str]], count: int) -> None:
-    """Show the counts, draw the sheet, and refuse an empty result."""
-    table = Table(title=title, show_header=False)
-    for what, counts in dropped.items():
-        for reason, number in counts.most_common():
+        table.add_row(subset, str(number))
+    for what, reasons in dropped.items():
+        for reason, number in reasons.most_common():
             table.add_row(f"{what} dropped: {reason}", str(number))
     console.print(table)
-    if not count:
+    report = {**counts, "subsets": subsets, "dropped": dropped}
+    options.out.with_suffix(".report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if not counts["written"]:
         options.out.unlink()
         raise ValueError("no record was written; the reasons are listed above")
     if options.sheet:

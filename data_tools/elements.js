@@ -79,17 +79,19 @@
     const { own, box } = visibleBox(heading);
     return size(own) > 0 && size(box) > 0.9 * size(own);
   });
-  // The heading a reader sees the element under: the last one before it in the nearest ancestor that has one.
+  // The heading of the part the element stands in: the last one before it whose parent holds the element too, or whose
+  // grandparent does (a heading in a title row), unless that is the whole page.
   const headingOf = (element, box) => {
-    for (let node = element.parentElement; node; node = node.parentElement) {
-      const before = headings.filter((heading) => node.contains(heading) && !heading.contains(element) &&
-        heading.compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING);
-      if (before.length) {
-        const last = before[before.length - 1];
-        return last.getBoundingClientRect().top <= box.top + 1 ? squeeze(last.innerText) : "";
-      }
-    }
-    return "";
+    const governs = (heading) => {
+      const parent = heading.parentElement;
+      if (heading.contains(element) || !parent) return false;
+      if (!(heading.compareDocumentPosition(element) & Node.DOCUMENT_POSITION_FOLLOWING)) return false;
+      if (parent.contains(element)) return true;
+      const above = parent.parentElement;
+      return !!above && above !== document.body && above !== document.documentElement && above.contains(element);
+    };
+    const last = headings.filter(governs).pop();
+    return last && last.getBoundingClientRect().top <= box.top + 1 ? squeeze(last.innerText) : "";
   };
 
   const elements = [];

@@ -55,18 +55,20 @@ def _array(path: Path, file: TextIO, raw: BinaryIO) -> Iterator[tuple[Any, int]]
         if start < len(buffer) and buffer[start] == "]":
             return
         if start < len(buffer):
-            problem = ""
             try:
                 value, end = decoder.raw_decode(buffer, start)
             except (ValueError, RecursionError) as error:
                 problem = str(error)
-            if problem and is_end:
-                raise ValueError(f"{path}: no JSON value at character {base + start}: {problem}")
-            # A number at the very end of the buffer may go on in the next chunk.
-            if not problem and (is_end or end < len(buffer)):
-                yield value, raw.tell()
-                start = end
-                continue
+            else:
+                # Only a delimiter ends a value: "-1" may go on as "-1.5" in the next chunk.
+                tail = buffer[end : end + 64].lstrip(_SPACE)
+                if tail[:1] in (",", "]"):
+                    yield value, raw.tell()
+                    start = end
+                    continue
+                problem = f"expected , or ] but found {tail[:10]!r}" if tail else ""
+            if is_end:
+                raise ValueError(f"{path}: no JSON value at character {base + start}: {problem or 'the file ends'}")
         elif is_end:
             raise ValueError(f"{path}: the file ends inside its array, at character {base + start}")
         # Grow by at least what is pending, so that one long value is scanned a logarithmic number of times.

@@ -110,7 +110,9 @@ class PageView:
         self._wanted = ""
         self._shown = ""
         self._main_frame = ""
+        self._num_stops = 0
         tab.handlers["Fetch.requestPaused"] = self._answer
+        tab.handlers["Page.frameStoppedLoading"] = self._stopped
         tab.call("Page.enable")
         tab.call("Inspector.enable")
         tab.call("Fetch.enable", {"patterns": [{"urlPattern": "*"}]})
@@ -119,6 +121,9 @@ class PageView:
         tab.call("Emulation.setScriptExecutionDisabled", {"value": not javascript})
         tab.call("Emulation.setFocusEmulationEnabled", {"enabled": False})
         self._main_frame = tab.call("Page.getFrameTree")["frameTree"]["frame"]["id"]
+
+    def _stopped(self, event: dict) -> None:
+        self._num_stops += event["frameId"] == self._main_frame
 
     def _answer(self, event: dict) -> None:
         url = event["request"]["url"].partition("#")[0]
@@ -160,10 +165,17 @@ class PageView:
         tab.call("Emulation.setEmulatedMedia", {"features": media})
         self._wanted = self.site.url(page)
         loaded = tab.num_events.get("Page.loadEventFired", 0)
+        blocked, stops = self.blocked["navigation"], self._num_stops
         answer = tab.call("Page.navigate", {"url": self._wanted})
         if answer.get("errorText"):
             raise PageError(f"navigation failed: {answer['errorText']}")
-        tab.wait_for("Page.loadEventFired", loaded)
+        # A page that tries to leave while it loads is kept, but fires no load event any more.
+        tab.wait_until(
+            lambda: (
+                tab.num_events.get("Page.loadEventFired", 0) > loaded
+                or (self.blocked["navigation"] > blocked and self._num_stops > stops)
+            )
+        )
         self._shown = self._wanted
         self._world = tab.call(
             "Page.createIsolatedWorld",

@@ -22,22 +22,24 @@ MAX_TEXT_LEN = 20_000
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 
+# Runs of spaces are bounded everywhere: no answer, however odd, may cost more than time linear in its length.
+_S = r"\s{0,8}"
 _NUMBER = r"[-+]?\d{1,7}(?:\.\d{1,17})?"
-_PAIR = rf"({_NUMBER})\s*[,;\s]\s*({_NUMBER})"
-_STRICT_POINT = re.compile(rf"\(\s*({_NUMBER})\s*,\s*({_NUMBER})\s*\)")
-_STRICT_BOX = re.compile(rf"[\[(]\s*{_NUMBER}(?:\s*,\s*{_NUMBER}){{3}}\s*[\])]")
+_PAIR = rf"({_NUMBER})(?:{_S}[,;]{_S}|\s{{1,8}})({_NUMBER})"
+_STRICT_POINT = re.compile(rf"\({_S}({_NUMBER}){_S},{_S}({_NUMBER}){_S}\)")
+_STRICT_BOX = re.compile(rf"\[{_S}({_NUMBER})" + rf"{_S},{_S}({_NUMBER})" * 3 + rf"{_S}\]")
 _STRICT_TOOL = re.compile(r"<tool_call>\s*(\{.*\})\s*</tool_call>", re.DOTALL)
 # Loose shapes, most explicit first. The last match of the first shape that matches anywhere wins.
 _LOOSE = (
-    re.compile(rf"<box>\s*\(?\[?\s*{_PAIR}\s*\)?\s*,?\s*\(?\s*{_PAIR}\s*\]?\)?\s*</box>"),
-    re.compile(rf"<\|box_start\|>\s*\(\s*{_PAIR}\s*\)\s*(?:,\s*\(\s*{_PAIR}\s*\)\s*)?<\|box_end\|>"),
-    re.compile(rf"<point>\s*\(?\s*{_PAIR}\s*\)?\s*</point>"),
-    re.compile(rf"\bx\s*[=:]\s*[\"']?({_NUMBER})[\"']?\s*,?\s*\by\s*[=:]\s*[\"']?({_NUMBER})"),
-    re.compile(rf"[\[(]\s*\(?\s*{_PAIR}\s*\)?\s*,\s*\(?\s*{_PAIR}\s*\)?\s*[\])]"),
-    re.compile(rf"\(\s*{_PAIR}\s*\)\s*,\s*\(\s*{_PAIR}\s*\)"),
-    re.compile(rf"[\[(]\s*{_PAIR}\s*[\])]"),
-    re.compile(rf"\b\w*[cC]lick\w*\(\s*{_PAIR}\s*[,)]"),
-    re.compile(rf"^\W*{_PAIR}\W*$"),
+    re.compile(rf"<box>{_S}[(\[]{{0,2}}{_S}{_PAIR}{_S}\)?{_S},?{_S}\(?{_S}{_PAIR}{_S}[)\]]{{0,2}}{_S}</box>"),
+    re.compile(rf"<\|box_start\|>{_S}\({_S}{_PAIR}{_S}\){_S}(?:,{_S}\({_S}{_PAIR}{_S}\){_S})?<\|box_end\|>"),
+    re.compile(rf"<point>{_S}\(?{_S}{_PAIR}{_S}\)?{_S}</point>"),
+    re.compile(rf"\bx{_S}[=:]{_S}[\"']?({_NUMBER})[\"']?{_S},?{_S}\by{_S}[=:]{_S}[\"']?({_NUMBER})"),
+    re.compile(rf"[\[(]{_S}[\[(]?{_S}{_PAIR}{_S}[\])]?{_S},{_S}[\[(]?{_S}{_PAIR}{_S}[\])]?{_S}[\])]"),
+    re.compile(rf"\({_S}{_PAIR}{_S}\){_S},?{_S}\({_S}{_PAIR}{_S}\)"),
+    re.compile(rf"[\[(]{_S}{_PAIR}{_S}[\])]"),
+    re.compile(rf"\b[cC]lick\({_S}{_PAIR}{_S}[,)]"),
+    re.compile(rf"^\W{{0,8}}{_PAIR}\W{{0,8}}$"),
 )
 _KEYS = ("coordinate", "point_2d", "bbox_2d", "point", "bbox", "box", "position", "start_box", "coordinates")
 
@@ -118,20 +120,18 @@ def parse_answer(text: object, *, image_size: tuple[int, int], format: str = "au
     body = text[-MAX_TEXT_LEN:].strip()
     if not body:
         return Answer(text, problem="empty")
-    if strict:
-        numbers, is_fractional = _read_strict(body, format), "." in body
-    else:
-        body = body.rpartition("</think>")[2]
-        numbers, is_fractional = _read_loose(body), "." in body
+    numbers = _read_strict(body, format) if strict else _read_loose(body.rpartition("</think>")[2])
     if numbers is None:
         return Answer(text, problem="no point or box found")
-    return _answer(text, numbers, image_size, _system(numbers, format, is_fractional), strict)
+    return _answer(text, numbers, image_size, _system(numbers, format, strict), strict)
 
 
-def _system(numbers: list[float], format: str, is_fractional: bool) -> str:
+def _system(numbers: list[float], format: str, strict: bool) -> str:
     if format.endswith("_absolute"):
         return "absolute"
-    if is_fractional and all(0 <= n <= 1 for n in numbers):
+    # Whole numbers are kept as int: (1, 1) is the image's corner, (1.0, 0.5) are fractions.
+    is_fractional = any(isinstance(n, float) for n in numbers) and all(0 <= n <= 1 for n in numbers)
+    if is_fractional and (format == "auto" or not strict):
         return "fraction"
     return "absolute" if format == "auto" and max(numbers) > RELATIVE else "relative"
 
@@ -155,9 +155,9 @@ def _read_strict(body: str, format: str) -> list[float] | None:
     """Numbers of a text that is exactly one canonical answer of this format, else None."""
     shape = format.removesuffix("_absolute")
     if shape in ("point", "auto") and (match := _STRICT_POINT.fullmatch(body)):
-        return [float(n) for n in match.groups()]
-    if shape in ("box", "auto") and _STRICT_BOX.fullmatch(body):
-        return [float(n) for n in re.findall(_NUMBER, body)]
+        return _parsed(match)
+    if shape in ("box", "auto") and (match := _STRICT_BOX.fullmatch(body)):
+        return _parsed(match)
     if shape in ("tool_call", "auto") and (match := _STRICT_TOOL.fullmatch(body)):
         call = _loads(match.group(1))
         arguments = call.get("arguments") if isinstance(call, dict) else None
@@ -174,8 +174,17 @@ def _read_loose(body: str) -> list[float] | None:
     for shape in _LOOSE:
         matches = list(shape.finditer(body))
         if matches:
-            return [float(n) for n in matches[-1].groups() if n is not None]
+            return _parsed(matches[-1])
     return None
+
+
+def _parsed(match: re.Match[str]) -> list[float]:
+    return [_number(n) for n in match.groups() if n is not None]
+
+
+def _number(text: str) -> float:
+    """An int where no decimal point is written, else a float."""
+    return float(text) if "." in text else int(text)
 
 
 def _loads(text: str) -> Any:
@@ -221,13 +230,13 @@ def _from_json(value: Any, depth: int = 4) -> list[float] | None:
 
 
 def _numbers(value: Any) -> list[float] | None:
-    """Two or four finite numbers as floats (also as a text like "(12, 34)"), else None."""
+    """Two or four finite numbers (also as a text like "(12, 34)"), else None."""
     if isinstance(value, str):
-        value = [float(n) for n in re.findall(_NUMBER, value[:200])]
+        value = [_number(n) for n in re.findall(_NUMBER, value[:200])]
     if isinstance(value, list) and len(value) == 2 and all(isinstance(v, list) and len(v) == 2 for v in value):
         value = [*value[0], *value[1]]
     if not isinstance(value, list) or len(value) not in (2, 4):
         return None
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in value):
         return None  # NaN and infinities compare false
-    return [float(v) for v in value]
+    return list(value)

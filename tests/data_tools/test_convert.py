@@ -1,0 +1,260 @@
+"""Converters on fixtures of each published format: fields as published, contents made here and checked by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from data_tools import json_stream
+from data_tools.cli import main
+from data_tools.json_stream import iter_json
+
+SIZE = (2000, 1000)  # one relative unit is 2 pixels across and 1 pixel down
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    (tmp_path / "shots").mkdir()
+    Image.new("RGB", SIZE, (200, 210, 220)).save(tmp_path / "shots" / "a.png")
+    (tmp_path / "shots" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    return tmp_path
+
+
+def sharegpt(*turns: str, image: str = "shots/a.png", **more: Any) -> dict[str, Any]:
+    names = ["human", "gpt"] * (len(turns) // 2)
+    return {
+        "image": image,
+        "conversations": [{"from": n, "value": v} for n, v in zip(names, turns, strict=True)],
+        **more,
+    }
+
+
+def run(command: str, corpus: Path, records: Any, *options: str) -> list[dict[str, Any]]:
+    source = corpus / "in.json"
+    source.write_text(json.dumps(records), encoding="utf-8")
+    out = corpus / "out.jsonl"
+    assert main([command, str(source), "--images", str(corpus), "--out", str(out), "--sheet", "0", *options]) == 0
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def answers(records: list[dict[str, Any]]) -> list[list[str]]:
+    return [[m["content"][0]["text"] for m in r["messages"] if m["role"] == "assistant"] for r in records]
+
+
+TOOL_CALL = (
+    '<tool_call>\n{"name": "computer_use", '
+    '"arguments": {"action": "left_click", "coordinate": [1024, 87]}}\n</tool_call>'
+)
+
+
+def test_jedi_coordinates_become_relative_to_the_original_image(corpus: Path) -> None:
+    made = run(
+        "jedi",
+        corpus,
+        [
+            sharegpt("<image>\nClick Send", "pyautogui.click(x=1024, y=87)", id="one"),
+            sharegpt("<image>\nClick Send", TOOL_CALL),
+            sharegpt("<image>\nWhere is Send?", "[100, 200, 300, 401]"),
+            sharegpt("<image>\nWhere is Send?", "(1024, 87)"),
+        ],
+    )
+    assert answers(made) == [["(512, 87)"], ["(512, 87)"], ["[50, 200, 150, 401]"], ["(512, 87)"]]
+    assert made[0]["id"] == "one"
+    assert made[0]["messages"][0]["content"] == [
+        {"type": "image", "image": "shots/a.png"},
+        {"type": "text", "text": "Click Send"},
+    ]
+    assert made[0]["metadata"]["point"] == [1024, 87]
+    assert made[2]["metadata"]["bbox"] == [100, 200, 300, 401]
+    assert all(record["metadata"]["image_size"] == [2000, 1000] for record in made)
+
+
+def test_jedi_answers_can_be_written_as_tool_calls(corpus: Path) -> None:
+    made = run("jedi", corpus, [sharegpt("<image>\nClick", "pyautogui.click(1024, 87)")], "--answer", "tool_call")
+    call = json.loads(answers(made)[0][0].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
+    assert call["arguments"]["coordinate"] == [512, 87]
+
+
+def test_jedi_keeps_the_exchanges_that_give_a_place_and_their_image(corpus: Path) -> None:
+    record = sharegpt(
+        "<image>\nDescribe the window.", "A dialog (2 of 3) with 4, 5 buttons.",
+        "Click OK", "pyautogui.click(x=200, y=500)",
+        "Type it", "pyautogui.write('3, 4')",
+        "Click Cancel", "pyautogui.click(x=400, y=600)",
+    )  # fmt: skip
+    record["conversations"].insert(0, {"from": "system", "value": "The screen is 2000x1000."})
+    made = run("jedi", corpus, [record])
+    assert answers(made) == [["(100, 500)", "(200, 600)"]]
+    assert [m["role"] for m in made[0]["messages"]] == ["user", "assistant", "user", "assistant"]
+    assert made[0]["messages"][0]["content"][0] == {"type": "image", "image": "shots/a.png"}
+    assert "bbox" not in made[0]["metadata"]
+
+
+BAD = {
+    "no coordinates": sharegpt("<image>\nWhat is it?", "A window (3, 4) of 2026."),
+    "several coordinates in one answer": sharegpt("<image>\nDrag", "pyautogui.moveTo(1, 2)\npyautogui.dragTo(30, 40)"),
+    "coordinates outside the image": sharegpt("<image>\nClick", "pyautogui.click(x=2100, y=87)"),
+    "fractions 0-1 where others were expected (see --coordinates)": sharegpt(
+        "<image>\nClick", "pyautogui.click(x=0.5, y=0.25)"
+    ),
+    "image missing": sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)", image="shots/gone.png"),
+    "image unreadable": sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)", image="shots/broken.png"),
+    "image outside the image folder": sharegpt("<image>\nClick", "(1, 2)", image="../../../../etc/hostname"),
+    "more image placeholders than images": sharegpt("<image><image>\nClick", "pyautogui.click(x=1, y=2)"),
+    "no messages or conversations": {"image": "shots/a.png"},
+    "not a JSON object": "text",
+    "no image": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "(1, 2)"}]},
+    "unknown role 'robot'": {"image": "shots/a.png", "conversations": [{"from": "robot", "value": "x"}]},
+    "the stated image size is not the file's": sharegpt("<image>\nClick", "(1, 2)", width=1920, height=1080),
+}
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_what_is_dropped_is_counted_under_its_reason(corpus: Path, reason: str) -> None:
+    good = sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)")
+    assert len(run("jedi", corpus, [BAD[reason], good])) == 1
+    report = json.loads((corpus / "out.report.json").read_text())
+    assert report["dropped"]["records"] == {reason: 1}
+    assert (report["read"], report["written"]) == (2, 1)
+
+
+def test_nothing_written_is_an_error(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (corpus / "in.json").write_text("[]")
+    out = corpus / "out.jsonl"
+    assert main(["jedi", str(corpus / "in.json"), "--images", str(corpus), "--out", str(out)]) == 1
+    assert "no record was written" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_fractions_and_relative_numbers_are_read_when_asked_for(corpus: Path) -> None:
+    fraction = [sharegpt("<image>\nClick", "pyautogui.click(x=0.512, y=0.087)")]
+    assert answers(run("convert", corpus, fraction, "--coordinates", "fraction")) == [["(512, 87)"]]
+    relative = [sharegpt("<image>\nClick", "(512, 87)")]
+    assert answers(run("convert", corpus, relative, "--coordinates", "relative", "--overwrite")) == [["(512, 87)"]]
+
+
+def test_messages_in_every_common_shape_become_typed_content(corpus: Path) -> None:
+    image = {"type": "image", "image": "shots/a.png"}
+    question = {"type": "text", "text": "What?"}
+    shapes = [
+        {"messages": [{"role": "user", "content": "<image>\nWhat?"}], "images": ["shots/a.png"]},
+        {"messages": [{"role": "user", "content": "What?"}], "images": ["shots/a.png"]},
+        {"messages": [{"role": "user", "content": [image, question]}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, question]}], "images": [{"path": "shots/a.png"}]},
+        {"messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": {"url": "file://shots/a.png"}}, question]}]},
+        {"conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "shots/a.png"},
+    ]  # fmt: skip
+    for shape in shapes:
+        if "messages" in shape:
+            shape["messages"].append({"role": "assistant", "content": "A grey (1, 2) screen."})
+        else:
+            shape["conversations"].append({"from": "gpt", "value": "A grey (1, 2) screen."})
+    made = run("convert", corpus, shapes)
+    assert len(made) == len(shapes)
+    for record in made:
+        assert record["messages"] == [
+            {"role": "user", "content": [image, question]},
+            {"role": "assistant", "content": [{"type": "text", "text": "A grey (1, 2) screen."}]},
+        ]
+
+
+def test_text_only_conversations_are_kept(corpus: Path) -> None:
+    made = run(
+        "convert", corpus, [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]
+    )
+    assert made[0]["messages"][1]["content"] == [{"type": "text", "text": "Ho"}]
+
+
+V2 = {"img_filename": "shots/a.png", "bbox": [100, 200, 50, 30], "instruction": "close the window",
+      "data_type": "icon", "data_source": "macos"}  # fmt: skip
+PRO = {"img_filename": "shots/a.png", "bbox": [100, 200, 150, 230], "instruction": "open the menu",
+       "instruction_cn": "打开菜单", "id": "blender_windows_0", "application": "blender", "platform": "windows",
+       "img_size": [2000, 1000], "ui_type": "text", "group": "Creative"}  # fmt: skip
+
+
+def test_screenspot_v2_boxes_are_corner_and_size(corpus: Path) -> None:
+    made = run(
+        "screenspot", corpus, [V2, {**V2, "data_source": "gitlab", "data_type": "text"}, {**V2, "data_source": "ios"}]
+    )
+    assert made[0]["metadata"] == {
+        "source": "screenspot-v2", "subset": "desktop", "bbox": [100, 200, 150, 230], "image_size": [2000, 1000],
+        "element": "icon", "data_source": "macos",
+    }  # fmt: skip
+    assert [record["metadata"]["subset"] for record in made] == ["desktop", "web", "mobile"]
+    assert made[0]["messages"][0]["content"][1]["text"] == "close the window"
+    assert answers(made)[0] == ["(63, 215)"]  # centre (125, 215) of 2000x1000: 62.5 rounds up
+
+
+def test_screenspot_pro_boxes_are_two_corners(corpus: Path) -> None:
+    made = run("screenspot", corpus, [PRO])
+    assert made[0]["id"] == "blender_windows_0"
+    assert made[0]["metadata"] == {
+        "source": "screenspot-pro", "subset": "Creative", "bbox": [100, 200, 150, 230], "image_size": [2000, 1000],
+        "element": "text", "application": "blender", "platform": "windows",
+    }  # fmt: skip
+    chinese = run("screenspot", corpus, [PRO], "--language", "cn", "--overwrite")
+    assert chinese[0]["messages"][0]["content"][1]["text"] == "打开菜单"
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({**PRO, "img_size": [1920, 1080]}, "the stated image size is not the file's"),
+        ({**PRO, "bbox": [150, 200, 100, 230]}, "empty box"),
+        ({**PRO, "bbox": [2100, 200, 2200, 230]}, "box outside the image"),
+        ({**PRO, "ui_type": "video"}, "element type is neither text nor icon"),
+        ({**V2, "bbox": [1, 2]}, "bbox is not four numbers"),
+        ({**V2, "img_filename": "gone.png"}, "image missing"),
+        ({"bbox": [1, 2, 3, 4]}, "neither data_type (v2) nor ui_type (pro)"),
+    ],
+)
+def test_screenspot_drops_are_counted(corpus: Path, entry: dict[str, Any], reason: str) -> None:
+    assert len(run("screenspot", corpus, [entry, PRO])) == 1
+    report = json.loads((corpus / "out.report.json").read_text())
+    assert report["dropped"]["entries"] == {reason: 1}
+
+
+def test_records_may_not_name_images_outside_their_folder(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (corpus / "in.json").write_text(json.dumps([sharegpt("<image>\nClick", "(100, 200)")]))
+    out = corpus / "elsewhere" / "out.jsonl"
+    command = ["jedi", str(corpus / "in.json"), "--images", str(corpus), "--out", str(out)]
+    assert main(command) == 1
+    assert "--copy-images" in capsys.readouterr().err
+    assert main([*command, "--copy-images"]) == 0
+    record = json.loads(out.read_text())
+    assert record["messages"][0]["content"][0]["image"] == "images/shots/a.png"
+    assert (out.parent / "images" / "shots" / "a.png").read_bytes() == (corpus / "shots" / "a.png").read_bytes()
+    assert (out.parent / "out.sheet.png").is_file()
+    assert main(command) == 1  # exists already
+    assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_arrays_are_read_the_same_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None
+) -> None:
+    values = [{"a": [1, 2, {"b": 'ü ] , [ " \\'}]}, 12345, "x", [], {}, None, -1.5e3]
+    path = tmp_path / "values.json"
+    path.write_text("\n " + json.dumps(values, indent=indent, ensure_ascii=False), encoding="utf-8")
+    monkeypatch.setattr(json_stream, "_CHUNK", chunk)
+    assert [value for value, _ in iter_json(path)] == values
+
+
+def test_lines_that_are_no_json_are_handed_on_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('\n{"a": 1}\nnot json\n\n{"a": 2}', encoding="utf-8")
+    assert [value for value, _ in iter_json(path)] == [{"a": 1}, "not json\n", {"a": 2}]
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "[1, oops]", '[{"a": 1}, {"a": '])
+def test_a_broken_array_says_where(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="at character"):
+        list(iter_json(path))
