@@ -44,9 +44,12 @@ def prebuild() -> None:
 def main() -> int:
     from rich.console import Console
 
+    from pixelprune.kernels import compile_all
+
     console = Console(highlight=False)
-    console.print("building DeepSpeed's extension (once)")
+    console.print("building DeepSpeed's extension and the selection kernels (once)")
     prebuild()
+    compile_all()
     console.print("ready")
     return 0
 

