@@ -6,9 +6,11 @@ The same builder serves training, teacher, evaluation and inference, so they can
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Self
 
 import numpy as np
 import torch
@@ -118,16 +120,22 @@ class Pack:
         """Tokens the same samples would have without pruning."""
         return self.num_tokens - self.num_kept_blocks + self.num_full_blocks
 
-    def _mapped(self, move) -> Pack:
-        tensors = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return dataclasses.replace(self, **{k: move(v) for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Everything that moves to the device."""
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        yield from (value for value in values if isinstance(value, torch.Tensor))
 
-    def to(self, device, non_blocking: bool = False) -> Pack:
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def mapped(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        """The same pack with every tensor replaced by move(tensor)."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dataclasses.replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
-    def pin_memory(self) -> Pack:
+    def to(self, device, non_blocking: bool = False) -> Self:
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
         """Called by torch's DataLoader."""
-        return self._mapped(lambda tensor: tensor.pin_memory())
+        return self.mapped(lambda tensor: tensor.pin_memory())
 
 
 def pack_samples(samples: list[Sample], geometry: VisionGeometry) -> Pack:
@@ -155,6 +163,21 @@ def pack_samples(samples: list[Sample], geometry: VisionGeometry) -> Pack:
         num_full_blocks=sum(image.selection.num_blocks for image in images),
         **_vision_fields(images, geometry),
     )
+
+
+def decoding_index(images: list[PrunedImage]) -> torch.Tensor:
+    """`Pack.block_index` of the full images: for every place in order, which of all kept blocks stands there.
+
+    int64 (all blocks,). Exact for recoverable strategies (`registry.is_recoverable`, Proposition 1); the images' kept
+    blocks lie behind each other as `pack_samples` puts them.
+    """
+    parts, num_before = [np.empty(0, dtype=np.int64)], 0
+    for image in images:
+        selection = image.selection
+        rank_of_kept = np.cumsum(selection.keep.ravel()) - 1
+        parts.append(num_before + rank_of_kept[selection.source.ravel()])
+        num_before += selection.num_kept
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict:

@@ -12,6 +12,7 @@ from pixelprune.settings import PruneSettings, ResizeSettings
 from training.data.settings import DataSettings
 from training.errors import UserError
 from training.loss import LossSettings
+from training.teacher_settings import TeacherSettings
 
 
 @dataclass
@@ -65,6 +66,8 @@ class OptimSettings:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    max_skipped_in_a_row: int = 5
+    """Steps with a non-finite loss or gradient are skipped and counted; so many in a row end the run."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 turns clipping off."""
     vit: GroupSettings = field(default_factory=GroupSettings)
@@ -92,7 +95,7 @@ class DistributedSettings:
     """How ranks share the work."""
 
     zero_stage: int = 2
-    """0, 1 or 2: what ZeRO shards over ranks (nothing, optimizer states, also gradients)."""
+    """1 or 2: what ZeRO shards over ranks (optimizer states; also gradients)."""
     threads_per_rank: int = 0
     """CPU threads of a rank; 0 shares the machine's cores evenly."""
     timeout_minutes: float = 30.0
@@ -111,6 +114,12 @@ class CheckpointSettings:
     """Save the full training state every n steps; 0 saves only at the end and when stopped."""
     keep_last: int = 2
     """Complete checkpoints to keep; older ones are deleted."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0 keeps none beyond keep_last."""
+    on_error: str = "stop"
+    """stop or continue: what a failed save (disk full) does to the run; earlier checkpoints are intact either way."""
+    save_timeout_minutes: float = 30.0
+    """How long the first rank waits for the others to write their part."""
     export_at_end: bool = True
     """Write the trained model as a Hugging Face folder when the run ends."""
 
@@ -148,6 +157,7 @@ class Config:
     prune: PruneSettings = field(default_factory=PruneSettings)
     resize: ResizeSettings = field(default_factory=ResizeSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    kd: TeacherSettings = field(default_factory=TeacherSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
@@ -174,7 +184,18 @@ def check_config(config: Config) -> None:
     need(bool(config.data.sources), "data.sources: expected at least one data set, got none")
     one_of("model.dtype", config.model.dtype, ("bfloat16", "float32"))
     one_of("model.attention", config.model.attention, ("auto", "flash_attention_2", "varlen", "sdpa", "eager"))
-    one_of("distributed.zero_stage", config.distributed.zero_stage, (0, 1, 2))
+    one_of("distributed.zero_stage", config.distributed.zero_stage, (1, 2))
+    one_of("checkpoint.on_error", config.checkpoint.on_error, ("stop", "continue"))
+    one_of("kd.source", config.kd.source, ("online", "cached"))
+    one_of("kd.sharding", config.kd.sharding, ("replica", "zero3"))
+    one_of("kd.dtype", config.kd.dtype, ("", "bfloat16", "float32"))
+    one_of("kd.cache_dtype", config.kd.cache_dtype, ("", "bfloat16", "float32"))
+    need(config.kd.cache_records > 0, f"kd.cache_records: expected at least 1, got {config.kd.cache_records}")
+    need(config.kd.top_k >= 0, f"kd.top_k: expected >= 0 (0 = hidden states), got {config.kd.top_k}")
+    need(
+        config.kd.top_k == 0 or config.kd.source == "cached",
+        f"kd.top_k: {config.kd.top_k} log-probabilities are kept in a cache; set kd.source=cached, or kd.top_k=0",
+    )
     one_of("tracking.wandb", config.tracking.wandb, ("auto", "online", "offline", "disabled"))
     need(config.optim.lr > 0, f"optim.lr: expected a positive learning rate, got {config.optim.lr}")
     need(config.optim.max_grad_norm >= 0, f"optim.max_grad_norm: expected >= 0, got {config.optim.max_grad_norm}")

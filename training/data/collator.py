@@ -86,6 +86,10 @@ class PixelPruneCollator:
 
     def pack(self, samples: list[Sample]) -> Pack:
         """Samples as one packed row; the dummy alone when there are none."""
+        return pack_samples(self.with_dummy(samples), self.geometry)
+
+    def with_dummy(self, samples: list[Sample]) -> list[Sample]:
+        """The samples, with the dummy behind them where the row needs it."""
         if not samples or (self.dummy_image and not any(sample.images for sample in samples)):
-            samples = [*samples, dummy_sample(self.geometry.image_token_id)]
-        return pack_samples(samples, self.geometry)
+            return [*samples, dummy_sample(self.geometry.image_token_id)]
+        return samples

@@ -107,7 +107,7 @@ class Index:
         blocks = self.num_full if unpruned else self.num_kept
         tokens, patches = self.text_tokens + blocks, MERGE * MERGE * blocks
         fits = (tokens <= settings.pack_tokens) & (patches <= settings.pack_patches)
-        why = " unpruned (data.paired or an online teacher)" if unpruned else " after pruning"
+        why = " unpruned (data.paired or a teacher)" if unpruned else " after pruning"
         over_long = [
             Quarantined(
                 self.record_id(i),
@@ -155,12 +155,17 @@ class Index:
             f"retain ratio {self.retain_ratio:.3f}, {summary['num_supervised_tokens']} supervised tokens"
         )
 
-    def plan_input(self, cost: CostModel, *, with_teacher: bool = False) -> PlanInput:
-        """The plan's columns. With an online teacher, caps and cost include the teacher's full rows."""
+    def plan_input(
+        self, cost: CostModel, *, with_teacher: bool = False, teacher_cost: CostModel | None = None
+    ) -> PlanInput:
+        """The plan's columns. With an online teacher, caps and cost include the teacher's full rows.
+
+        teacher_cost: the teacher's, where it is not a copy of the student.
+        """
         flops = self._flops(cost, self.kept_blocks, training=True)
         blocks = self.num_kept
         if with_teacher:
-            flops = flops + self._flops(cost, self.full_blocks, training=False)
+            flops = flops + self._flops(teacher_cost or cost, self.full_blocks, training=False)
             blocks = self.num_full
         source_weight = np.array([source.settings.weight for source in self.sources], dtype=np.float64)[self.source]
         return PlanInput(

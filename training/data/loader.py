@@ -23,6 +23,7 @@ from training.data.index import Index
 from training.data.plan import PlanInput, PlanSettings, StepPlan, num_steps, plan_epoch
 from training.data.prepare import PrepareSettings
 from training.data.quarantine import Quarantined, append_quarantine
+from training.data.targets import TargetReader
 from training.data.upload import upload_ahead
 from training.data.worker import PackDataset, PackResult, PackTask, start_worker
 
@@ -47,6 +48,7 @@ class MicroBatch:
     step: optimizer step counted from the start of the run; micro_step within it; is_boundary: the last one of it.
     num_supervised, num_samples: of the whole optimizer step over all ranks, without what was lost.
     cursor: where to continue once this batch is consumed. is_dummy: nothing in here but the dummy.
+    flops: planned cost of the pack.
     """
 
     pack: Pack
@@ -57,6 +59,7 @@ class MicroBatch:
     num_samples: int
     cursor: Cursor
     is_dummy: bool
+    flops: float = 0.0
 
     @property
     def record_ids(self) -> tuple[str, ...]:
@@ -106,14 +109,18 @@ class PackLoader:
         cursor: Cursor = START,
         num_steps: int | None = None,
         sum_over_ranks: SumOverRanks = lambda values: values,
+        targets: TargetReader | None = None,
     ):
-        """`num_steps` counts from the start of the run, not from the cursor; by default the cursor's epoch is ended."""
+        """`num_steps` counts from the start of the run, not from the cursor; by default the cursor's epoch is ended.
+
+        targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead.
+        """
         self.index, self.inputs, self.plan_settings, self.settings = index, inputs, plan_settings, settings
         self.rank, self.world_size, self.start = rank, world_size, Cursor(*cursor)
         self.sum_over_ranks = sum_over_ranks
         self.first_step = self._global_step(self.start)
         self.last_step = num_steps if num_steps is not None else self._global_step(Cursor(self.start.epoch + 1, 0))
-        self._dataset = PackDataset(index.sources, prepare, geometry, settings.dummy_image)
+        self._dataset = PackDataset(index.sources, prepare, geometry, settings.dummy_image, targets)
         self._lost_in_epoch = [0, 0]
         self._data_loader: DataLoader | None = None
 
@@ -121,18 +128,21 @@ class PackLoader:
     def build(cls, config, feed, files, ranks, *, num_steps: int, cursor: Cursor = START) -> PackLoader:
         """The training loader of a run: Config, Feed, ModelFiles and Ranks of the packages above this one."""
         vision_is_frozen = config.optim.vit.freeze and config.optim.merger.freeze
+        # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
+        needs_dummy = not vision_is_frozen or (feed.prepare.with_full and config.kd.sharding == "zero3")
         return cls(
             feed.index,
             feed.plan_input,
             feed.plan_settings,
             feed.prepare,
             files.geometry,
-            _loader_settings(config, ranks, "quarantine", dummy_image=not vision_is_frozen),
+            _loader_settings(config, ranks, "quarantine", dummy_image=needs_dummy),
             rank=ranks.rank,
             world_size=ranks.world_size,
             cursor=cursor,
             num_steps=num_steps,
             sum_over_ranks=_sum_over_process_group(ranks.world_size),
+            targets=feed.targets,
         )
 
     @classmethod
@@ -183,6 +193,7 @@ class PackLoader:
                 num_samples,
                 planned.after if is_boundary else planned.cursor,
                 result.is_dummy,
+                float(plan.cost[micro_step, self.rank]),
             )
 
     def _without_lost(self, cursor: Cursor, plan: StepPlan, prepared: list[PackResult]) -> tuple[int, int]:

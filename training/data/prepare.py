@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 from PIL import Image
 
-from pixelprune.image import ImageError, prune_image
+from pixelprune.image import ImageError, PrunedImage, decode_image, prune_image
+from pixelprune.registry import is_recoverable
 from pixelprune.sample import Sample, build_sample
+from pixelprune.selection import Selection
 from pixelprune.settings import PruneSettings, ResizeSettings
 from training.data.chat import ChatEncoder
 from training.data.formats import parse_record
@@ -20,11 +23,16 @@ from training.data.records import Record, RecordError
 
 @dataclass(frozen=True)
 class PreparedRecord:
-    """A record after pruning. `content_hash` covers its text, roles and image bytes: what the sample was made of."""
+    """A record after pruning. `content_hash` covers its text, roles and image bytes: what the sample was made of.
+
+    full: the same conversation on all its tokens, for a teacher; its images have no pixels of their own where the
+    pruning is recoverable, since they can be decoded from the sample's (None unless `with_full`).
+    """
 
     record: Record
     sample: Sample
     content_hash: int
+    full: Sample | None = None
 
     @property
     def num_images(self) -> int:
@@ -39,6 +47,8 @@ class PrepareSettings:
     prune: PruneSettings
     resize: ResizeSettings
     last_turn_only: bool = False
+    with_full: bool = False
+    """Prepare the unpruned sample too; the pruned one does not depend on it."""
 
     def build(self) -> Preparer:
         """Load tokenizer and config. Raises ValueError when the model's config names no image token."""
@@ -48,7 +58,7 @@ class PrepareSettings:
         image_token_id = getattr(AutoConfig.from_pretrained(self.model_path), "image_token_id", None)
         if image_token_id is None:
             raise ValueError(f"{self.model_path}: expected a vision-language model with an image_token_id (model.path)")
-        return Preparer(chat, self.prune, self.resize, image_token_id)
+        return Preparer(chat, self.prune, self.resize, image_token_id, self.with_full)
 
     def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
         """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
@@ -72,6 +82,7 @@ class Preparer:
     prune: PruneSettings
     resize: ResizeSettings
     image_token_id: int
+    with_full: bool = False
 
     def prepare(
         self, row: Any, root: Path | None, *, record_format: str = "auto", record_id: str = "", expected_hash: int = -1
@@ -93,11 +104,32 @@ class Preparer:
                 "image_count", f"the chat template wrote {num_placeholders} placeholders for {len(pictures)} images"
             )
         try:
-            images = [prune_image(picture, self.prune, self.resize) for picture in pictures]
+            images, full_images = self._pruned_and_full(pictures)
         except ImageError as error:
             raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
         sample = build_sample(chat, images, image_token_id=self.image_token_id, record_id=record_id)
-        return PreparedRecord(record, sample, content_hash)
+        full = None
+        if self.with_full:
+            full = build_sample(chat, full_images, image_token_id=self.image_token_id, record_id=record_id)
+        return PreparedRecord(record, sample, content_hash, full)
+
+    def _pruned_and_full(self, pictures: list[bytes | Image.Image]) -> tuple[list[PrunedImage], list[PrunedImage]]:
+        """Every picture pruned and, `with_full`, unpruned; decoded once."""
+        if not self.with_full:
+            return [prune_image(picture, self.prune, self.resize) for picture in pictures], []
+        decoded = [decode_image(picture, self.resize) for picture in pictures]
+        images = [prune_image(picture, self.prune, self.resize) for picture in decoded]
+        if is_recoverable(self.prune):
+            return images, [unpruned_without_pixels(image) for image in images]
+        keep_all = PruneSettings(strategy="none")
+        return images, [prune_image(picture, keep_all, self.resize) for picture in decoded]
+
+
+def unpruned_without_pixels(image: PrunedImage) -> PrunedImage:
+    """All blocks of an image kept, with none of their pixels: these are decoded on the device (Proposition 1)."""
+    keep = np.ones_like(image.selection.keep)
+    source = np.arange(keep.size, dtype=np.int32).reshape(keep.shape)
+    return PrunedImage(image.blocks[:0], Selection(keep, source), image.original_size)
 
 
 def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:

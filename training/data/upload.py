@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -51,8 +50,6 @@ class _Upload:
         """Let the computing stream, not the host, wait for this copy; keep its memory until that stream has read it."""
         current = torch.cuda.current_stream(self.pack.input_ids.device)
         current.wait_event(self.copied)
-        for field in dataclasses.fields(self.pack):
-            value = getattr(self.pack, field.name)
-            if isinstance(value, torch.Tensor):
-                value.record_stream(current)
+        for tensor in self.pack.tensors():
+            tensor.record_stream(current)
         return self.pack, self.result

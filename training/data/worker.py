@@ -6,12 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from pixelprune.pack import Pack, VisionGeometry
+from pixelprune.pack import Pack, VisionGeometry, pack_samples
+from pixelprune.registry import is_recoverable
 from training.data.collator import PixelPruneCollator
-from training.data.prepare import PrepareSettings
+from training.data.prepare import PreparedRecord, PrepareSettings
 from training.data.quarantine import Quarantined
 from training.data.records import RecordError
 from training.data.sources import Source
+from training.data.targets import TargetReader
+from training.data.taught import with_cached_targets, with_full_rows
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,17 @@ class PackResult:
 class PackDataset(torch.utils.data.Dataset):
     """Tasks in place of indices: `dataset[task]` is a PackResult. Opens tokenizer and files in the process using it."""
 
-    def __init__(self, sources: list[Source], prepare: PrepareSettings, geometry: VisionGeometry, dummy_image: bool):
+    def __init__(
+        self,
+        sources: list[Source],
+        prepare: PrepareSettings,
+        geometry: VisionGeometry,
+        dummy_image: bool,
+        targets: TargetReader | None = None,
+    ):
+        """targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead."""
         self.sources, self.prepare, self.geometry, self.dummy_image = sources, prepare, geometry, dummy_image
+        self.targets = targets
         self._collator: PixelPruneCollator | None = None
 
     def __getstate__(self) -> dict:
@@ -48,22 +60,34 @@ class PackDataset(torch.utils.data.Dataset):
     def __getitem__(self, task: PackTask) -> PackResult:
         if self._collator is None:
             self._collator = PixelPruneCollator(self.prepare.build(), self.geometry, dummy_image=self.dummy_image)
-        samples, lost, num_lost_supervised = [], [], 0
+        records, lost, num_lost_supervised = [], [], 0
         for number, row, content_hash, num_supervised in task.records:
             source = self.sources[number]
             try:
-                prepared = self._collator.preparer.prepare(
+                record = self._collator.preparer.prepare(
                     source.rows[row],
                     source.root,
                     record_format=source.settings.format,
                     record_id=source.record_id(row),
                     expected_hash=content_hash,
                 )
-                samples.append(prepared.sample)
+                records.append(record)
             except RecordError as error:
                 lost.append(Quarantined(source.record_id(row), source.rows.where(row), error.reason, str(error)))
                 num_lost_supervised += num_supervised
-        return PackResult(self._collator.pack(samples), not samples, tuple(lost), num_lost_supervised)
+        return PackResult(self._pack(self._collator, records), not records, tuple(lost), num_lost_supervised)
+
+    def _pack(self, collator: PixelPruneCollator, records: list[PreparedRecord]) -> Pack:
+        samples = collator.with_dummy([record.sample for record in records])
+        pack = pack_samples(samples, self.geometry)
+        if self.targets is not None:
+            return with_cached_targets(pack, records, self.targets)
+        if self.prepare.with_full:
+            full_samples = [record.full for record in records if record.full is not None]
+            full_samples += samples[len(records) :]  # the dummy
+            decode = is_recoverable(self.prepare.prune)
+            return with_full_rows(pack, samples, full_samples, self.geometry, decode=decode)
+        return pack
 
 
 def start_worker(worker_id: int) -> None:

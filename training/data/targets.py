@@ -1,0 +1,151 @@
+"""What a teacher said about each record, on disk: memory-mapped safetensors shards, found by the record's content.
+
+    M = supervised tokens of all records of a shard, D = the teacher's width, k = entries of a top-k cache
+
+A shard holds `content_hash` int64 (n,), `labels_hash` int64 (n,), `starts` int64 (n + 1,): record i owns the rows
+starts[i] to starts[i + 1] of `hidden` (M, D), or of `log_probs` float32 (M, k) and `ids` int32 (M, k). The content hash
+covers text, roles and image bytes, so that entries survive reordering and renaming of data files; what else a target
+depends on is in the name of the folder (`training.teacher_files`).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from training.errors import UserError
+
+_LOOKUP = ("content_hash", "labels_hash", "starts")
+BUILD_ADVICE = "build them with `python -m training.cache_teacher RECIPE` and the same settings"
+
+
+class TargetEntry(NamedTuple):
+    """One record's targets: values by name, (num_supervised, ...) each."""
+
+    content_hash: int
+    labels: np.ndarray
+    values: dict[str, torch.Tensor]
+
+
+class TargetReader:
+    """Random access to all shards of a folder. Picklable: every process maps the files again."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._table: _Table | None = None
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "_table": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+    def has(self, content_hash: np.ndarray) -> np.ndarray:
+        """bool, the shape of `content_hash`: which records have an entry."""
+        return np.isin(content_hash, self._lookup().content_hash)
+
+    def __len__(self) -> int:
+        return len(self._lookup().content_hash)
+
+    def read(self, content_hash: int, labels: np.ndarray, record_id: str) -> dict[str, torch.Tensor]:
+        """Values of one record by name, (num_supervised, ...) each, in the order of its supervised tokens.
+
+        Raises UserError when there is no entry, or when it was made for other supervised tokens than `labels`.
+        """
+        table = self._lookup()
+        place = int(np.searchsorted(table.content_hash, content_hash))
+        if place == len(table.content_hash) or table.content_hash[place] != content_hash:
+            raise UserError(f"record {record_id!r} has no teacher targets in {self.folder}; {BUILD_ADVICE}")
+        start, stop = int(table.start[place]), int(table.stop[place])
+        if stop - start != len(labels) or table.labels_hash[place] != hash_labels(labels):
+            raise UserError(
+                f"record {record_id!r}: the teacher targets in {self.folder} belong to other supervised tokens "
+                f"({stop - start} of them, the record has {len(labels)}); delete that folder and {BUILD_ADVICE}"
+            )
+        shard = _open_shard(table.shards[table.shard[place]])
+        return {name: shard.get_slice(name)[start:stop] for name in table.names}
+
+    def empty(self) -> dict[str, torch.Tensor]:
+        """Values of no record at all, in the shapes and types of the others."""
+        table = self._lookup()
+        shard = _open_shard(table.shards[0])
+        return {name: shard.get_slice(name)[0:0] for name in table.names}
+
+    def _lookup(self) -> _Table:
+        if self._table is None:
+            self._table = _read_table(self.folder)
+        return self._table
+
+
+class _Table(NamedTuple):
+    """All entries, sorted by content hash."""
+
+    shards: list[Path]
+    names: tuple[str, ...]
+    content_hash: np.ndarray
+    labels_hash: np.ndarray
+    shard: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+
+def write_shard(folder: Path, entries: list[TargetEntry]) -> Path:
+    """Write one shard, whole or not at all; its name follows from the records in it."""
+    content_hash = np.array([entry.content_hash for entry in entries], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(entry.labels) for entry in entries])])
+    tensors = {
+        "content_hash": torch.from_numpy(content_hash),
+        "labels_hash": torch.tensor([hash_labels(entry.labels) for entry in entries], dtype=torch.int64),
+        "starts": torch.from_numpy(starts.astype(np.int64)),
+    }
+    for name in entries[0].values:
+        tensors[name] = torch.cat([entry.values[name] for entry in entries]).contiguous()
+    path = folder / f"shard-{xxhash.xxh3_64(content_hash.tobytes()).hexdigest()}.safetensors"
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+    return path
+
+
+def hash_labels(labels: np.ndarray) -> int:
+    """63-bit hash of supervised token ids, in order."""
+    return xxhash.xxh3_64(np.ascontiguousarray(labels, dtype=np.int64).tobytes()).intdigest() >> 1
+
+
+def _read_table(folder: Path) -> _Table:
+    shards = sorted(folder.glob("shard-*.safetensors"))
+    columns: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("content_hash", "labels_hash", "shard", "start", "stop")
+    }
+    names: tuple[str, ...] = ()
+    for number, path in enumerate(shards):
+        shard = _open_shard(path)
+        content_hash, labels_hash, starts = (shard.get_tensor(name).numpy() for name in _LOOKUP)
+        names = tuple(sorted(set(shard.keys()) - set(_LOOKUP)))
+        columns["content_hash"].append(content_hash)
+        columns["labels_hash"].append(labels_hash)
+        columns["shard"].append(np.full(len(content_hash), number))
+        columns["start"].append(starts[:-1])
+        columns["stop"].append(starts[1:])
+    joined = {name: np.concatenate([np.empty(0, dtype=np.int64), *parts]) for name, parts in columns.items()}
+    order = np.argsort(joined["content_hash"], kind="stable")
+    return _Table(shards, names, **{name: values[order] for name, values in joined.items()})
+
+
+@lru_cache(maxsize=256)
+def _open_shard(path: Path):
+    """The mapped file; a process keeps the last 256 open."""
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors raises its own error class, and others, for damaged files
+        raise UserError(
+            f"{path}: not a readable shard of teacher targets ({error}); delete it and {BUILD_ADVICE}"
+        ) from error
