@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pixelprune.resample import resize_bicubic
 from pixelprune.selection import Selection, select
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 from pixelprune.sizing import fit_size
@@ -84,9 +85,10 @@ def resize_image(picture: Image.Image, resize: ResizeSettings) -> np.ndarray:
         )
     except ValueError as error:
         raise ImageError("aspect_ratio", f"image of {width}x{height} pixels: {error}") from error
+    image = np.asarray(picture)
     if (new_width, new_height) != (width, height):
-        picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
-    return np.asarray(picture)
+        image = resize_bicubic(image, new_height, new_width)
+    return image
 
 
 def gather_blocks(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
