@@ -22,9 +22,13 @@ def grounding_record(
     }
 
 
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written."""
+
+
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object per line; the file appears under its name only when complete. Returns the count."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     count = 0
     with partial.open("w", encoding="utf-8") as file:
         for record in records:

@@ -11,8 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from data_tools.records import read_jsonl
-from data_tools.render import RenderReport, RenderSettings, prepare_out, render, split_pages
+from data_tools.render import RenderReport, render, split_pages
+from data_tools.render_output import prepare_out
 from data_tools.sheet import make_sheet
+from data_tools.shot import RenderSettings
 from data_tools.site import Site
 from data_tools.view import Viewport
 

@@ -19,7 +19,8 @@ from PIL import Image
 from data_tools import render as render_module
 from data_tools.browser import Browser, BrowserError, find_chromium
 from data_tools.cli import main
-from data_tools.render import RenderSettings, render
+from data_tools.render import render
+from data_tools.shot import RenderSettings
 from data_tools.site import Site
 from data_tools.view import Element, PageView, Viewport
 
@@ -284,3 +285,30 @@ def test_a_missing_or_broken_chromium_is_one_clear_line(tmp_path: Path, capsys: 
     mute.chmod(0o755)
     with pytest.raises(BrowserError, match="gave no DevTools port"), Browser(str(mute), start_timeout=0.2):
         pass
+
+
+def test_pages_whose_names_differ_in_signs_only_keep_apart(tmp_path: Path) -> None:
+    folder, out = tmp_path / "site", tmp_path / "out"
+    (folder / "sub").mkdir(parents=True)
+    names = ["a b.html", "a-b.html", "A-B.html", "a-b.htm", "sub/a-b.html"]
+    for number, name in enumerate(names):
+        (folder / name).write_text(f"{HEAD}<button style='width:80px;height:40px'>Go {number}</button>")
+    assert main(["render", str(folder), "--out", str(out), "--viewports", "400x300", "--sheet", "0"]) == 0
+    records = [json.loads(line) for line in (out / "train.jsonl").open()]
+    assert len({r["messages"][0]["content"][0]["image"] for r in records}) == len(names)
+    assert len({r["id"] for r in records}) == len(names)
+    assert len(list((out / "images").iterdir())) == len(names)
+
+
+def test_a_killed_run_leaves_no_file_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.html").write_text(f"{HEAD}<button style='width:80px;height:40px'>Go {name}</button>")
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    site = Site(tmp_path)
+    running = render(site, site.crawl(), out, _settings(), set())
+    next(running)
+    running.close()  # what SystemExit and KeyboardInterrupt do to it as well
+    assert not (out / "train.jsonl").exists()
+    assert [json.loads(line)["metadata"]["name"] for line in (out / "train.jsonl.partial").open()] == ["Go a"]
+    assert main(["render", str(tmp_path), "--out", str(out)]) == 1
