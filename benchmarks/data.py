@@ -57,6 +57,11 @@ class Stock:
     def decode(self, batch: list[dict]) -> list[Image.Image]:
         return [Image.open(self.root / image_name(row)).convert("RGB") for row in batch]
 
+    def resize(self, pictures: list[Image.Image], resized: list[np.ndarray]) -> list[Image.Image]:
+        """The processor's own call of Pillow, by itself."""
+        sizes = [image.shape[1::-1] for image in resized]
+        return [p.resize(size, Image.Resampling.BICUBIC) for p, size in zip(pictures, sizes, strict=True)]
+
     def finish(self, batch: list[dict], pictures: list[Image.Image]) -> dict:
         features = self.processor(images=pictures, return_tensors="pt")
         rows = []
@@ -124,8 +129,9 @@ def measure_batch(stock: Stock, ours: Ours, batch: list[dict]) -> dict[str, floa
     seconds["ours resize"], images = timed(ours.resize, pictures)
     seconds["ours preparation"], _ = timed(ours.finish, batch, images)
     seconds["stock decode"], _ = timed(stock.decode, batch)
-    # Both resize with the same call of PIL. (Asking the stock processor not to resize is slower than its default path.)
-    seconds["stock preparation"] = seconds["stock"] - seconds["stock decode"] - seconds["ours resize"]
+    seconds["stock resize"], _ = timed(stock.resize, pictures, images)
+    # By difference: asking the stock processor not to resize would be slower than its default path.
+    seconds["stock preparation"] = seconds["stock"] - seconds["stock decode"] - seconds["stock resize"]
     check_equal(stock_row, pack, ours.collator.geometry)
     return seconds
 
@@ -181,7 +187,7 @@ def main() -> None:
         "samples_per_second_stock": len(rows) / total["stock"],
         "samples_per_second_ours": len(rows) / total["ours"],
         "speedup_record_to_pack": total["stock"] / total["ours"],
-        "speedup_if_resize_were_free": total["stock"] / (total["ours"] - total["ours resize"]),
+        "speedup_with_pillows_resize": total["stock"] / (total["ours"] - total["ours resize"] + total["stock resize"]),
         "speedup_preparation_after_resize": total["stock preparation"] / total["ours preparation"],
         "pixel_bytes_per_image_stock": stock_bytes / len(rows),
         "pixel_bytes_per_image_ours": pixel_bytes / len(rows),
@@ -202,13 +208,14 @@ def describe(total: dict[str, float], summary: dict[str, float]) -> str:
         numbers = {"stock": f"{stock:.1f}", "PixelPrune": f"{ours:.2f}", "stock / PixelPrune": f"{stock / ours:.1f}"}
         return {"ms per screenshot": name, **numbers}
 
+    with_pillow = per_image["ours"] - per_image["ours resize"] + per_image["stock resize"]
     stages = markdown_table(
         [
             row("decode", per_image["stock decode"], per_image["ours decode"]),
-            row("resize (the same call of PIL)", per_image["ours resize"], per_image["ours resize"]),
+            row("resize (equal in every bit)", per_image["stock resize"], per_image["ours resize"]),
             row("preparation after resize", per_image["stock preparation"], per_image["ours preparation"]),
             row("record to packed batch", per_image["stock"], per_image["ours"]),
-            row("the same, were the resize free", per_image["stock"], per_image["ours"] - per_image["ours resize"]),
+            row("the same with Pillow's resize", per_image["stock"], with_pillow),
         ]
     )
     mib = 2**20
