@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +29,11 @@ class Ranks:
     world_size_per_node: int = 1
 
     @property
+    def cores_per_rank(self) -> int:
+        """CPU cores that this machine has for each of its ranks."""
+        return max(1, (os.cpu_count() or 1) // self.world_size_per_node)
+
+    @property
     def is_first(self) -> bool:
         return self.rank == 0
 
@@ -35,9 +41,16 @@ class Ranks:
 def join_ranks(config: Config) -> Ranks:
     """Join the process group that the launcher described (one process alone counts as a group of one)."""
     accelerator = get_accelerator()
-    local_rank = dist.get_node_local_rank(fallback_rank=0)
-    accelerator.set_device(local_rank)
+    alone = -1
+    local_rank = dist.get_node_local_rank(fallback_rank=alone)
+    accelerator.set_device(max(0, local_rank))
     timeout = timedelta(minutes=config.distributed.timeout_minutes)
+    if local_rank == alone and not dist.is_initialized():
+        # Without a launcher DeepSpeed would ask MPI who else is there.
+        dist.init_process_group(
+            accelerator.communication_backend_name(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    local_rank = max(0, local_rank)
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
     hosts: list[str] = [""] * dist.get_world_size()

@@ -129,7 +129,7 @@ class PackLoader:
         """The training loader of a run: Config, Feed, ModelFiles and Ranks of the packages above this one."""
         vision_is_frozen = config.optim.vit.freeze and config.optim.merger.freeze
         # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
-        needs_dummy = not vision_is_frozen or (feed.prepare.with_full and config.kd.sharding == "zero3")
+        needs_dummy = not vision_is_frozen or config.kd.sharding == "zero3"
         return cls(
             feed.index,
             feed.plan_input,

@@ -111,6 +111,7 @@ def write_shard(folder: Path, entries: list[TargetEntry]) -> Path:
     path = folder / f"shard-{xxhash.xxh3_64(content_hash.tobytes()).hexdigest()}.safetensors"
     partial = path.with_suffix(f".{os.getpid()}.partial")
     save_file(tensors, partial)
+    partial.chmod(0o644)  # safetensors writes files that only their owner can read
     partial.replace(path)
     return path
 
