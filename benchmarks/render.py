@@ -7,6 +7,7 @@ The default folder is what Debian's documentation packages install. Nothing that
 
 import argparse
 import json
+import os
 import random
 import tempfile
 from collections import Counter
@@ -86,9 +87,16 @@ def main() -> None:
         Console().print_json(json.dumps(row))
     reasons = Counter(details["HTML documentation"]["dropped_elements"]).most_common()
     dropped = [{"elements of the documentation left out": reason, "count": count} for reason, count in reasons]
-    setting = f"Viewports {', '.join(map(str, VIEWPORTS))}; light and dark in turn; one browser, one tab."
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    browser = details["HTML documentation"]["browser"]
+    setting = f"{browser}; other work ran beside (load averages at the end: {load}).\n\nViewports {', '.join(map(str, VIEWPORTS))}; light and dark in turn; one browser, one tab."
     table = f"{setting}\n\n{markdown_table(rows)}\n\n{markdown_table(dropped)}"
-    payload = {"command": "python -m benchmarks.render", "rows": rows, "reports": details}
+    payload = {
+        "command": "python -m benchmarks.render",
+        "load_averages": os.getloadavg(),
+        "rows": rows,
+        "reports": details,
+    }
     Console().print(write_record("render_cpu", payload, table).with_suffix(".md").read_text())
 
 

@@ -184,5 +184,5 @@ def _finish(
         raise ValueError("no record was written; the reasons are listed above")
     if options.sheet:
         picture = options.out.with_suffix(".sheet.png")
-        drawn = make_sheet(list(read_jsonl(options.out)), options.out.parent, picture, count=options.sheet)
+        drawn = make_sheet(read_jsonl(options.out), options.out.parent, picture, count=options.sheet)
         console.print(f"{drawn} records drawn: look at {picture}", highlight=False)

@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("no record was made; the reasons are listed above")
     if options.sheet:
         files = [options.out / f"{split}.jsonl" for split in report.num_records]
-        records = [record for path in files for record in read_jsonl(path)]
+        records = (record for path in files for record in read_jsonl(path))
         make_sheet(records, options.out, options.out / "sheet.png", count=options.sheet, seed=settings.seed)
         console.print(f"look at {options.out / 'sheet.png'}")
 

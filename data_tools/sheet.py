@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.records import first_image
+from pixelprune.answers import parse_answer
 
 _CELL = (620, 420)
 _CAPTION = 74
@@ -77,19 +78,32 @@ def _texts(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _draw_lots(records: Iterable[dict[str, Any]], count: int, rng: random.Random) -> list[dict[str, Any]]:
+    """`count` of the records that have an image, each as likely; holds no more than these in memory."""
+    chosen: list[dict[str, Any]] = []
+    num_seen = 0
+    for record in records:
+        if first_image(record) is None:
+            continue
+        num_seen += 1
+        place = num_seen - 1 if len(chosen) < count else rng.randrange(num_seen)
+        if place < count:
+            chosen[place : place + 1] = [record]
+    return chosen
+
+
 def make_sheet(
-    records: list[dict[str, Any]], folder: Path, out: Path, *, count: int = 24, columns: int = 4, seed: int = 0
+    records: Iterable[dict[str, Any]], folder: Path, out: Path, *, count: int = 24, columns: int = 4, seed: int = 0
 ) -> int:
     """Draw `count` random records that have an image onto one PNG. Returns how many were drawn.
 
-    Raises ValueError when no record has an image.
+    folder: what image paths are relative to. Raises ValueError when no record has an image or count is below 1.
     """
-    from pixelprune.answers import parse_answer
-
-    with_image = [record for record in records if first_image(record)]
-    if not with_image:
+    if count < 1 or columns < 1:
+        raise ValueError(f"sheet: expected 1 or more records and columns, got {count} and {columns}")
+    chosen = _draw_lots(records, count, random.Random(seed))
+    if not chosen:
         raise ValueError("sheet: no record with an image")
-    chosen = random.Random(seed).sample(with_image, min(count, len(with_image)))
     columns = min(columns, len(chosen))
     rows = -(-len(chosen) // columns)
     sheet = Image.new("RGB", (columns * (_CELL[0] + 8) + 8, rows * (_CELL[1] + 8) + 8), (200, 205, 212))

@@ -29,13 +29,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    records = list(read_jsonl(options.records))
     drawn = make_sheet(
-        records,
+        read_jsonl(options.records),
         options.records.parent,
         options.out,
         count=options.count,
         columns=options.columns,
         seed=options.seed,
     )
-    console.print(f"{drawn} of {len(records)} records drawn onto {options.out}")
+    console.print(f"{drawn} records drawn onto {options.out}", highlight=False)
