@@ -11,6 +11,7 @@ import torch.distributed as dist
 from pixelprune.pack import Pack
 from training.data.collator import DUMMY_ID, DUMMY_TOKENS
 from training.engine import Ranks
+from training.hardware import peak_flops, peak_memory_gb
 from training.loss import LossSums
 
 _COUNTS = ("num_samples", "num_supervised", "kept_tokens", "full_tokens", "kept_blocks", "full_blocks")
@@ -100,8 +101,11 @@ class StepMeter:
             "full_tokens_per_s": sums["full_tokens"] / step_seconds,
             "retain_ratio": self.retain_ratio,
             "step_s": step_seconds,
-            "flops_per_s_per_rank": sums["flops"] / rank_seconds,
+            "peak_memory_gb": peak_memory_gb(self.ranks.device),
         }
+        if peak := peak_flops(self.ranks.device):
+            # Kept tokens only: omitted ones and padding are no work.
+            metrics["mfu"] = sums["flops"] / rank_seconds / peak
         metrics |= {f"{name}_share": sums[name] / rank_seconds for name in _TIMES}
         if slowest_flops:
             metrics["rank_imbalance"] = 1 - sums["flops"] / (slowest_flops * self.ranks.world_size)

@@ -1,48 +1,62 @@
-"""One training run, top to bottom: ranks, data, model, engine, optimizer steps, export."""
+"""One training run, top to bottom: ranks, data, model, engine, optimizer steps, checkpoints, export."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
 import random
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+import torch.distributed as dist
 
+from training.checkpoint import Checkpointer, RunState
 from training.config import Config
-from training.data.loader import MicroBatch, PackLoader
+from training.data.loader import Cursor, MicroBatch, PackLoader
 from training.engine import Ranks, build_engine, join_ranks
+from training.errors import UserError
+from training.exit_codes import FINISHED, RESUMABLE
 from training.export import export_model
-from training.feed import Feed, build_feed
+from training.feed import build_feed
 from training.meter import StepMeter
 from training.model import (
-    ModelFiles,
     SupervisedModel,
     choose_attention,
     enable_recomputation,
     load_model,
     load_model_files,
 )
-from training.parameters import count_parts, freeze_parts, lr_factor, set_learning_rates
+from training.parameters import freeze_parts, lr_factor, set_learning_rates
 from training.progress import ProgressLine
+from training.provenance import describe_provenance
 from training.recipe import config_to_dict, show
+from training.start_table import print_start_table
+from training.stopping import Agreement, StopRequest
+from training.teacher import build_teacher
+from training.teacher_files import find_teaching
 from training.tracking import Tracker
 from training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config) -> None:
-    """Train as the config says, from the first step to the exported model. Every rank calls this."""
-    ranks = join_ranks(config)
+def run(config: Config) -> int:
+    """Train as the config says, from the newest checkpoint or the start to the exported model.
+
+    Every rank calls this. Returns the exit code: FINISHED, or RESUMABLE after a requested stop.
+    """
     folder = Path(config.run.folder) / config.run.name
+    stop = StopRequest(folder)
+    ranks = join_ranks(config)
+    agreement = Agreement(ranks)
     _settle(config, ranks, folder)
     files = load_model_files(config.model)
-    feed = build_feed(config, config.data.sources, files, ranks, folder, shuffle=True)
+    teaching = find_teaching(config, files, ranks)
+    feed = build_feed(config, config.data.sources, files, ranks, folder, shuffle=True, teaching=teaching)
     validator = Validator.build(config, files, ranks, folder)
     num_steps = feed.num_steps(config)
 
@@ -50,76 +64,203 @@ def run(config: Config) -> None:
     model = load_model(config.model, attention=attention, device=ranks.device)
     freeze_parts(model, config.optim)
     enable_recomputation(model, config.model)
-    engine = build_engine(SupervisedModel(model, files.geometry, config.loss), config, ranks.device)
+    teacher = build_teacher(config, teaching, ranks, attention)
+    engine = build_engine(SupervisedModel(model, files.geometry, config.loss, teacher), config, ranks.device)
+    facts = {"config.yaml": show(config), "environment.json": describe_provenance()}
+    checkpointer = Checkpointer(folder, config.checkpoint, ranks, facts)
+    newest = checkpointer.latest()
+    state = checkpointer.load(engine, newest) if newest else RunState(tracker_id=_new_id(ranks))
+    journal = _Journal(config, ranks, folder, num_steps, state)
     if ranks.is_first:
-        _print_start(config, ranks, files, feed, model, attention, num_steps)
-
-    meter = StepMeter(ranks)
-    tracker = Tracker(folder, config.tracking, config.run.name, config_to_dict(config)) if ranks.is_first else None
-    progress = ProgressLine(num_steps) if ranks.is_first else None
+        print_start_table(config, ranks, files, feed, model, attention, num_steps, state.step)
 
     def validate(num_done: int) -> None:
-        metrics = validator.evaluate(engine)
-        if tracker and progress:
-            tracker.log(num_done, metrics)
-            progress.say(f"step {num_done}: held-out loss {metrics['eval_loss']:.4f}")
+        if validator:
+            journal.evaluated(num_done, validator.evaluate(engine))
 
-    if validator and config.eval.at_start:
-        validate(0)
-    loader = PackLoader.build(config, feed, files, ranks, num_steps=num_steps)
+    meter = StepMeter(ranks, state.totals)
+    is_due = _evaluation_due(config, num_steps)
+    # A run that was stopped between saving and validating makes up for it here.
+    if is_due(state.step) and not agreement.any(journal.has_evaluation(state.step))[0]:
+        validate(state.step)
+    if not newest and agreement.any(stop.is_asked)[0]:
+        return RESUMABLE
+    loader = PackLoader.build(config, feed, files, ranks, num_steps=num_steps, cursor=state.cursor)
+    skips = _SkipCounter(config.optim.max_skipped_in_a_row, state.num_skipped)
     for step, batches in loader.steps():
         learning_rates = set_learning_rates(engine.optimizer, lr_factor(step, num_steps, config.schedule))
-        run_step(engine, batches, meter)
-        metrics = meter.finish() | {"grad_norm": float(engine.get_global_grad_norm())}
+        outcome = run_step(engine, batches, meter)
+        skips.count(engine, outcome, step)
+        metrics = meter.finish()
+        metrics |= {"grad_norm": float(engine.get_global_grad_norm()), "num_skipped": skips.total}
         metrics |= {f"lr_{part}": rate for part, rate in learning_rates.items()}
         num_done = step + 1
-        if tracker and progress:
-            if num_done % config.tracking.log_every == 0 or num_done == num_steps:
-                tracker.log(num_done, metrics)
-            progress.update(num_done, metrics)
-        is_last = num_done == num_steps
-        if validator and (is_last or (config.eval.every_steps and num_done % config.eval.every_steps == 0)):
+        journal.stepped(num_done, metrics)
+
+        stopping, failed = agreement.any(stop.is_asked, checkpointer.has_failed)
+        if failed:
+            _save_failed(checkpointer, config)
+        every = config.checkpoint.every_steps
+        if stopping or num_done == num_steps or (every and num_done % every == 0):
+            state = RunState(num_done, outcome.cursor, meter.totals, skips.total, state.tracker_id)
+            checkpointer.save(engine, dataclasses.replace(state, totals=dataclasses.replace(meter.totals)))
+        if stopping:
+            checkpointer.finish()
+            journal.close()
+            logger.info("rank %d: stopped after step %d, saved; start again to continue", ranks.rank, num_done)
+            return RESUMABLE
+        if is_due(num_done):
             validate(num_done)
-    if progress:
-        progress.close()
-    if tracker:
-        if config.checkpoint.export_at_end:
-            facts = {"optimizer steps": num_steps, "retain ratio": f"{meter.retain_ratio:.4f}"}
-            path = export_model(folder / "export", model, files, config.prune, config.resize, facts)
-            logger.info("model written to %s", path)
-        tracker.close()
+    checkpointer.finish()
+    if ranks.is_first and config.checkpoint.export_at_end:
+        end = {"optimizer steps": num_steps, "retain ratio": f"{meter.retain_ratio:.4f}"}
+        path = export_model(folder / "export", model, files, config.prune, config.resize, end)
+        logger.info("model written to %s", path)
+    journal.close()
+    return FINISHED
 
 
-def run_step(engine, batches: Iterable[MicroBatch], meter: StepMeter) -> None:
+class StepOutcome(NamedTuple):
+    """Where the data continues after a step, and which packs it was made of on this rank, each with its loss sum."""
+
+    cursor: Cursor
+    packs: list[tuple[tuple[str, ...], torch.Tensor]]
+
+
+def run_step(engine, batches: Iterable[MicroBatch], meter: StepMeter) -> StepOutcome:
     """One optimizer step: forward and backward of every micro-step, gradients reduced, weights updated.
 
     The loss of a pack is a sum; divided by the supervised tokens of the whole step over all ranks it is this pack's
     share of the mean. ZeRO averages gradients over ranks, hence the factor world size.
+    Raises UserError when the device's memory does not hold a pack.
     """
-    batches = iter(batches)
+    batches, packs, batch = iter(batches), [], None
     while True:
         with meter.timing("data_wait"):
-            batch = next(batches, None)
-        if batch is None:
+            following = next(batches, None)
+        if following is None:
+            assert batch is not None, "a step has at least one micro-step"
+            return StepOutcome(batch.cursor, packs)
+        batch = following
+        try:
+            pack = batch.pack.to(engine.device, non_blocking=True)
+            engine.set_gradient_accumulation_boundary(batch.is_boundary)
+            with meter.timing("forward"):
+                sums = engine(pack)
+            with meter.timing("backward"):
+                share = meter.ranks.world_size / max(1, batch.num_supervised)
+                engine.backward(sums.total * share, scale_wrt_gas=False)
+            with meter.timing("optimizer"):
+                engine.step()
+        except torch.OutOfMemoryError as error:
+            raise UserError(_out_of_memory(batch, meter.ranks)) from error
+        except RuntimeError as error:
+            # A collective that timed out says nothing of where: this does.
+            error.add_note(
+                f"on rank {meter.ranks.rank} in optimizer step {batch.step + 1}, micro-step {batch.micro_step}"
+            )
+            raise
+        meter.add_pack(pack, sums, is_dummy=batch.is_dummy, flops=batch.flops)
+        packs.append((batch.record_ids, sums.total.detach()))
+
+
+class _SkipCounter:
+    """Steps that ZeRO skipped because loss or gradient was not finite; so many in a row end the run."""
+
+    def __init__(self, limit: int, total: int):
+        self.limit, self.total, self.in_a_row = limit, total, 0
+
+    def count(self, engine, outcome: StepOutcome, step: int) -> None:
+        if not engine.optimizer.overflow:
+            self.in_a_row = 0
             return
-        pack = batch.pack.to(engine.device, non_blocking=True)
-        engine.set_gradient_accumulation_boundary(batch.is_boundary)
-        with meter.timing("forward"):
-            sums = engine(pack)
-        with meter.timing("backward"):
-            share = meter.ranks.world_size / max(1, batch.num_supervised)
-            engine.backward(sums.total * share, scale_wrt_gas=False)
-        with meter.timing("optimizer"):
-            engine.step()
-        meter.add_pack(pack, sums, is_dummy=batch.is_dummy)
+        self.total += 1
+        self.in_a_row += 1
+        bad = [ids for ids, loss in outcome.packs if not torch.isfinite(loss)] or [ids for ids, _ in outcome.packs]
+        records = ", ".join(record for ids in bad for record in ids)
+        logger.error("step %d skipped: loss or gradient not finite; records on this rank: %s", step + 1, records)
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"{self.in_a_row} steps in a row had a non-finite loss or gradient (optim.max_skipped_in_a_row="
+                f"{self.limit}); lower optim.lr or look at the last step's records: {records}"
+            )
+
+
+class _Journal:
+    """What the first rank writes down and shows; on other ranks it does nothing."""
+
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, num_steps: int, state: RunState):
+        self.config, self.num_steps = config, num_steps
+        self.tracker: Tracker | None = None
+        if ranks.is_first:
+            self.progress = ProgressLine(num_steps, first_step=state.step)
+            self.tracker = Tracker(
+                folder,
+                config.tracking,
+                config.run.name,
+                config_to_dict(config),
+                run_id=state.tracker_id,
+                restored_step=state.step,
+            )
+
+    def has_evaluation(self, step: int) -> bool:
+        return self.tracker is not None and self.tracker.has_evaluation(step)
+
+    def stepped(self, num_done: int, metrics: dict[str, float]) -> None:
+        if self.tracker:
+            if num_done % self.config.tracking.log_every == 0 or num_done == self.num_steps:
+                self.tracker.log(num_done, metrics)
+            self.progress.update(num_done, metrics)
+
+    def evaluated(self, num_done: int, metrics: dict[str, float]) -> None:
+        if self.tracker:
+            self.tracker.log(num_done, metrics)
+            self.progress.say(f"step {num_done}: held-out loss {metrics['eval_loss']:.4f}")
+
+    def close(self) -> None:
+        if self.tracker:
+            self.progress.close()
+            self.tracker.close()
+
+
+def _evaluation_due(config: Config, num_steps: int):
+    def is_due(num_done: int) -> bool:
+        if not config.data.eval_sources:
+            return False
+        if num_done == 0:
+            return config.eval.at_start
+        return num_done == num_steps or (config.eval.every_steps > 0 and num_done % config.eval.every_steps == 0)
+
+    return is_due
+
+
+def _save_failed(checkpointer: Checkpointer, config: Config) -> None:
+    """A save in the background failed on some rank: end the run or go on, as checkpoint.on_error says."""
+    try:
+        checkpointer.finish()
+    except UserError as error:
+        if config.checkpoint.on_error == "stop":
+            raise
+        logger.error("%s; going on (checkpoint.on_error=continue)", error)
+        return
+    if config.checkpoint.on_error == "stop":
+        raise UserError("saving a checkpoint failed on another rank; its own message says why (checkpoint.on_error)")
+
+
+def _out_of_memory(batch: MicroBatch, ranks: Ranks) -> str:
+    pack, records = batch.pack, ", ".join(batch.record_ids)
+    return (
+        f"rank {ranks.rank}, step {batch.step + 1}: out of memory in a pack of {pack.num_tokens} tokens, "
+        f"{pack.num_patches} patches, {pack.num_supervised} supervised (records {records}); lower data.pack_tokens or "
+        "data.pack_patches, or set model.recompute_vit=1 and model.recompute_llm=1"
+    )
 
 
 def _settle(config: Config, ranks: Ranks, folder: Path) -> None:
     """Threads, seeds and the run's folder with its resolved recipe."""
     if ranks.device.type == "cpu":
         # Without this every rank takes all cores, and ranks on one machine slow each other down.
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(config.distributed.threads_per_rank or max(1, cores // ranks.world_size_per_node))
+        torch.set_num_threads(config.distributed.threads_per_rank or ranks.cores_per_rank)
     seed = config.run.seed + ranks.rank
     random.seed(seed)
     np.random.seed(seed)
@@ -127,19 +268,11 @@ def _settle(config: Config, ranks: Ranks, folder: Path) -> None:
     if ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(show(config))
+    dist.barrier()
 
 
-def _print_start(
-    config: Config, ranks: Ranks, files: ModelFiles, feed: Feed, model, attention: str, num_steps: int
-) -> None:
-    """One table of what is about to run."""
-    table = Table(title=config.run.name, show_header=False, title_justify="left")
-    table.add_row("model", f"{files.path}  {config.model.dtype}, attention {attention}")
-    for count in count_parts(model, config.optim):
-        table.add_row(f"  {count.part}", f"{count.num_trained:,} of {count.num_total:,} trained, lr {count.lr:g}")
-    table.add_row("data", feed.index.describe())
-    prune = config.prune
-    table.add_row("pruning", f"{prune.strategy}, metric {prune.metric}, threshold {prune.threshold:g}")
-    table.add_row("steps", f"{num_steps} of {config.data.samples_per_step} samples on {ranks.world_size} ranks")
-    table.add_row("parallel", f"ZeRO-{config.distributed.zero_stage}, {ranks.device.type}")
-    Console(stderr=True).print(table)
+def _new_id(ranks: Ranks) -> str:
+    """Id of a new run in tracking, the same on all ranks."""
+    ids = [secrets.token_hex(4)]
+    dist.broadcast_object_list(ids, src=0)
+    return ids[0]

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from training.errors import UserError
+from training.exit_codes import USER_ERROR
 from training.recipe import load_recipe, show
 
 
@@ -27,14 +28,26 @@ def main(argv: list[str] | None = None) -> int:
         if args.show:
             sys.stdout.write(show(config))
             return 0
+        _quieten()
         from training.run import run
 
-        run(config)
+        return run(config)
     except UserError as error:
         if args.local_rank == 0:
             sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+        return USER_ERROR
+
+
+def _quieten() -> None:
+    """Leave the console to the run: notices of libraries about their own insides help no user."""
+    import warnings
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

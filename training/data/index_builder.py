@@ -170,7 +170,8 @@ def _measured(
     chunks: list[_Chunk], sources: list[Source], prepare: PrepareSettings, preparer: Preparer, num_workers: int
 ) -> Iterator[int]:
     num_workers = min(num_workers, len(chunks))
-    if num_workers == 0:
+    if num_workers <= 1:
+        # A process more would cost its start (seconds) and save nothing.
         yield from (_write_part(chunk, sources, preparer) for chunk in chunks)
         return
     # Spawned, not forked: the parent has threads (tokenizers, numba, CUDA) that a fork would leave locked.
