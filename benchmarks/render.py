@@ -89,7 +89,8 @@ def main() -> None:
     dropped = [{"elements of the documentation left out": reason, "count": count} for reason, count in reasons]
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     browser = details["HTML documentation"]["browser"]
-    setting = f"{browser}; other work ran beside (load averages at the end: {load}).\n\nViewports {', '.join(map(str, VIEWPORTS))}; light and dark in turn; one browser, one tab."
+    shots = f"Viewports {', '.join(map(str, VIEWPORTS))}; light and dark in turn; one browser, one tab."
+    setting = f"{browser}; other work ran beside (load averages at the end: {load}).\n\n{shots}"
     table = f"{setting}\n\n{markdown_table(rows)}\n\n{markdown_table(dropped)}"
     payload = {
         "command": "python -m benchmarks.render",

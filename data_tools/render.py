@@ -54,7 +54,11 @@ class Renderer:
         self._view: PageView | None = None
 
     def __enter__(self) -> Renderer:
-        self._open()
+        try:
+            self._open()
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
