@@ -189,13 +189,13 @@ def _improve(bins, tokens, patches, cost, world_size, num_micro, max_tokens, max
             if load[high] <= even_enough:
                 break
             best_peak, best_i, best_j, best_bin = load[high] * (1 - 1e-4), -1, -1, -1
-            for i in members:
+            for i in members:  # type: ignore[assignment]
                 if bins[i] != high:
                     continue
                 peak = max(load[high] - cost[i], load[low] + cost[i])
                 fits = used_tokens[low] + tokens[i] <= max_tokens and used_patches[low] + patches[i] <= max_patches
                 if fits and peak < best_peak:
-                    best_peak, best_i, best_j, best_bin = peak, i, -1, low
+                    best_peak, best_i, best_j, best_bin = peak, int(i), -1, low
                 for j in members:
                     b = bins[j]
                     if b == high or cost[j] >= cost[i]:
@@ -208,7 +208,7 @@ def _improve(bins, tokens, patches, cost, world_size, num_micro, max_tokens, max
                     fits = used_tokens[b] + more_t <= max_tokens and used_patches[b] + more_p <= max_patches
                     fits = fits and used_tokens[high] - more_t <= max_tokens
                     if fits and used_patches[high] - more_p <= max_patches:
-                        best_peak, best_i, best_j, best_bin = peak, i, j, b
+                        best_peak, best_i, best_j, best_bin = peak, int(i), int(j), int(b)
             if best_i < 0:
                 break
             for k, sign in ((best_i, 1), (best_j, -1)):

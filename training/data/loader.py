@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from pixelprune.pack import Pack, VisionGeometry
 from training.data.index import Index
-from training.data.plan import PlanInput, PlanSettings, StepPlan, num_steps, plan_epoch
+from training.data.plan import EpochPlan, PlanInput, PlanSettings, StepPlan, num_steps, plan_epoch
 from training.data.prepare import PrepareSettings
 from training.data.quarantine import Quarantined, append_quarantine
 from training.data.targets import TargetReader
@@ -123,6 +123,7 @@ class PackLoader:
         self._dataset = PackDataset(index.sources, prepare, geometry, settings.dummy_image, targets)
         self._lost_in_epoch = [0, 0]
         self._data_loader: DataLoader | None = None
+        self._plans: dict[int, EpochPlan] = {}
 
     @classmethod
     def build(cls, config, feed, files, ranks, *, num_steps: int, cursor: Cursor = START) -> PackLoader:
@@ -244,15 +245,22 @@ class PackLoader:
         return next((planned.plan.num_micro_steps for planned in self._planned_steps()), 1)
 
     def _planned_steps(self) -> Iterator[_PlannedStep]:
-        """From the cursor to the last step. Planned twice, for the tasks and for the batches: milliseconds a step."""
+        """From the cursor to the last step. Gone through twice: for the tasks and, steps later, for the batches."""
         cursor, plan = self.start, None
         for _ in range(self.first_step, self.last_step):
             if plan is None or plan.epoch != cursor.epoch:
-                plan = plan_epoch(self.inputs, self.plan_settings, epoch=cursor.epoch, world_size=self.world_size)
+                plan = self._plan(cursor.epoch)
             is_last = cursor.step + 1 >= len(plan)
             after = Cursor(cursor.epoch + 1, 0) if is_last else Cursor(cursor.epoch, cursor.step + 1)
             yield _PlannedStep(cursor, plan[cursor.step], after)
             cursor = after
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch, shared by tasks and batches; the one before it is kept while its last steps run."""
+        if epoch not in self._plans:
+            plan = plan_epoch(self.inputs, self.plan_settings, epoch=epoch, world_size=self.world_size)
+            self._plans = {e: p for e, p in self._plans.items() if e == epoch - 1} | {epoch: plan}
+        return self._plans[epoch]
 
     def _global_step(self, cursor: Cursor) -> int:
         steps = [num_steps(self.inputs, self.plan_settings, epoch) for epoch in range(cursor.epoch)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -90,6 +91,8 @@ class EpochPlan:
     def __init__(self, inputs: PlanInput, settings: PlanSettings, epoch: int, world_size: int):
         self.inputs, self.settings, self.epoch, self.world_size = inputs, settings, epoch, world_size
         self.order = epoch_order(inputs, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
+        # The loader asks for a step twice: when it hands out tasks and, a few steps later, when they are done.
+        self._step = lru_cache(maxsize=32)(self._pack)
 
     @property
     def steps(self) -> EpochPlan:
@@ -112,6 +115,9 @@ class EpochPlan:
     def __getitem__(self, step: int) -> StepPlan:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of an epoch of {len(self)} steps")
+        return self._step(step)
+
+    def _pack(self, step: int) -> StepPlan:
         rows = self.rows_of_step(step)
         cost = self.inputs.cost[rows]
         bins, num_micro = pack_step(
