@@ -12,6 +12,7 @@ position grid are not. Conventions:
   vision tower is full within each image.
 - Gated delta net layers (Qwen3.5) are counted as the chunked rule with chunks of 64 tokens, triangular solves included.
   A last chunk that is not full is counted by its tokens; the reference implementation pads it.
+- Mixture-of-experts layers are counted by the experts a token is sent to, the shared expert and the router.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from pixelprune.family import FAMILIES, Family
+
 DELTA_CHUNK = 64
 """Tokens per chunk of the gated delta rule in transformers and flash-linear-attention."""
-
-_FAMILIES = ("qwen3_vl", "qwen3_5")
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,14 @@ class CostModel:
         Raises ValueError for other model families and for a missing field.
         """
         model_type = _get(config, "model_type")
-        if model_type not in _FAMILIES:
-            raise ValueError(f"FLOPs: expected a config of one of {', '.join(_FAMILIES)}, got {model_type!r}")
+        if model_type not in FAMILIES:
+            raise ValueError(f"FLOPs: expected a config of one of {', '.join(FAMILIES)}, got {model_type!r}")
         vision, text = _get(config, "vision_config"), _get(config, "text_config")
         return cls(
-            **_vision_costs(vision), **_text_costs(text, model_type), causal_half=causal_half, freeze_vit=freeze_vit
+            **_vision_costs(vision),
+            **_text_costs(text, FAMILIES[model_type]),
+            causal_half=causal_half,
+            freeze_vit=freeze_vit,
         )
 
     def breakdown(
@@ -168,25 +172,44 @@ def _vision_costs(vision: Any) -> dict[str, Any]:
     }
 
 
-def _text_costs(text: Any, model_type: str) -> dict[str, Any]:
-    width, inner, num_layers = (_get(text, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+def _text_costs(text: Any, family: Family) -> dict[str, Any]:
+    width, num_layers = (_get(text, name) for name in ("hidden_size", "num_hidden_layers"))
     heads, kv_heads, head_dim = (
         _get(text, name) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
     )
     num_full, delta_linear, delta_rule = num_layers, 0.0, 0.0
     query_matrices = 1
-    if model_type == "qwen3_5":
+    if family.linear_attention:
         query_matrices = 2  # the query projection also makes the gate on the attention's output
         num_full = _num_full_layers(text, num_layers)
         delta_linear, delta_rule = _delta_costs(text, width)
     attention = width * head_dim * ((query_matrices + 1) * heads + 2 * kv_heads)
-    swiglu = 3 * width * inner
+    mlp = _expert_products(text, width, num_layers) if family.experts else num_layers * _swiglu(text, width)
     return {
-        "llm_linear": 2.0 * (num_full * attention + num_layers * swiglu) + (num_layers - num_full) * delta_linear,
+        "llm_linear": 2.0 * (num_full * attention + mlp) + (num_layers - num_full) * delta_linear,
         "llm_attention": num_full * 4.0 * heads * head_dim,
         "llm_delta": (num_layers - num_full) * delta_rule,
         "head": 2.0 * width * _get(text, "vocab_size"),
     }
+
+
+def _swiglu(text: Any, width: int, inner_field: str = "intermediate_size") -> int:
+    """Multiply-adds per token of an MLP with gate, up and down matrices."""
+    return 3 * width * _get(text, inner_field)
+
+
+def _expert_products(text: Any, width: int, num_layers: int) -> int:
+    """Multiply-adds per token of all MLPs, where all layers or some of them have experts."""
+    step, dense = _get(text, "decoder_sparse_step", 1), _get(text, "mlp_only_layers", ())
+    num_sparse = sum(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers))
+    experts = _get(text, "num_experts_per_tok") * _swiglu(text, width, "moe_intermediate_size")
+    # Config objects and published files say num_experts, files that transformers wrote num_local_experts.
+    num_experts = _get(text, "num_experts", 0) or _get(text, "num_local_experts")
+    sparse = experts + width * num_experts  # the router
+    if _get(text, "shared_expert_intermediate_size", 0):
+        sparse += _swiglu(text, width, "shared_expert_intermediate_size") + width  # and its gate
+    num_dense = num_layers - num_sparse
+    return num_sparse * sparse + (num_dense * _swiglu(text, width) if num_dense else 0)
 
 
 def _num_full_layers(text: Any, num_layers: int) -> int:

@@ -68,6 +68,7 @@ def brute_force_logits(model, tokenizer, images: list[np.ndarray], pruned: list[
     inputs = stock_inputs(tokenizer, images, question, answer)
     visual, text = model.model.visual, model.model.language_model
     rows_kept = [torch.from_numpy(image.selection.keep.reshape(-1)) for image in pruned]
+    taps = getattr(visual, "deepstack_visual_indexes", [])
     embeds, deepstack = [], []
     start = 0
     for grid, kept in zip(inputs["image_grid_thw"], rows_kept, strict=True):
@@ -84,8 +85,8 @@ def brute_force_logits(model, tokenizer, images: list[np.ndarray], pruned: list[
         layers = []
         for depth, block in enumerate(visual.blocks):
             hidden = block(hidden, cu_seqlens=borders, position_embeddings=rotary)
-            if depth in visual.deepstack_visual_indexes:
-                layers.append(visual.deepstack_merger_list[visual.deepstack_visual_indexes.index(depth)](hidden))
+            if depth in taps:
+                layers.append(visual.deepstack_merger_list[taps.index(depth)](hidden))
         embeds.append(visual.merger(hidden))
         deepstack.append(layers)
         start = end
@@ -96,11 +97,14 @@ def brute_force_logits(model, tokenizer, images: list[np.ndarray], pruned: list[
     ids = inputs["input_ids"][:, column_kept]
     hidden = model.get_input_embeddings()(ids).clone()
     hidden[0, is_image[column_kept]] = torch.cat(embeds)
+    extra = {}
+    if taps:
+        extra["visual_pos_masks"] = is_image[column_kept][None]
+        extra["deepstack_visual_embeds"] = [torch.cat(layer) for layer in zip(*deepstack, strict=True)]
     out = text(
         inputs_embeds=hidden,
         position_ids=torch.cat([torch.arange(ids.shape[1])[None, None], positions[:, :, column_kept]]),
-        visual_pos_masks=is_image[column_kept][None],
-        deepstack_visual_embeds=[torch.cat(layer) for layer in zip(*deepstack, strict=True)],
         use_cache=False,
+        **extra,
     )
     return model.lm_head(out.last_hidden_state)[0]

@@ -9,8 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from pixelprune.flops import DELTA_CHUNK, CostModel
@@ -65,9 +69,28 @@ def toy_qwen3_5() -> Qwen3_5Config:
     return Qwen3_5Config(text_config=text, vision_config=VISION, **SPECIAL, video_token_id=503)
 
 
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 56}
+
+
+def toy_qwen3_vl_moe() -> Qwen3VLMoeConfig:
+    """Experts in layers 1 and 3; the other two are dense."""
+    config = toy_qwen3_vl().to_dict()
+    text = {**config["text_config"], **EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": [0, 2]}
+    text["model_type"], vision = "qwen3_vl_moe_text", {**config["vision_config"], "model_type": "qwen3_vl_moe_vision"}
+    return Qwen3VLMoeConfig(text_config=text, vision_config=vision, **SPECIAL, video_token_id=503)
+
+
+def toy_qwen3_5_moe() -> Qwen3_5MoeConfig:
+    text = {**toy_qwen3_5().to_dict()["text_config"], **EXPERTS, "shared_expert_intermediate_size": 40}
+    text["model_type"] = "qwen3_5_moe_text"
+    return Qwen3_5MoeConfig(text_config=text, vision_config=VISION, **SPECIAL, video_token_id=503)
+
+
 MODELS = {
     "qwen3_vl": (toy_qwen3_vl, Qwen3VLForConditionalGeneration),
     "qwen3_5": (toy_qwen3_5, Qwen3_5ForConditionalGeneration),
+    "qwen3_vl_moe": (toy_qwen3_vl_moe, Qwen3VLMoeForConditionalGeneration),
+    "qwen3_5_moe": (toy_qwen3_5_moe, Qwen3_5MoeForConditionalGeneration),
 }
 # Per image kept blocks, text tokens (at least 2 per image), supervised tokens.
 SHAPES = [([60, 24], 108, 11), ([12], 52, 30), ([7, 9, 16], 32, 1), ([], 128, 128)]
@@ -78,6 +101,8 @@ def counted(name: str, kept: list[int], text_tokens: int, supervised: int, train
     torch.manual_seed(0)
     make_config, model_class = MODELS[name]
     model = model_class._from_config(make_config(), attn_implementation="eager").train(training)
+    if name.endswith("moe"):
+        model.set_experts_implementation("eager")
     ids: list[int] = []
     for count in kept:
         ids += [VISION_START, *[IMAGE] * count, VISION_END]
@@ -121,7 +146,7 @@ def test_total_is_what_torch_counts(name: str, training: bool, shape: tuple[list
     kept, text_tokens, supervised = shape
     num_tokens = sum(kept) + text_tokens
     expected, _ = counted(name, kept, text_tokens, supervised, training)
-    if name == "qwen3_5":
+    if name.startswith("qwen3_5"):
         assert num_tokens % DELTA_CHUNK == 0  # else the reference pads
         expected += delta_corrections(num_tokens, training)
     cost = CostModel.from_config(MODELS[name][0](), causal_half=False)
@@ -153,12 +178,13 @@ def test_parts_are_what_torch_counts(name: str) -> None:
     delta_layers = of(".linear_attn")
     delta_linear = of("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
     linear = of("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj") + delta_linear
+    linear += of("mlp.gate", "mlp.experts", "mlp.shared_expert_gate")
     assert parts["llm_linear"] == linear
     rule = delta_layers - delta_linear
     assert parts["llm_delta"] == pytest.approx(
-        rule + (name == "qwen3_5") * delta_corrections(num_tokens, False), rel=0.02
+        rule + name.startswith("qwen3_5") * delta_corrections(num_tokens, False), rel=0.02
     )
-    assert (parts["llm_delta"] == 0) == (name == "qwen3_vl")
+    assert (parts["llm_delta"] == 0) == name.startswith("qwen3_vl")
     # What is left of the LLM is attention and, at a few tenths of a percent, the table of rotary angles.
     assert parts["llm_attention"] == pytest.approx(llm - linear - rule, rel=0.02)
 
@@ -227,7 +253,7 @@ def test_batches_are_samples(name: str) -> None:
 def test_dicts_give_what_configs_give(name: str) -> None:
     config = MODELS[name][0]()
     assert CostModel.from_config(config.to_dict()) == CostModel.from_config(config)
-    if name == "qwen3_5":
+    if name.startswith("qwen3_5"):
         without = config.to_dict()
         del without["text_config"]["layer_types"]
         assert CostModel.from_config(without) == CostModel.from_config(config)
@@ -251,8 +277,8 @@ def test_published_size_is_plausible() -> None:
 
 
 def test_other_configs_are_refused() -> None:
-    with pytest.raises(ValueError, match="one of qwen3_vl, qwen3_5, got 'qwen3_vl_moe'"):
-        CostModel.from_config({"model_type": "qwen3_vl_moe"})
+    with pytest.raises(ValueError, match=r"one of qwen3_vl, .*qwen3_5.*, got 'llava'"):
+        CostModel.from_config({"model_type": "llava"})
     config = toy_qwen3_vl().to_dict()
     del config["text_config"]["head_dim"]
     with pytest.raises(ValueError, match="no field 'head_dim'"):

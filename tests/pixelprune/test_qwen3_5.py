@@ -1,0 +1,437 @@
+"""Qwen3.5 and the families with experts: the equalities that hold for Qwen3-VL, with borders in every kind of layer.
+
+On CUDA with flash-linear-attention and causal-conv1d the same tests run packed rows through the compiled kernels, in
+bfloat16 (their delta rule takes no float32).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from pixelprune import model_call
+from pixelprune.conversation import Conversation
+from pixelprune.family import FAMILIES, lora_targets
+from pixelprune.hf import generate, prepare
+from pixelprune.image import prune_pixels
+from pixelprune.model_call import KERNEL_PACKAGES, final_hidden, group_by_length, takes_packed_rows
+from pixelprune.pack import VisionGeometry, model_inputs, pack_samples
+from pixelprune.prompter import Prompter
+from pixelprune.sample import Sample
+from pixelprune.settings import PruneSettings
+from tests.conftest import screen
+from tests.pixelprune.generation_reference import (
+    NUM_NEW,
+    SMALL,
+    decode_uncached,
+    logits_from_the_start,
+    logits_of,
+    user,
+)
+from tests.pixelprune.reference import PLACEHOLDER, brute_force_logits, make_sample, stock_inputs
+
+HYBRIDS = [name for name, family in FAMILIES.items() if family.linear_attention]
+NEW_FAMILIES = [name for name in FAMILIES if name != "qwen3_vl"]  # which test_pack.py covers
+
+CASES = {
+    "one image": ([screen(3, 5)], "Where is Save?", "(512, 87)"),
+    "two images": ([screen(4, 3, 1), screen(2, 7, 2)], "Compare them.", "The second is wider."),
+    "text only": ([], "What is 2 + 2?", "4"),
+}
+
+
+def no_kernels_reason() -> str:
+    """Why compiled kernels cannot be tested here; empty when they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    missing = [package for module, package in KERNEL_PACKAGES.items() if not model_call._loads(module)]
+    return f"{' and '.join(missing)} not installed" if missing else ""
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(bool(no_kernels_reason()), reason=no_kernels_reason()))]
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A toy model whose delta nets remember: with the usual initialisation their state fades within a few tokens."""
+
+    model: Any
+    tokenizer: Any
+    geometry: VisionGeometry
+    folder: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def sample(self, case: str, strategy: str = "pred2d") -> Sample:
+        return make_sample(self.tokenizer, *CASES[case], strategy, case)
+
+    def pack(self, samples: list[Sample]):
+        return pack_samples(samples, self.geometry).to(self.device)
+
+    def logits(self, samples: list[Sample], model: Any = None) -> torch.Tensor:
+        """Through the packed row, as training and evaluation do."""
+        model = model or self.model
+        return model.lm_head(final_hidden(model, self.pack(samples), self.geometry))
+
+    def logits_apart(self, samples: list[Sample], model: Any = None) -> torch.Tensor:
+        """Every sample in a plain stock call of its own, one row without borders or padding."""
+        model = model or self.model
+        return torch.cat([model(**self.plain_inputs([sample])).logits[0] for sample in samples])
+
+    def plain_inputs(self, samples: list[Sample]) -> dict:
+        inputs = model_inputs(self.pack(samples), self.geometry, self.model.dtype)
+        return {n: v for n, v in inputs.items() if n != "seq_idx" and not n.startswith(("cu_seq", "max_length"))}
+
+    def assert_close(self, got: torch.Tensor, expected: torch.Tensor) -> None:
+        """1e-5 in float32; kernels compute in bfloat16, where only the size of the difference can be bounded."""
+        if self.model.dtype == torch.float32:
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+        else:
+            assert (got - expected).float().norm() < 0.02 * expected.float().norm()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    from training.toy_model import build_toy_model
+
+    root = tmp_path_factory.mktemp("families")
+    return {name: str(build_toy_model(root / name, family=name)) for name in NEW_FAMILIES}
+
+
+def build_toy(folder: str, device: str) -> Toy:
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.fill_(np.log(0.05))
+            elif parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.mul_(2)
+    model = model.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
+    geometry = VisionGeometry.from_config(model.config)
+    return Toy(model, AutoTokenizer.from_pretrained(folder), geometry, folder)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=NEW_FAMILIES)
+def toy(request, device, folders) -> Toy:
+    return build_toy(folders[request.param], device)
+
+
+@pytest.fixture(scope="module")
+def hybrid(device, folders) -> Toy:
+    return build_toy(folders["qwen3_5"], device)
+
+
+@pytest.fixture(scope="module")
+def cpu_hybrid(folders) -> Toy:
+    return build_toy(folders["qwen3_5"], "cpu")
+
+
+def one_token_sample() -> Sample:
+    return Sample(np.array([65]), np.zeros((3, 1), dtype=np.int64), np.array([False]), [], 1, "one token")
+
+
+def uneven(toy: Toy) -> list[Sample]:
+    """Three samples of uneven length, one of them one token long."""
+    return [toy.sample("two images"), one_token_sample(), toy.sample("one image")]
+
+
+def very_uneven(toy: Toy) -> list[Sample]:
+    """Lengths that no single padded batch would hold without waste, images in every group."""
+    long = make_sample(toy.tokenizer, [screen(3, 4, 5)], "Read.", "A long answer with many words. " * 20, name="long")
+    return [toy.sample("one image"), long, one_token_sample(), toy.sample("two images"), long, toy.sample("text only")]
+
+
+# --- equalities ---
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_keep_all_is_the_stock_call(case, toy):
+    inputs = {name: value.to(toy.device) for name, value in stock_inputs(toy.tokenizer, *CASES[case]).items()}
+    stock = toy.model(**inputs, use_cache=False).logits[0]
+    ours = toy.logits([toy.sample(case, "none")])
+    if toy.device.type == "cpu":
+        assert torch.equal(ours, stock)
+    toy.assert_close(ours, stock)
+
+
+@pytest.mark.parametrize("case", ["one image", "two images"])
+@torch.no_grad()
+def test_pruned_is_gathering_after_the_patch_embedding(case, toy):
+    if toy.device.type != "cpu":
+        pytest.skip("the reference runs on the CPU, where installed kernels cannot")
+    sample = toy.sample(case)
+    assert sum(i.selection.num_kept for i in sample.images) < sum(i.selection.num_blocks for i in sample.images)
+    images, question, answer = CASES[case]
+    expected = brute_force_logits(toy.model, toy.tokenizer, images, sample.images, question, answer)
+    toy.assert_close(toy.logits([sample]), expected)
+
+
+@pytest.mark.parametrize("samples_of", [uneven, very_uneven])
+@torch.no_grad()
+def test_packed_samples_have_the_logits_of_samples_apart(samples_of, toy):
+    samples = samples_of(toy)
+    toy.assert_close(toy.logits(samples), toy.logits_apart(samples))
+
+
+@torch.no_grad()
+def test_a_row_without_borders_leaks_so_the_comparison_can_fail(hybrid):
+    samples = uneven(hybrid)
+    leaking = hybrid.model(**hybrid.plain_inputs(samples)).logits[0]
+    difference = leaking - hybrid.logits_apart(samples)
+    first = slice(0, len(samples[0]))
+    assert difference[first].abs().max() < 0.05, "nothing stands in front of the first sample"
+    assert difference.abs().max() > 0.3
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "train, recomputed"])
+@torch.no_grad()
+def test_a_change_in_one_sample_leaves_the_others_bit_identical(mode, toy):
+    model = copy.deepcopy(toy.model).train(mode != "eval")
+    if "recomputed" in mode:
+        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    before = make_sample(toy.tokenizer, [screen(3, 4, 9)], "Where is Save?", "(1, 2)")
+    after = make_sample(toy.tokenizer, [screen(3, 4, 9) ^ 255], "Where is Save?", "(3, 4)")
+    assert len(before) == len(after)
+    mine = toy.sample("one image")
+    cut = slice(len(before), len(before) + len(mine))
+    assert torch.equal(
+        toy.logits([before, mine, before], model)[cut],
+        toy.logits([after, mine, after], model)[cut],
+    )
+
+
+@torch.no_grad()
+def test_the_vision_tower_runs_once_per_pack(toy):
+    calls = []
+    handle = toy.model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    samples = very_uneven(toy)
+    toy.logits(samples)
+    handle.remove()
+    assert len(calls) == 1
+    assert len(group_by_length([len(sample) for sample in samples])) > 1
+
+
+# --- padded batches ---
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=40))
+def test_groups_hold_every_sample_once_and_never_double_the_row(lengths):
+    groups = group_by_length(lengths)
+    assert sorted(sample for group in groups for sample in group) == list(range(len(lengths)))
+    assert all(group == sorted(group) for group in groups)
+    for group in groups:
+        longest = max(lengths[sample] for sample in group)
+        in_chunks = [-(-lengths[sample] // 64) * 64 for sample in group]
+        assert len(group) * (-(-longest // 64) * 64) <= 2 * sum(in_chunks)
+    assert len(groups) <= 1 + np.log2(-(-max(lengths) // 64)) + 1
+
+
+def test_equal_samples_share_one_batch():
+    assert group_by_length([700, 700, 680, 690]) == [[0, 1, 2, 3]]
+    assert group_by_length([1, 60, 64, 5]) == [[0, 1, 2, 3]], "below one chunk, length costs nothing"
+
+
+# --- compiled kernels ---
+
+
+@pytest.mark.skipif(not no_kernels_reason(), reason="kernels take the borders")
+def test_stock_layers_refuse_borders_without_kernels(cpu_hybrid):
+    """Should a release take them in its plain implementation, the padded batches may go."""
+    inputs = model_inputs(cpu_hybrid.pack(uneven(cpu_hybrid)), cpu_hybrid.geometry, torch.float32)
+    with pytest.raises(ValueError, match="packed sequences"):
+        cpu_hybrid.model(**inputs)
+
+
+@torch.no_grad()
+def test_borders_reach_kernels_as_they_document_them(cpu_hybrid, monkeypatch):
+    """The packed row as CUDA machines run it, with stand-ins that hold the kernels to their documented arguments and
+    compute every sample by itself."""
+    samples = uneven(cpu_hybrid)
+    lengths = [len(sample) for sample in samples]
+    borders = [0, *np.cumsum(lengths).tolist()]
+    plain_rule, plain_conv = modeling_qwen3_5.torch_chunk_gated_delta_rule, modeling_qwen3_5.causal_conv1d_fn
+    seen = set()
+
+    def rule(query, key, value, *, g, beta, cu_seqlens, **kwargs):
+        assert query.shape[0] == 1, "rows of several batches take no borders"
+        assert cu_seqlens.tolist() == borders
+        seen.add("delta rule")
+        known = {name: kwargs[name] for name in ("output_final_state", "use_qk_l2norm_in_kernel")}
+        parts = [
+            plain_rule(*(x[:, a:b] for x in (query, key, value)), g=g[:, a:b], beta=beta[:, a:b], **known)[0]
+            for a, b in pairwise(borders)
+        ]
+        return torch.cat(parts, dim=1), None
+
+    def conv(hidden, weight, bias=None, activation=None, *, seq_idx, **kwargs):
+        assert seq_idx.dtype == torch.int32
+        assert seq_idx.tolist() == [np.repeat(range(len(lengths)), lengths).tolist()]
+        assert hidden.stride(1) == 1, "seq_idx is supported for channels last"
+        seen.add("convolution")
+        parts = [plain_conv(hidden[:, :, a:b], weight, bias, activation=activation) for a, b in pairwise(borders)]
+        return torch.cat(parts, dim=2)
+
+    apart = cpu_hybrid.logits_apart(samples)
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", rule)
+    monkeypatch.setattr(modeling_qwen3_5, "causal_conv1d_fn", conv)
+    monkeypatch.setattr(model_call, "takes_packed_rows", lambda model: True)
+    cpu_hybrid.assert_close(cpu_hybrid.logits(samples), apart)
+    assert seen == {"delta rule", "convolution"}
+
+
+@pytest.mark.parametrize(
+    ("device_type", "installed", "expected", "said"),
+    [
+        ("cuda", {"fla", "causal_conv1d"}, True, "kernels take the borders"),
+        ("cuda", {"fla"}, False, "without causal-conv1d"),
+        ("cuda", set(), False, "without flash-linear-attention and causal-conv1d"),
+        ("cpu", {"fla", "causal_conv1d"}, False, "on cpu"),
+    ],
+)
+def test_the_way_of_packing_follows_from_what_is_installed_and_is_said_once(
+    device_type, installed, expected, said, monkeypatch, caplog
+):
+    @dataclass
+    class Stub:
+        config: Any
+        device: torch.device = torch.device(device_type)  # noqa: RUF009
+
+    @dataclass
+    class Config:
+        model_type: str
+
+    model_call._kernels_take_borders.cache_clear()
+    monkeypatch.setattr(model_call, "_loads", installed.__contains__)
+    with caplog.at_level(logging.INFO, logger="pixelprune.model_call"):
+        for _ in range(3):
+            assert takes_packed_rows(Stub(Config("qwen3_5"))) is expected
+        assert takes_packed_rows(Stub(Config("qwen3_vl")))
+    model_call._kernels_take_borders.cache_clear()
+    assert len(caplog.records) == 1
+    assert said in caplog.text
+
+
+# --- generation ---
+
+CONVERSATIONS = [
+    user("Where is Save?", screen(4, 7)),
+    user("What is 2 + 2?"),
+    user("Compare them, please.", screen(4, 3, 1), screen(2, 7, 2)),
+]
+
+
+@pytest.fixture(scope="module")
+def speaker(cpu_hybrid) -> tuple[Any, Prompter]:
+    """A model whose greedy answers depend on the prompt and do not stop early."""
+    model = copy.deepcopy(cpu_hybrid.model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.mul_(1.5)
+    model.generation_config.eos_token_id = None
+    return model, Prompter.load(cpu_hybrid.folder, resize=SMALL)
+
+
+@pytest.mark.skipif(not no_kernels_reason(), reason="with kernels installed the model does not run on the CPU")
+@pytest.mark.parametrize("batch", [[0], [1], [2], [0, 1, 2]], ids=str)
+def test_generate_equals_uncached_step_by_step_decoding(batch, speaker, cpu_hybrid):
+    """One prompt at a time, and left-padded in a batch: padding must not enter the recurrent state."""
+    model, prompter = speaker
+    messages = [CONVERSATIONS[number] for number in batch]
+    inputs = prepare(prompter, messages)
+    generation = generate(model, inputs, max_new_tokens=NUM_NEW, output_logits=True)
+    for row, (conversation, sample) in enumerate(zip(messages, inputs.samples, strict=True)):
+        keeps = [image.selection.keep for image in sample.images]
+        tokens, logits = decode_uncached(model, cpu_hybrid.tokenizer, conversation, keeps, NUM_NEW)
+        assert len(set(tokens)) > 2, "a constant answer compares nothing"
+        assert generation.token_ids[row] == tokens
+        torch.testing.assert_close(logits_of(generation, row), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not no_kernels_reason(), reason="with kernels installed the model does not run on the CPU")
+def test_a_second_turn_continues_the_recurrent_state(speaker, cpu_hybrid):
+    """Cached turns give what an uncached pass over the whole conversation gives."""
+    model, prompter = speaker
+    talk = Conversation(model, prompter)
+    ids: list[int] = []
+    images: list[np.ndarray] = []
+    for question, image in (("Where is Save?", screen(4, 7)), ("And here?", screen(3, 5, 2))):
+        closing = "<|im_end|>\n" if images else ""
+        assert bool(talk.num_cached_tokens) == bool(images)
+        answer = talk.ask([{"type": "image", "image": image}, question], max_new_tokens=NUM_NEW, output_logits=True)
+        turn = f"{closing}<|im_start|>user\n{PLACEHOLDER}{question}<|im_end|>\n<|im_start|>assistant\n"
+        ids += cpu_hybrid.tokenizer(turn, add_special_tokens=False)["input_ids"] + answer.token_ids[0]
+        images.append(image)
+        keeps = [prune_pixels(picture, PruneSettings(), picture.shape[:2]).selection.keep for picture in images]
+        expected = logits_from_the_start(model, cpu_hybrid.tokenizer, ids, images, keeps)[-NUM_NEW - 1 : -1]
+        assert expected.argmax(-1).tolist() == answer.token_ids[0]
+        torch.testing.assert_close(logits_of(answer), expected, atol=1e-4, rtol=1e-4)
+
+
+# --- facts ---
+
+
+def test_family_facts_are_those_of_the_stock_model(toy):
+    family, visual = FAMILIES[toy.model.config.model_type], toy.model.model.visual
+    assert visual.interpolation_mode == toy.geometry.interpolation_mode
+    assert visual.interpolation_align_corners == toy.geometry.align_corners
+    assert visual.num_grid_per_side == toy.geometry.num_grid_per_side
+    assert hasattr(visual, "deepstack_merger_list") == family.deepstack
+    modules = [name for name, _ in toy.model.named_modules()]
+    assert any(name.endswith("linear_attn") for name in modules) == family.linear_attention
+    assert any(name.endswith("experts") for name in modules) == family.experts
+    assert toy.geometry.linear_attention == family.linear_attention
+
+
+def test_lora_targets_are_all_linear_layers_of_the_parts(toy):
+    family = FAMILIES[toy.model.config.model_type]
+    linear = {name for name, module in toy.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {name for name in linear if name != "lm_head" and not name.endswith("shared_expert_gate")}
+    inside = {
+        "llm": {name for name in linear if ".visual." not in name},
+        "vit": {name for name in linear if ".visual.blocks." in name},
+        "merger": {name for name in linear if "merger" in name},
+    }
+    modules = [name for name, _ in toy.model.named_modules()]
+    for part, expected in inside.items():
+        matched = {name for name in modules if re.fullmatch(lora_targets(family, [part]), name)}
+        assert matched == expected
+        assert expected
+    everything = {name for name in modules if re.fullmatch(lora_targets(family, list(inside)), name)}
+    assert everything == set.union(*inside.values()) == linear
+
+
+def test_peft_adapts_the_targets(cpu_hybrid):
+    peft = pytest.importorskip("peft")
+    pattern = lora_targets(FAMILIES["qwen3_5"], ["llm", "vit"])
+    config = peft.LoraConfig(r=2, target_modules=pattern, init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(cpu_hybrid.model), config)
+    names = {name.removesuffix(".lora_A.default.weight") for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert any(name.endswith("linear_attn.in_proj_qkv") for name in names)
+    assert any(name.endswith("visual.blocks.0.attn.qkv") for name in names)
+    assert len(names) == 2 * (4 + 3) + 2 * (5 + 3) + 4 * 4
+
+
+def test_unknown_lora_parts_are_refused():
+    with pytest.raises(ValueError, match="expected some of llm, vit, merger, got head"):
+        lora_targets(FAMILIES["qwen3_5"], ["head"])
