@@ -30,15 +30,20 @@ DELTA_CHUNK = 64
 # L = tokens of the row, S = samples, D = model width; a group = samples that share one padded batch
 
 
-def final_hidden(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype | None = None) -> torch.Tensor:
+def final_hidden(
+    model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype | None = None, *, in_one_call: bool = False
+) -> torch.Tensor:
     """Final hidden states (L, D) of a pack's tokens, in the order of the row; equal to running its samples apart.
 
     model: the stock model with its output head; the pack is on its device. dtype: of the pixels, the model's if None.
+    in_one_call: pad all samples to the longest instead of grouping them by length. For ranks that share a model's
+    layers (ZeRO-3) and must therefore run it equally often.
     """
     dtype = dtype or model.dtype
     if takes_packed_rows(model):
         return model.model(**model_inputs(pack, geometry, dtype)).last_hidden_state[0]
-    return _unpacked_hidden(model, pack, geometry, dtype)
+    groups = [list(range(pack.num_samples))] if in_one_call else group_by_length(pack.sample_lens)
+    return _unpacked_hidden(model, pack, geometry, dtype, groups)
 
 
 def takes_packed_rows(model: Any) -> bool:
@@ -89,13 +94,14 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def _unpacked_hidden(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> torch.Tensor:
+def _unpacked_hidden(
+    model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype, groups: list[list[int]]
+) -> torch.Tensor:
     """`final_hidden` through right-padded batches.
 
     Every layer is causal, so tokens of a sample see nothing of the padding behind them, and no mask is needed. Padding
     continues the count in row 0 of the positions: anything else would be read as the border of a packed sample.
     """
-    groups = group_by_length(pack.sample_lens)
     longest = [max(pack.sample_lens[sample] for sample in group) for group in groups]
     starts = [0, *accumulate(len(group) * length for group, length in zip(groups, longest, strict=True))]
     place = _places(pack, groups, longest, starts)

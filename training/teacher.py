@@ -59,7 +59,8 @@ class OnlineTeacher:
             # A rank without work. Sharded ranks fetch each other's layers, so there all of them run.
             weight = self.head.weight
             return weight.new_empty(0, weight.shape[1])
-        return final_hidden(self.model, full, self.geometry).index_select(0, full.logit_index)
+        hidden = final_hidden(self.model, full, self.geometry, in_one_call=self.is_sharded)
+        return hidden.index_select(0, full.logit_index)
 
 
 class CachedTeacher:

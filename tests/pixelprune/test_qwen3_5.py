@@ -194,6 +194,18 @@ def test_packed_samples_have_the_logits_of_samples_apart(samples_of, toy):
 
 
 @torch.no_grad()
+def test_one_call_for_all_lengths_gives_the_same(hybrid):
+    """Ranks that share a teacher's layers must run it equally often."""
+    calls = []
+    handle = hybrid.model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    samples = very_uneven(hybrid)
+    hidden = final_hidden(hybrid.model, hybrid.pack(samples), hybrid.geometry, in_one_call=True)
+    handle.remove()
+    assert len(calls) == 1
+    hybrid.assert_close(hybrid.model.lm_head(hidden), hybrid.logits_apart(samples))
+
+
+@torch.no_grad()
 def test_a_row_without_borders_leaks_so_the_comparison_can_fail(hybrid):
     samples = uneven(hybrid)
     leaking = hybrid.model(**hybrid.plain_inputs(samples)).logits[0]
