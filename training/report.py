@@ -21,7 +21,7 @@ def plot_convergence(runs: dict[str, list[dict]], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     for number, (name, rows) in enumerate(runs.items()):
         colour = f"C{number}"
-        train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
         held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
         if train:
             steps, losses = zip(*train, strict=True)
@@ -88,12 +88,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _running_mean(values: tuple[float, ...], share: float = 0.1) -> list[float]:
-    smooth, current = [], values[0]
-    for value in values:
-        current += share * (value - current)
-        smooth.append(current)
-    return smooth
+def _running_mean(values: tuple[float, ...]) -> list[float]:
+    """Mean over a centred window of a twentieth of the run: smooth, without lagging behind."""
+    half = max(1, len(values) // 40)
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def _median(values: list[float]) -> float:

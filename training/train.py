@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=2e-5")
     parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         config = load_recipe(args.recipe, args.overrides)
         if args.show:

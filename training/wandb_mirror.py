@@ -48,7 +48,7 @@ class WandbMirror:
             while (item := self._rows.get()) is not _CLOSE:
                 step, metrics = item
                 run.log(metrics, step=step)
-            run.finish(quiet=True)
+            run.finish()
         except Exception:
             # A tracker is no reason to lose a run of days; every row is in metrics.jsonl.
             logger.exception("wandb failed and is off for the rest of the run; metrics.jsonl is complete")
