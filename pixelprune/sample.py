@@ -66,8 +66,9 @@ def build_sample(
             f"record {record_id!r}: {len(placeholders)} image placeholders in the text, {len(images)} images"
         )
     position, cut = first_position, 0
-    ids, positions = [], []
-    for place, image in zip(placeholders, images, strict=True):
+    ids: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    for place, image in zip(placeholders.tolist(), images, strict=True):
         position = _append_text(ids, positions, chat.input_ids[cut:place], position)
         ids.append(np.full(image.selection.num_kept, image_token_id, dtype=np.int64))
         positions.append(mrope_of_image(image.selection, position))

@@ -213,7 +213,7 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """States of all generators as tensors: no pickle in a checkpoint."""
     version, keys, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=True)
+    numpy_state: tuple = np.random.get_state(legacy=True)  # type: ignore[assignment]
     state = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *keys], dtype=torch.int64),

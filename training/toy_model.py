@@ -188,7 +188,7 @@ def build_toy_model(
 
 def texts_of_records(path: Path) -> list[str]:
     """All text of a JSONL file in `messages` form, to train the toy tokenizer on."""
-    texts = []
+    texts: list[str] = []
     for line in path.read_text().splitlines():
         for message in json.loads(line)["messages"]:
             content = message["content"]
