@@ -120,3 +120,27 @@ def test_a_bad_recipe_is_one_line_that_names_the_field(recipe, text, message):
 def test_numbers_in_scientific_notation_are_numbers(recipe):
     recipe.write_text(MINIMAL + "optim: {lr: 1e-5}\n")
     assert load_recipe(recipe).optim.lr == 1e-5
+
+
+def test_kd_recovery_and_its_debug_twin_learn_alike():
+    paper, debug = load_recipe("configs/kd_recovery.yaml"), load_recipe("configs/kd_recovery_debug.yaml")
+    assert (paper.loss, paper.kd, paper.prune) == (debug.loss, debug.kd, debug.prune)
+    assert paper.loss.kd_weight > 0
+    assert (paper.data.samples_per_step, paper.schedule.max_steps) == (32 * 36, 2000)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("kd.source=disk", "kd.source: expected one of online, cached, got 'disk'"),
+        ("kd.sharding=zero2", "kd.sharding: expected one of replica, zero3"),
+        ("kd.top_k=8", "set kd.source=cached, or kd.top_k=0"),
+        ("kd.dtype=fp8", "kd.dtype: expected one of"),
+        ("kd.cache_dtype=int8", "kd.cache_dtype: expected one of"),
+        ("kd.cache_records=0", "kd.cache_records: expected at least 1"),
+        ("kd.temperature=2", "unknown key 'kd.temperature'"),
+    ],
+)
+def test_a_bad_teacher_setting_names_the_field(recipe, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe, [override])
