@@ -108,8 +108,8 @@ def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selectio
 
 @register("resize")
 def resize(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
-    """Listed for its name: it changes the image's size and has no keep mask. Raises ValueError saying what to call."""
+    """Listed for its name: it scales the image (`image.prune_pixels` does) and has no keep mask: raises ValueError."""
     raise ValueError(
-        "prune.strategy: 'resize' has no keep mask; scale the image to pixelprune.baselines.budget_size(height, width, "
-        "block_budget(image, settings)) and select with strategy='none'"
+        "prune.strategy: 'resize' scales the image and has no keep mask; use pixelprune.image.prune_pixels, or scale to "
+        "pixelprune.baselines.budget_size(height, width, block_budget(image, settings)) and select with strategy='none'"
     )

@@ -89,7 +89,7 @@ class Conversation:
     @property
     def retain_ratio(self) -> float:
         """Kept blocks / all blocks over the images of all turns; 1.0 without images."""
-        num_blocks = sum(image.selection.num_blocks for image in self._row.images)
+        num_blocks = sum(image.num_full_blocks for image in self._row.images)
         return sum(image.selection.num_kept for image in self._row.images) / num_blocks if num_blocks else 1.0
 
     @torch.no_grad()

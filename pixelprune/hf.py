@@ -36,7 +36,7 @@ class PrunedInputs:
     @property
     def num_blocks(self) -> int:
         """Blocks of all images before pruning."""
-        return sum(image.selection.num_blocks for sample in self.samples for image in sample.images)
+        return sum(image.num_full_blocks for sample in self.samples for image in sample.images)
 
     @property
     def retain_ratio(self) -> float:

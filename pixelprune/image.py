@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pixelprune.resample import resize_bicubic
-from pixelprune.selection import Selection, select
+from pixelprune.selection import Selection, check_settings, select
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 from pixelprune.sizing import fit_size
 
@@ -32,11 +32,18 @@ class PrunedImage:
     blocks: uint8 (K, 32, 32, 3), kept blocks in row-major order of their position.
     selection: keep mask and decoding sources over (rows, cols) blocks of the resized image.
     original_size: (height, width) in pixels before resizing.
+    unscaled_blocks: set by the baseline "resize" alone: blocks before it scaled the image down to its budget.
     """
 
     blocks: np.ndarray
     selection: Selection
     original_size: tuple[int, int]
+    unscaled_blocks: int = 0
+
+    @property
+    def num_full_blocks(self) -> int:
+        """Blocks of the image that the Full model is given: what the kept ones are a share of."""
+        return self.unscaled_blocks or self.selection.num_blocks
 
 
 def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
@@ -99,9 +106,27 @@ def gather_blocks(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def prune_pixels(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
-    """Select on a resized uint8 image (H, W, 3) and gather what is kept."""
+    """Select on a resized uint8 image (H, W, 3) and gather what is kept.
+
+    With strategy "resize" (a baseline of the paper's section 4) the image is scaled down, bicubic, until all its blocks
+    are within the budget: what pred2d keeps of it at the same metric and threshold.
+    """
+    if prune.strategy == "resize":
+        return _scale_to_budget(image, prune, original_size)
     selection = select(image, strategy=prune.strategy, metric=prune.metric, threshold=prune.threshold, seed=prune.seed)
     return PrunedImage(gather_blocks(image, selection.keep), selection, original_size)
+
+
+def _scale_to_budget(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
+    from pixelprune.baselines import block_budget, budget_size  # numba loads here, not with the package
+
+    check_settings(prune)
+    height, width = image.shape[:2]
+    size = budget_size(height, width, block_budget(image, prune))
+    scaled = image if size == (height, width) else resize_bicubic(image, *size)
+    selection = select(scaled, strategy="none")
+    unscaled_blocks = (height // BLOCK) * (width // BLOCK)
+    return PrunedImage(gather_blocks(scaled, selection.keep), selection, original_size, unscaled_blocks)
 
 
 def prune_image(source: ImageSource, prune: PruneSettings, resize: ResizeSettings) -> PrunedImage:

@@ -160,7 +160,7 @@ def pack_samples(samples: list[Sample], geometry: VisionGeometry) -> Pack:
         sample_lens=tuple(lengths),
         num_images_per_sample=tuple(len(sample.images) for sample in samples),
         record_ids=tuple(sample.record_id for sample in samples),
-        num_full_blocks=sum(image.selection.num_blocks for image in images),
+        num_full_blocks=sum(image.num_full_blocks for image in images),
         **_vision_fields(images, geometry),
     )
 

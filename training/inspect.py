@@ -62,7 +62,7 @@ def _inspect_record(source: Source, row: int, preparer: Preparer, console: Conso
         return
     sample = prepared.sample
     console.print(render_tokens(prepared, preparer))
-    num_full = sum(image.selection.num_blocks for image in sample.images)
+    num_full = sum(image.num_full_blocks for image in sample.images)
     num_kept = sum(image.selection.num_kept for image in sample.images)
     console.print(
         f"{len(sample)} tokens ({len(sample) - num_kept + num_full} unpruned), {sample.num_supervised} supervised, "
@@ -71,7 +71,12 @@ def _inspect_record(source: Source, row: int, preparer: Preparer, console: Conso
     )
     for number, (ref, image) in enumerate(zip(prepared.record.images, sample.images, strict=True), start=1):
         picture = decode_image(read_image(ref, source.root), preparer.resize)
-        overlay = draw_overlay(resize_image(picture, preparer.resize), image.selection)
+        pixels = resize_image(picture, preparer.resize)
+        if image.unscaled_blocks:  # the baseline "resize" was given other pixels: show these
+            rows, cols = image.selection.keep.shape
+            grid = image.blocks.reshape(rows, cols, BLOCK, BLOCK, 3)
+            pixels = grid.swapaxes(1, 2).reshape(rows * BLOCK, cols * BLOCK, 3)
+        overlay = draw_overlay(pixels, image.selection)
         path = folder / f"{record_id.replace(':', '-')}-image{number}.png"
         Image.fromarray(overlay).save(path)
         console.print(f"image {number}: {describe_image(image)}; {path}", style="dim", soft_wrap=True)
@@ -81,7 +86,7 @@ def describe_image(image: PrunedImage) -> str:
     """Sizes and kept blocks in words."""
     rows, cols = image.selection.keep.shape
     height, width = image.original_size
-    kept, total = image.selection.num_kept, image.selection.num_blocks
+    kept, total = image.selection.num_kept, image.num_full_blocks
     return (
         f"{width} x {height} pixels, resized to {cols * BLOCK} x {rows * BLOCK}, "
         f"{kept} of {total} blocks kept ({100 * kept / total:.1f} %)"

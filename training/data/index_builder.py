@@ -119,7 +119,7 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
         "num_supervised": sample.num_supervised,
         "weight": prepared.record.weight,
         "kept_blocks": kept,
-        "full_blocks": [image.selection.num_blocks for image in sample.images],
+        "full_blocks": [image.num_full_blocks for image in sample.images],
     }
 
 
