@@ -98,7 +98,11 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> dict[
 
 
 def _undecayed_names(model: nn.Module) -> set[str]:
-    """Biases, every vector-shaped weight (norms), and embeddings, tied heads included."""
+    """Biases, every vector (norms, decay rates and step biases of delta nets), and embeddings, tied heads included.
+
+    The depthwise convolution of a delta net is decayed, as in reference implementations of such layers, which exempt
+    the decay rates and step biases only.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return {
         name
