@@ -110,6 +110,6 @@ def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selectio
 def resize(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     """Listed for its name: it scales the image (`image.prune_pixels` does) and has no keep mask: raises ValueError."""
     raise ValueError(
-        "prune.strategy: 'resize' scales the image and has no keep mask; use pixelprune.image.prune_pixels, or scale to "
-        "pixelprune.baselines.budget_size(height, width, block_budget(image, settings)) and select with strategy='none'"
+        "prune.strategy: 'resize' scales the image and has no keep mask; use pixelprune.image.prune_pixels, or scale "
+        "to pixelprune.baselines.budget_size(height, width, block_budget(image, settings)) and select with 'none'"
     )
