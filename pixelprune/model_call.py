@@ -100,7 +100,7 @@ def _unpacked_hidden(
     """`final_hidden` through right-padded batches.
 
     Every layer is causal, so tokens of a sample see nothing of the padding behind them, and no mask is needed. Padding
-    continues the count in row 0 of the positions: anything else would be read as the border of a packed sample.
+    continues the count in row 0 of the positions: a break would be read as a border, and a mask be built for it.
     """
     longest = [max(pack.sample_lens[sample] for sample in group) for group in groups]
     starts = [0, *accumulate(len(group) * length for group, length in zip(groups, longest, strict=True))]
