@@ -1,0 +1,267 @@
+"""Grounding accuracy of a model: `python -m training.evaluate CHECKPOINT --data EVAL.jsonl --mode both`.
+
+One process, or all ranks under `torchrun --module` or `deepspeed --module`. Every prediction is written as it is made;
+the same command continues a pass that was stopped, also on another number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoModelForImageTextToText
+
+from pixelprune.answers import FORMATS
+from pixelprune.prompter import Prompter
+from pixelprune.registry import get_strategy
+from pixelprune.selection import check_settings
+from pixelprune.settings import PruneSettings, ResizeSettings
+from training.answering import AnswerSettings, Task, predict, read_tasks
+from training.checkpoint_files import write_atomically
+from training.data.settings import SourceSettings
+from training.errors import UserError
+from training.exit_codes import USER_ERROR
+from training.grounding import Prediction, summarise
+from training.model import DTYPES, choose_attention
+from training.prediction_files import PredictionFiles
+from training.prediction_sheet import draw_sheet
+
+logger = logging.getLogger(__name__)
+
+MODES = ("full", "pruned")
+_SECONDS_BETWEEN_LOG_LINES = 15.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. User errors end with one line and exit code 2."""
+    args = _parser().parse_args(argv)
+    console = Console(stderr=True, highlight=False)
+    ranks = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+    try:
+        results = evaluate(args, ranks, console)
+    except UserError as error:
+        if ranks.is_main_process:
+            console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return USER_ERROR
+    if ranks.is_main_process:
+        for mode, result in results.items():
+            Console().print(result_table(mode, result))
+    ranks.destroy_process_group()
+    return 0
+
+
+def evaluate(args: argparse.Namespace, ranks: PartialState, console: Console) -> dict[str, dict[str, Any]]:
+    """Every mode asked for: mode -> result, as in result.json (empty on all ranks but the first).
+
+    Raises UserError for data, checkpoint or settings that cannot be used.
+    """
+    tasks, refused = read_tasks([SourceSettings(path) for path in args.data])
+    if not tasks:
+        reason = next(iter(refused.values()), "no records")
+        raise UserError(f"--data: no record can be evaluated; the first of {len(refused)}: {reason}")
+    if args.limit:
+        tasks = tasks[: args.limit]
+    prompters = {mode: _prompter(args, mode) for mode in (MODES if args.mode == "both" else (args.mode,))}
+    model = _load_model(args, ranks.device)
+    answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size)
+    out = args.out or Path(args.checkpoint) / "evaluation"
+    results = {}
+    for mode, prompter in prompters.items():
+        settings = {
+            "checkpoint": str(args.checkpoint),
+            "data": [str(Path(path).resolve()) if Path(path).exists() else path for path in args.data],
+            "prune": dataclasses.asdict(prompter.prune),
+            "resize": dataclasses.asdict(prompter.resize),
+            "max_new_tokens": answers.max_new_tokens,
+            "answer_format": answers.answer_format,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        files = PredictionFiles(out / mode, settings)
+        _run_pass(model, prompter, tasks, answers, files, ranks, console, retry_failed=args.retry_failed)
+        if ranks.is_main_process:
+            predictions = files.merge([task.id for task in tasks])
+            results[mode] = _write_result(files, tasks, predictions, refused)
+        ranks.wait_for_everyone()
+    return results
+
+
+def _run_pass(
+    model: Any,
+    prompter: Prompter,
+    tasks: list[Task],
+    answers: AnswerSettings,
+    files: PredictionFiles,
+    ranks: PartialState,
+    console: Console,
+    *,
+    retry_failed: bool,
+) -> None:
+    """Answer what is not answered yet, this rank's share of it."""
+    problem: list[UserError | None] = [None]
+    if ranks.is_main_process:
+        try:
+            files.start(retry_failed=retry_failed)
+        except UserError as error:
+            problem = [error]
+    if ranks.num_processes > 1:
+        torch.distributed.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise problem[0]
+    done = files.done()
+    pending = [task for task in tasks if task.id not in done]
+    ranks.wait_for_everyone()  # all have read what is done before anyone adds to it
+    if done and pending and ranks.is_main_process:
+        console.print(f"{files.folder}: continuing, {len(tasks) - len(pending)} of {len(tasks)} are answered")
+    mine = pending[ranks.process_index :: ranks.num_processes]
+    with _ProgressLine(files.folder.name, len(mine), console, is_shown=ranks.is_main_process) as line:
+        for predictions in predict(model, prompter, mine, answers):
+            files.append(ranks.process_index, predictions)
+            line.advance(predictions)
+    ranks.wait_for_everyone()
+
+
+def _write_result(
+    files: PredictionFiles, tasks: list[Task], predictions: list[Prediction], refused: dict[str, str]
+) -> dict[str, Any]:
+    result = {**files.settings, **summarise(predictions), "num_refused": len(refused), "refused": refused}
+    write_atomically(files.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    draw_sheet(list(zip(tasks, predictions, strict=True)), files.folder / "sheet.png")
+    return result
+
+
+class _ProgressLine:
+    """The first rank's share of the work: a bar on a terminal, a log line every 15 seconds elsewhere."""
+
+    def __init__(self, name: str, total: int, console: Console, *, is_shown: bool):
+        self._name, self._total, self._console, self._is_shown = name, total, console, is_shown
+        self._num = self._num_hits = 0
+        self._last = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
+
+    def __enter__(self) -> _ProgressLine:
+        if self._is_shown and self._console.is_terminal:
+            self._row = self._bar.add_task(self._name, total=self._total, status="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, predictions: list[Prediction]) -> None:
+        self._num += len(predictions)
+        self._num_hits += sum(prediction.hit for prediction in predictions)
+        if not self._is_shown:
+            return
+        status = f"accuracy so far {self._num_hits / self._num:.1%}"
+        if self._console.is_terminal:
+            self._bar.update(self._row, completed=self._num, status=status)
+        elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LOG_LINES or self._num == self._total:
+            self._last = time.monotonic()
+            self._console.print(f"{self._name}: {self._num}/{self._total} on this rank, {status}", soft_wrap=True)
+
+
+def result_table(mode: str, result: dict[str, Any]) -> Table:
+    """One line per group: accuracy, failures, retain ratio, speed."""
+    prune = result["prune"]
+    strategy = prune["strategy"] if prune["strategy"] == "none" else f"{prune['strategy']}, {prune['threshold']:g}"
+    table = Table(title=f"{mode} ({strategy})", title_justify="left")
+    for head in ("", "records", "accuracy", "not parsed", "failed", "retain", "tokens", "first token s"):
+        table.add_column(head, justify="left" if not head else "right")
+    for group in ("overall", "subset", "element"):
+        for name, score in result[group].items():
+            table.add_row(
+                name,
+                str(score["num"]),
+                f"{score['accuracy']:.2%}",
+                str(score["num_unparsed"]),
+                str(score["num_failed"]),
+                _shown(score["retain_ratio"], "{:.2%}"),
+                _shown(score["tokens_per_answer"], "{:.1f}"),
+                _shown(score["first_token_s"], "{:.3f}"),
+            )
+        table.add_section()
+    if result["num_refused"]:
+        table.caption = f"{result['num_refused']} records cannot be evaluated: see result.json"
+    return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _prompter(args: argparse.Namespace, mode: str) -> Prompter:
+    """Prompts of a mode: all blocks, or pruned as the model was trained unless the command line says otherwise."""
+    try:
+        prompter = Prompter.load(str(args.checkpoint))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    resize = dataclasses.replace(prompter.resize, **{name: value for name, value in limits.items() if value})
+    if mode == "full":
+        return dataclasses.replace(prompter, prune=PruneSettings("none"), resize=resize)
+    trained = prompter.prune if prompter.prune.strategy != "none" else PruneSettings()
+    given = {"strategy": args.strategy, "metric": args.metric, "threshold": args.threshold, "seed": args.seed}
+    prune = dataclasses.replace(trained, **{name: value for name, value in given.items() if value is not None})
+    try:
+        check_settings(prune)
+        get_strategy(prune.strategy)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return dataclasses.replace(prompter, prune=prune, resize=resize)
+
+
+def _load_model(args: argparse.Namespace, device: torch.device) -> Any:
+    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    attention = choose_attention(args.attention, device)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            str(args.checkpoint), dtype=DTYPES[name], attn_implementation=attention
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.checkpoint} is not a loadable model folder: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval()
+
+
+def _parser() -> argparse.ArgumentParser:
+    resize = ResizeSettings()
+    parser = argparse.ArgumentParser(
+        prog="training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("checkpoint", help="model folder, such as a run's export; a checkpoint is exported first (training.export)")
+    add("--data", nargs="+", required=True, help="records whose metadata has a bbox; see docs/grounding.md")
+    add("--mode", choices=(*MODES, "both"), default="both", help="all tokens, pruned, or one after the other")
+    add("--out", type=Path, help="folder of the results; CHECKPOINT/evaluation by default")
+    add("--batch-size", type=int, default=8, help="conversations generated together on a rank (default 8)")
+    add("--max-new-tokens", type=int, default=128)
+    add("--answer-format", choices=FORMATS, default="auto", help="how coordinates are read")
+    add("--limit", type=int, default=0, help="only the first n records; 0 takes all")
+    add("--retry-failed", action="store_true", help="answer records again whose generation failed")
+    add("--strategy", help="mode pruned: another strategy than the model's, such as random, conncomp or resize")
+    add("--metric", help="mode pruned: max or mae")
+    add("--threshold", type=float, help="mode pruned: distance at which a block is omitted")
+    add("--seed", type=int, help="mode pruned: seed of the random baselines")
+    add("--min-pixels", type=int, help=f"after resizing; the model's, else {resize.min_pixels}")
+    add("--max-pixels", type=int, help=f"after resizing; the model's, else {resize.max_pixels}")
+    add("--dtype", choices=tuple(DTYPES), help="bfloat16 on an accelerator, float32 elsewhere")
+    add("--attention", default="auto", help="auto, flash_attention_2, sdpa or eager")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    sys.exit(main())
