@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import xxhash
+from safetensors.torch import load_file
 
 import training.run
 from tests.ranks import without_launcher_arguments
@@ -17,6 +18,7 @@ from training.config import Config
 from training.data.targets import TargetReader
 from training.engine import join_ranks
 from training.errors import UserError
+from training.parameters import part_of
 from training.recipe import load_recipe
 from training.teacher_files import find_teaching
 from training.tracking import read_metrics
@@ -58,6 +60,15 @@ class Scenarios:
         steps = [{key: row[key] for key in LOSSES} for row in read_metrics(folder)]
         weights = xxhash.xxh3_64((folder / "export" / "model.safetensors").read_bytes()).hexdigest()
         return {"steps": steps, "weights": weights}
+
+    def changed_parts(self, name: str, *overrides: str) -> list[str]:
+        """Parts of the model whose exported weights are not those of the start."""
+        config = self.config(name, *overrides)
+        training.run.run(config)
+        start = load_file(Path(config.model.path) / "model.safetensors")
+        end = load_file(self.folder / name / "export" / "model.safetensors")
+        assert start.keys() == end.keys()
+        return sorted({part_of(key) for key in start if not torch.equal(start[key], end[key])})
 
     def resume_half(self, name: str, *overrides: str) -> dict:
         """The run `name` as it was after step 2, run to the end again under another name."""
@@ -106,6 +117,12 @@ def one_rank(run: Scenarios) -> dict:
     results["online, packed"] = run.train("online_packed")
     results["online, small packs"] = run.train("online_small", "data.pack_tokens=130")
     results["repair"] = repair(run, folder, cached)
+    results["changed"] = {
+        "vit frozen": run.changed_parts("vit_frozen", "optim.vit.freeze=true"),
+        "llm frozen": run.changed_parts("llm_frozen", "optim.llm.freeze=true"),
+        "adapters on the llm": run.changed_parts("adapters", "lora.rank=4"),
+        "adapters on the llm, cached": run.changed_parts("adapters_cached", "lora.rank=4", *cached),
+    }
     return results
 
 

@@ -87,6 +87,19 @@ def test_the_teachers_weights_do_not_change(results):
     assert results[1]["online, singly"]["weights"] != results[1]["ce"]["weights"]
 
 
+@pytest.mark.parametrize(
+    ("what", "parts"),
+    [
+        ("vit frozen", ["llm", "merger"]),
+        ("llm frozen", ["merger", "vit"]),
+        ("adapters on the llm", ["llm"]),
+        ("adapters on the llm, cached", ["llm"]),
+    ],
+)
+def test_a_student_that_is_trained_in_part_learns_there_only(what, parts, results):
+    assert results[1]["changed"][what] == parts
+
+
 def test_a_missing_cache_says_how_to_build_it(results):
     message = results[1]["without a cache"]
     assert f"{NUM_RECORDS} of {NUM_RECORDS} records have no teacher targets" in message
