@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from pixelprune.registry import is_recoverable
 from training.config import Config
 from training.engine import Ranks
 from training.feed import Feed
@@ -31,10 +32,25 @@ def print_start_table(
     table.add_row("data", feed.index.describe())
     prune = config.prune
     table.add_row("pruning", f"{prune.strategy}, metric {prune.metric}, threshold {prune.threshold:g}")
+    if config.loss.kd_weight > 0:
+        table.add_row("teacher", describe_teacher(config, feed))
     steps = f"{num_steps} of {config.data.samples_per_step} samples"
     table.add_row("steps", steps + (f", continuing after step {first_step}" if first_step else ""))
     table.add_row("parallel", f"{ranks.world_size} ranks on {ranks.device.type}, ZeRO-{config.distributed.zero_stage}")
+    # With an online teacher its forward on all tokens is part of it.
     table.add_row("cost", f"{feed.plan_input.cost.mean() / 1e12:.3g} TFLOPs per sample, forward and backward")
     recompute = f"ViT every {config.model.recompute_vit}, LLM every {config.model.recompute_llm} layers"
     table.add_row("recomputation", recompute + " (0 = none)")
     Console(stderr=True, width=100).print(table)
+
+
+def describe_teacher(config: Config, feed: Feed) -> str:
+    """Who teaches, how it reaches the student, and how much it counts."""
+    loss, path = config.loss, config.kd.path or f"{config.model.path} (the student's initial weights)"
+    if feed.targets is not None:
+        how = f"cached in {feed.targets.folder}"
+    else:
+        pixels = "decoded from the student's blocks" if is_recoverable(config.prune) else "sent beside the student's"
+        how = f"online, {config.kd.sharding}, its pixels {pixels}"
+    weights = f"ce_weight {loss.ce_weight:g}, kd_weight {loss.kd_weight:g}, temperature {loss.temperature:g}"
+    return f"{path}, {how}; {loss.divergence}, {weights}"
