@@ -44,7 +44,7 @@ def draw_screen(seed: int, *, side: int, num_controls: int) -> tuple[Image.Image
     draw = ImageDraw.Draw(image)
     ink = (70, 76, 90) if sum(page) > 380 else (190, 196, 210)
     draw.rectangle((0, 0, side, CELL - 1), fill=(90, 100, 130))
-    draw.text((8, 10), f"Page {seed}", fill=(240, 240, 240))
+    draw.text((8, 10), "Demo", fill=(240, 240, 240))
     cells = side // CELL
     free = np.zeros((cells, cells), dtype=bool)
     free[1:] = True

@@ -22,6 +22,7 @@ from training.errors import UserError
 from training.exit_codes import FINISHED, RESUMABLE
 from training.export import export_model
 from training.feed import build_feed
+from training.grounding_eval import GroundingEvaluator
 from training.meter import StepMeter
 from training.model import (
     SupervisedModel,
@@ -58,6 +59,7 @@ def run(config: Config) -> int:
     teaching = find_teaching(config, files, ranks)
     feed = build_feed(config, config.data.sources, files, ranks, folder, shuffle=True, teaching=teaching)
     validator = Validator.build(config, files, ranks, folder)
+    grounding = GroundingEvaluator.build(config, files, ranks, folder)
     num_steps = feed.num_steps(config)
 
     attention = choose_attention(config.model.attention, ranks.device)
@@ -78,11 +80,25 @@ def run(config: Config) -> int:
         if validator:
             journal.evaluated(num_done, validator.evaluate(engine))
 
+    def ground(num_done: int) -> None:
+        if grounding and grounding.is_due(num_done, num_steps):
+            journal.evaluated(
+                num_done,
+                grounding.evaluate(
+                    model,
+                    num_done,
+                    lambda path, facts: export_model(path, model, files, config.prune, config.resize, facts),
+                ),
+            )
+
     meter = StepMeter(ranks, state.totals)
     is_due = _evaluation_due(config, num_steps)
     # A run that was stopped between saving and validating makes up for it here.
     if is_due(state.step) and not agreement.any(journal.has_evaluation(state.step))[0]:
         validate(state.step)
+    if grounding:
+        grounding.restore(state.step)
+        ground(state.step)
     if not newest and agreement.any(stop.is_asked)[0]:
         return RESUMABLE
     loader = PackLoader.build(config, feed, files, ranks, num_steps=num_steps, cursor=state.cursor)
@@ -111,6 +127,7 @@ def run(config: Config) -> int:
             return RESUMABLE
         if is_due(num_done):
             validate(num_done)
+        ground(num_done)
     checkpointer.finish()
     if ranks.is_first and config.checkpoint.export_at_end:
         end = {"optimizer steps": num_steps, "retain ratio": f"{meter.retain_ratio:.4f}"}
@@ -215,7 +232,9 @@ class _Journal:
     def evaluated(self, num_done: int, metrics: dict[str, float]) -> None:
         if self.tracker:
             self.tracker.log(num_done, metrics)
-            self.progress.say(f"step {num_done}: held-out loss {metrics['eval_loss']:.4f}")
+            names = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_accuracy_full": "on all tokens"}
+            shown = [f"{words} {metrics[name]:.4f}" for name, words in names.items() if name in metrics]
+            self.progress.say(f"step {num_done}: {', '.join(shown)}")
 
     def close(self) -> None:
         if self.tracker:
