@@ -139,12 +139,21 @@ class TrackingSettings:
 
 @dataclass
 class EvalSettings:
-    """Validation loss on data.eval_sources."""
+    """Validation loss on data.eval_sources, and grounding accuracy on those of its records that have a box."""
 
     every_steps: int = 0
     """Steps between two validations; 0 validates only before the first and after the last step."""
     at_start: bool = True
     """Validate before the first step, so that there is something to compare with."""
+    grounding_every_steps: int = 0
+    """Steps between two evaluations by generation (and one at the end); the best is exported. 0 makes none."""
+    grounding_samples: int = 256
+    """Records answered each time: a fixed random sample of those with metadata.bbox; 0 takes all."""
+    grounding_on_full: bool = False
+    """Evaluate on all tokens too (PixelPrune -> Full), as eval_accuracy_full."""
+    grounding_batch_size: int = 8
+    """Conversations generated together on a rank."""
+    grounding_max_new_tokens: int = 64
 
 
 @dataclass
