@@ -43,6 +43,8 @@ from training.teacher_files import Teaching, cache_folder, load_teacher_files
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
+MOST_AT_ONCE = 64
+"""Records of a rank whose pixels are in host memory at one time: the loader prepares so many before the first pack."""
 
 
 def build_cache(config: Config, ranks: Ranks) -> Path:
@@ -160,37 +162,32 @@ def _compute(
     ranks: Ranks,
     console: Console,
 ) -> None:
-    """One shard per rank for every kd.cache_records x world size records."""
+    """Every rank writes a shard for each kd.cache_records of its records, and one for the rest."""
     full_only = dataclasses.replace(todo, kept_blocks=todo.full_blocks)
     inputs = full_only.plan_input(CostModel.from_config(teacher.model.config))
     inputs = dataclasses.replace(inputs, copies=np.ones(len(inputs)))
-    settings = dataclasses.replace(
-        feed.plan_settings, samples_per_step=config.kd.cache_records * ranks.world_size, shuffle=False
-    )
+    num_at_once = min(config.kd.cache_records, MOST_AT_ONCE) * ranks.world_size
+    settings = dataclasses.replace(feed.plan_settings, samples_per_step=num_at_once, shuffle=False)
     prepare = dataclasses.replace(feed.prepare, prune=PruneSettings(strategy="none"), with_full=False)
     plan = plan_epoch(inputs, settings, epoch=0, world_size=ranks.world_size)
     hash_of = {todo.record_id(i): int(todo.content_hash[i]) for i in range(len(todo))}
-    loader = PackLoader.build(
-        config, Feed(todo, prepare, inputs, settings), student, ranks, num_steps=len(plan)
-    )  # fmt: skip
+    loader = PackLoader.build(config, Feed(todo, prepare, inputs, settings), student, ranks, num_steps=len(plan))
     columns = (TextColumn("teacher"), BarColumn(), MofNCompleteColumn(), TextColumn("records"), TimeRemainingColumn())
-    started, cost_done, cost_all = time.perf_counter(), 0.0, float(inputs.cost.sum())
+    started, entries = time.perf_counter(), []
     with Progress(*columns, console=console, disable=not ranks.is_first) as progress:
         task = progress.add_task("teacher", total=len(todo))
         for step, batches in loader.steps():
-            entries: list[TargetEntry] = []
             for batch in batches:
                 pack = batch.pack.to(ranks.device)
                 entries += _entries(pack, target_values(pack, teacher, config), hash_of)
-                if cost_done == 0:
-                    cost_done = float(plan[step].cost[batch.micro_step].sum())
-                    seconds = (time.perf_counter() - started) * cost_all / max(cost_done, 1.0)
-                    console.print(
-                        f"time: about {seconds / 60:.1f} minutes, from the first pack of {ranks.world_size} ranks"
-                    )
-            if entries:
+            if len(entries) >= config.kd.cache_records or (entries and step == len(plan) - 1):
                 write_shard(folder, entries)
+                entries = []
             progress.advance(task, plan[step].num_samples)
+            if step == 0 and len(plan) > 1:
+                share = float(plan[0].cost.sum() / inputs.cost.sum())
+                minutes = (time.perf_counter() - started) / share / 60
+                console.print(f"time: about {minutes:.1f} minutes in all, from the first {plan[0].num_samples} records")
 
 
 def _entries(pack: Pack, values: dict[str, torch.Tensor], hash_of: dict[str, int]) -> list[TargetEntry]:
