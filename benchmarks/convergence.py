@@ -63,7 +63,7 @@ class Settings:
     every: int = 300
     samples_per_step: int = 32
     samples_per_pack: int = 8
-    lr: float = 1.5e-3
+    lr: float = 3e-3
     warmup_steps: int = 50
     seed: int = 0
 
@@ -117,15 +117,15 @@ def write_start(folder: Path, texts: list[str], settings: Settings) -> None:
     build_toy_model(folder, texts)
     config = AutoConfig.from_pretrained(folder)
     text, vision = config.text_config, config.vision_config
-    text.update({"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "initializer_range": 0.06})
-    text.update({"num_attention_heads": 4, "num_key_value_heads": 2})
-    vision.update({"hidden_size": 64, "intermediate_size": 192, "depth": 2, "num_heads": 2, "out_hidden_size": 128})
-    vision.update({"deepstack_visual_indexes": [0], "initializer_range": 0.06, "num_position_embeddings": 16 * 16})
+    text.update({"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "initializer_range": 0.08})
+    text.update({"num_attention_heads": 3, "num_key_value_heads": 1})
+    vision.update({"hidden_size": 64, "intermediate_size": 128, "depth": 2, "num_heads": 2, "out_hidden_size": 96})
+    vision.update({"deepstack_visual_indexes": [0], "initializer_range": 0.08, "num_position_embeddings": 16 * 16})
     torch.manual_seed(settings.seed)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         # Where things are must not be drowned by what they look like: random tables this small took far longer.
-        model.model.visual.pos_embed.weight.copy_(1.5 * waves(16, 64))
+        model.model.visual.pos_embed.weight.copy_(3 * waves(16, 64))
     model.save_pretrained(folder)
 
 
