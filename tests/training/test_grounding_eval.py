@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pixelprune.settings import PruneSettings
 from tests.ranks import ROOT
 from tests.training.test_evaluate import write_eval
 from training import evaluate
@@ -17,6 +18,7 @@ from training.data.settings import DataSettings, SourceSettings
 from training.engine import Ranks
 from training.errors import UserError
 from training.grounding_eval import GroundingEvaluator
+from training.recipe import load_recipe
 from training.tracking import read_metrics
 
 NUM_STEPS = 4
@@ -99,3 +101,19 @@ def test_data_without_boxes_is_refused(data, toy_folder, tmp_path):
         GroundingEvaluator.build(config, None, ranks, tmp_path)  # type: ignore[arg-type]
     config.eval.grounding_every_steps = 0
     assert GroundingEvaluator.build(config, None, ranks, tmp_path) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("suffix", ["", "_debug"])
+def test_the_full_recipe_differs_in_pruning_alone(suffix):
+    pruned, full = (load_recipe(f"configs/{name}{suffix}.yaml") for name in ("gui_grounding", "gui_grounding_full"))
+    assert pruned.data == full.data
+    assert pruned.data.paired, "both see the same samples in the same step"
+    assert (pruned.prune.strategy, full.prune.strategy) == ("pred2d", "none")
+    for section in ("model", "resize", "loss", "optim", "schedule"):
+        assert getattr(pruned, section) == getattr(full, section)
+
+
+def test_the_paper_s_numbers():
+    config = load_recipe("configs/gui_grounding.yaml")
+    assert (config.data.samples_per_step, config.schedule.max_steps) == (32 * 18, 4000)
+    assert config.prune == PruneSettings("pred2d", "max", 0.0)
