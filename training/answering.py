@@ -111,7 +111,7 @@ def _answer(
         return []
     samples = [sample for _, inputs in ready for sample in inputs.samples]
     inputs = PrunedInputs(samples, [text for _, one in ready for text in one.texts], prompter)
-    clock = _FirstTokenClock()
+    clock, failure = _FirstTokenClock(), ""
     try:
         answers = generate(
             model,
@@ -121,10 +121,13 @@ def _answer(
             stopping_criteria=StoppingCriteriaList([clock]),
         )
     except (RuntimeError, ValueError, IndexError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if len(ready) > 1:
-            return [one for entry in ready for one in _answer(model, prompter, [entry], settings)]
+        failure = f"{type(error).__name__}: {error}"[:2000]
+    # Behind the except block: inside it, the error's traceback would keep the failed batch's memory.
+    if failure and len(ready) > 1:
+        return [one for entry in ready for one in _answer(model, prompter, [entry], settings)]
+    if failure:
         task, own = ready[0]
-        return [failed(task.id, task.target, f"{type(error).__name__}: {error}"[:2000], **_blocks(own))]
+        return [failed(task.id, task.target, failure, **_blocks(own))]
     predictions = []
     for (task, own), text, ids in zip(ready, answers.texts, answers.token_ids, strict=True):
         height, width = own.samples[0].images[-1].original_size
