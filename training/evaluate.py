@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         return USER_ERROR
     if ranks.is_main_process:
         for mode, result in results.items():
-            Console().print(result_table(mode, result))
+            Console(width=max(console.width, 110)).print(result_table(mode, result))
     ranks.destroy_process_group()
     return 0
 
