@@ -45,7 +45,7 @@ SAMPLES = Path("data_tools/samples")
 SIDE = 192
 PANEL = (30, 60, 200)
 QUESTION = "How wide?"
-NUM_CROPS = {"train": 2048, "eval": 384}
+NUM_CROPS = {"train": 2048, "eval": 256}
 FULL, PRUNED = "none", "pred2d"
 COMMON = [
     "data.samples_per_step=32", "data.pack_tokens=1024", "data.pack_patches=4096", "data.index_workers=1",
@@ -201,9 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("runs/kd_recovery"))
-    parser.add_argument("--full-steps", type=int, default=160, help="steps of the full-token model")
+    parser.add_argument("--full-steps", type=int, default=120, help="steps of the full-token model")
     parser.add_argument("--full-lr", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=240, help="steps of recovery, for CE and KD alike")
+    parser.add_argument("--steps", type=int, default=120, help="steps of recovery, for CE and KD alike")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--no-record", action="store_true", help="try something without writing a record")
     settings = parser.parse_args()
