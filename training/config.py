@@ -11,6 +11,7 @@ from typing import Any
 from pixelprune.settings import PruneSettings, ResizeSettings
 from training.data.settings import DataSettings
 from training.errors import UserError
+from training.lora import LoraSettings
 from training.loss import LossSettings
 from training.teacher_settings import TeacherSettings
 
@@ -36,7 +37,7 @@ class ModelSettings:
     dtype: str = "bfloat16"
     """bfloat16 or float32: precision of weights and activations (gradients accumulate in float32 either way)."""
     attention: str = "auto"
-    """auto (the fastest that is installed), flash_attention_2, varlen, sdpa or eager."""
+    """auto (the fastest that is installed), flash_attention_2, sdpa or eager."""
     recompute_vit: int = 1
     """Recompute the activations of every k-th ViT layer in backward; 1 = all layers, 0 = none."""
     recompute_llm: int = 1
@@ -168,6 +169,7 @@ class Config:
     loss: LossSettings = field(default_factory=LossSettings)
     kd: TeacherSettings = field(default_factory=TeacherSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
     distributed: DistributedSettings = field(default_factory=DistributedSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
@@ -192,7 +194,7 @@ def check_config(config: Config) -> None:
     need(bool(config.model.path), "model.path: expected a Hugging Face model folder or hub id, got nothing")
     need(bool(config.data.sources), "data.sources: expected at least one data set, got none")
     one_of("model.dtype", config.model.dtype, ("bfloat16", "float32"))
-    one_of("model.attention", config.model.attention, ("auto", "flash_attention_2", "varlen", "sdpa", "eager"))
+    one_of("model.attention", config.model.attention, ("auto", "flash_attention_2", "sdpa", "eager"))
     one_of("distributed.zero_stage", config.distributed.zero_stage, (1, 2))
     one_of("checkpoint.on_error", config.checkpoint.on_error, ("stop", "continue"))
     one_of("kd.source", config.kd.source, ("online", "cached"))

@@ -27,6 +27,8 @@ class Ranks:
     local_rank: int
     device: torch.device
     world_size_per_node: int = 1
+    has_launcher: bool = True
+    """False for a process that nothing started as a rank: it can index, cache and evaluate, but not train."""
 
     @property
     def cores_per_rank(self) -> int:
@@ -50,12 +52,13 @@ def join_ranks(config: Config) -> Ranks:
         dist.init_process_group(
             accelerator.communication_backend_name(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
-    local_rank = max(0, local_rank)
+    has_launcher, local_rank = local_rank != alone, max(0, local_rank)
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, hosts.count(socket.gethostname()))
+    num_here = hosts.count(socket.gethostname())
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, num_here, has_launcher)
 
 
 def deepspeed_json(config: Config, device: torch.device) -> dict[str, Any]:

@@ -1,37 +1,50 @@
-"""The trained model as a Hugging Face folder that `from_pretrained` loads, with the settings it was trained with."""
+"""The trained model as a Hugging Face folder: `python -m training.export RUN -o FOLDER`, without a GPU."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 
+import yaml
+from rich.console import Console
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from pixelprune.settings import PruneSettings, ResizeSettings
-from training.model import ModelFiles
+from pixelprune.prompter import PRUNE_FILE
+from training.config import Config
+from training.errors import UserError
+from training.exit_codes import USER_ERROR
+from training.lora import adapter_weights, add_adapters, export_weights
+from training.model import ModelFiles, load_model, load_model_files
 
-PRUNE_FILE = "pixelprune.json"
 
-
-def export_model(
-    folder: Path, model: PreTrainedModel, files: ModelFiles, prune: PruneSettings, resize: ResizeSettings, facts: dict
-) -> Path:
+def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config: Config, facts: dict) -> Path:
     """Write weights, tokenizer, preprocessor, prune and resize settings and a model card; complete or not at all.
 
-    The folder is written beside its final place and renamed when it is whole.
+    The folder is written beside its final place and renamed when it is whole. With lora.merge_on_export off it holds
+    the adapters only, as peft loads them onto config.model.path.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    if config.lora.rank and not config.lora.merge_on_export:
+        adapters = {name: tensor.contiguous().cpu() for name, tensor in adapter_weights(model).items()}
+        save_file(adapters, partial / "adapter_model.safetensors")
+        peft_config = model.peft_config["default"]  # type: ignore[attr-defined,index]
+        peft_config.base_model_name_or_path = config.model.path
+        peft_config.save_pretrained(partial)
+    else:
+        model.save_pretrained(partial, state_dict=export_weights(model))
     files.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
     if files.preprocessor:
         (partial / "preprocessor_config.json").write_text(json.dumps(files.preprocessor, indent=2) + "\n")
-    settings = {"prune": dataclasses.asdict(prune), "resize": dataclasses.asdict(resize)}
+    settings = {"prune": dataclasses.asdict(config.prune), "resize": dataclasses.asdict(config.resize)}
     (partial / PRUNE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    (partial / "README.md").write_text(_model_card(files, prune, facts))
+    (partial / "README.md").write_text(_model_card(config, facts))
     if folder.exists():
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
@@ -43,16 +56,43 @@ def export_model(
     return folder
 
 
-def read_prune_settings(folder: Path) -> tuple[PruneSettings, ResizeSettings] | None:
-    """The settings a model folder was trained with; None for a folder that this project did not write."""
-    path = folder / PRUNE_FILE
-    if not path.exists():
-        return None
-    content = json.loads(path.read_text())
-    return PruneSettings(**content["prune"]), ResizeSettings(**content["resize"])
+def export_checkpoint(path: Path, out: Path) -> Path:
+    """Export a checkpoint, or the newest complete one of a run's folder, on the CPU, from its own recipe.
+
+    Raises UserError when there is none, or when the model it was trained from is gone.
+    """
+    import torch
+
+    from training.checkpoint_files import MARKER, FragmentReader, complete_checkpoints
+    from training.recipe import config_from_dict
+
+    if (path / "checkpoints").is_dir():
+        path = (complete_checkpoints(path / "checkpoints") or [path])[-1]
+    if not (path / MARKER).exists():
+        raise UserError(f"{path}: expected a complete checkpoint or a run's folder that holds one")
+    config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text()))
+    files = load_model_files(config.model)
+    model = load_model(config.model, attention="sdpa", device=torch.device("cpu"))
+    add_adapters(model, config.lora)
+    reader = FragmentReader(path)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in reader.shapes:
+            # The engine's module holds the stock model as `model`.
+            parameters[name.removeprefix("model.")].copy_(reader.read(name, "weight").view(reader.shapes[name]))
+    state = json.loads((path / "state.json").read_text())
+    facts = {"optimizer steps": state["step"], **_facts_of(state["totals"])}
+    return export_model(out, model, files, config, facts)
 
 
-def _model_card(files: ModelFiles, prune: PruneSettings, facts: dict) -> str:
+def _facts_of(totals: dict[str, int]) -> dict[str, str]:
+    ratio = totals["kept_blocks"] / totals["full_blocks"] if totals["full_blocks"] else 1.0
+    return {"samples seen": f"{totals['num_samples']:,}", "retain ratio": f"{ratio:.4f}"}
+
+
+def _model_card(config: Config, facts: dict) -> str:
+    prune = config.prune
+    data = ", ".join(f"`{Path(source.path).name}`" for source in config.data.sources)
     lines = [
         "---",
         "library_name: transformers",
@@ -62,11 +102,29 @@ def _model_card(files: ModelFiles, prune: PruneSettings, facts: dict) -> str:
         "",
         "# Fine-tuned with PixelPrune",
         "",
-        f"Started from `{files.path}`. Blocks are omitted with strategy `{prune.strategy}`, metric `{prune.metric}`,",
-        f"threshold {prune.threshold}; evaluate and serve with the settings in `{PRUNE_FILE}`.",
+        f"Started from `{config.model.path}`, trained on {data}.",
+        f"Blocks are omitted with strategy `{prune.strategy}`, metric `{prune.metric}`, threshold {prune.threshold};",
+        f"evaluate and serve with the settings in `{PRUNE_FILE}`.",
         "",
         "| fact | value |",
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in facts.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="training.export", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="the Hugging Face folder to write")
+    args = parser.parse_args(argv)
+    try:
+        Console().print(f"model written to {export_checkpoint(args.checkpoint, args.out)}")
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True)
+        return USER_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

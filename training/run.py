@@ -23,6 +23,7 @@ from training.exit_codes import FINISHED, RESUMABLE
 from training.export import export_model
 from training.feed import build_feed
 from training.grounding_eval import GroundingEvaluator
+from training.lora import add_adapters
 from training.meter import StepMeter
 from training.model import (
     SupervisedModel,
@@ -62,9 +63,15 @@ def run(config: Config) -> int:
     grounding = GroundingEvaluator.build(config, files, ranks, folder)
     num_steps = feed.num_steps(config)
 
+    if not ranks.has_launcher:
+        raise UserError(
+            "training needs a launcher: `python -m launch RECIPE --ranks 1`, "
+            "`deepspeed --module training.train RECIPE` or `torchrun -m training.train RECIPE`"
+        )
     attention = choose_attention(config.model.attention, ranks.device)
     model = load_model(config.model, attention=attention, device=ranks.device)
     freeze_parts(model, config.optim)
+    add_adapters(model, config.lora)
     enable_recomputation(model, config.model)
     teacher = build_teacher(config, teaching, ranks, attention)
     engine = build_engine(SupervisedModel(model, files.geometry, config.loss, teacher), config, ranks.device)
@@ -85,9 +92,7 @@ def run(config: Config) -> int:
             journal.evaluated(
                 num_done,
                 grounding.evaluate(
-                    model,
-                    num_done,
-                    lambda path, facts: export_model(path, model, files, config.prune, config.resize, facts),
+                    model, num_done, lambda path, facts: export_model(path, model, files, config, facts)
                 ),
             )
 
@@ -131,7 +136,7 @@ def run(config: Config) -> int:
     checkpointer.finish()
     if ranks.is_first and config.checkpoint.export_at_end:
         end = {"optimizer steps": num_steps, "retain ratio": f"{meter.retain_ratio:.4f}"}
-        path = export_model(folder / "export", model, files, config.prune, config.resize, end)
+        path = export_model(folder / "export", model, files, config, end)
         logger.info("model written to %s", path)
     journal.close()
     return FINISHED

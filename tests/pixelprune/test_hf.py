@@ -259,19 +259,6 @@ def test_settings_come_from_the_trained_folder_then_from_its_preprocessor(toy_fo
         Prompter.load(folder)
 
 
-def test_what_the_trainer_exports_is_what_is_read(tmp_path, toy_folder):
-    """One format, written by the training package and read here."""
-    from pixelprune.prompter import PRUNE_FILE, read_prune_file
-    from training import export
-
-    assert export.PRUNE_FILE == PRUNE_FILE
-    prune, resize = PruneSettings("serpentine", "mae", 0.02), ResizeSettings(2048, 4096)
-    (tmp_path / PRUNE_FILE).write_text(
-        json.dumps({"prune": dataclasses.asdict(prune), "resize": dataclasses.asdict(resize)})
-    )
-    assert read_prune_file((tmp_path / PRUNE_FILE).read_text()) == export.read_prune_settings(tmp_path)
-
-
 def test_a_processor_gives_what_its_folder_gives(toy_folder, toy_tokenizer):
     class Processor:
         tokenizer = toy_tokenizer

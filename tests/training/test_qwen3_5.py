@@ -22,7 +22,7 @@ from pixelprune.pack import Pack, VisionGeometry, model_inputs, pack_samples
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 from tests.ranks import ROOT
-from tests.training.test_train import overrides, write_records
+from tests.training.debug_run import overrides, write_records
 from training.config import ModelSettings, OptimSettings
 from training.data.chat import ChatEncoder
 from training.data.records import Message, Record

@@ -5,55 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from tests.conftest import screen
-from tests.ranks import ROOT
+from tests.training.debug_run import call, held_out_loss, overrides
 from training.tracking import read_metrics
-
-NUM_TRAIN, NUM_EVAL = 12, 4
-
-
-def write_records(folder: Path, split: str, number: int) -> Path:
-    path = folder / f"{split}.jsonl"
-    with path.open("w") as file:
-        for i in range(number):
-            image = f"{split}{i}.png"
-            Image.fromarray(screen(3, 4 + i % 3, i + 100 * (split == "eval"))).save(folder / image)
-            content = [{"type": "image", "image": image}, {"type": "text", "text": f"Where is item {i}?"}]
-            messages = [{"role": "user", "content": content}, {"role": "assistant", "content": f"({37 * i}, 8)"}]
-            file.write(json.dumps({"messages": messages}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    write_records(folder, "train", NUM_TRAIN)
-    write_records(folder, "eval", NUM_EVAL)
-    return folder
-
-
-def overrides(data: Path, model: Path, runs: Path, *more: str) -> list[str]:
-    return [
-        f"model.path={model}",
-        f"data.sources.0.path={data / 'train.jsonl'}",
-        f"data.eval_sources.0.path={data / 'eval.jsonl'}",
-        f"run.folder={runs}",
-        "resize.min_pixels=1024",
-        "data.samples_per_step=6",
-        *more,
-    ]
-
-
-def call(module: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -83,24 +42,9 @@ def test_a_run_learns_and_writes_its_metrics(finished_run):
 @pytest.mark.ranks
 def test_the_exported_folder_is_the_trained_model(finished_run, data):
     """Loaded by `from_pretrained`, it has the held-out loss that the run reported for its last step."""
-    from transformers import AutoModelForImageTextToText
 
-    from pixelprune.pack import VisionGeometry, model_inputs
-    from pixelprune.settings import PruneSettings, ResizeSettings
-    from training.data.collator import PixelPruneCollator
-
-    model = AutoModelForImageTextToText.from_pretrained(finished_run / "export").eval()
-    collator = PixelPruneCollator.from_pretrained(
-        str(finished_run / "export"), prune=PruneSettings(), resize=ResizeSettings(min_pixels=1024), root=data
-    )
-    records = [json.loads(line) for line in (data / "eval.jsonl").read_text().splitlines()]
-    pack = collator.pack([collator.preparer.prepare(record, data).sample for record in records])
-    inputs = model_inputs(pack, VisionGeometry.from_config(model.config), torch.float32)
-    with torch.no_grad():
-        logits = model(**inputs, logits_to_keep=pack.logit_index).logits[0]
-    loss = torch.nn.functional.cross_entropy(logits, pack.labels).item()
     reported = [row["eval_loss"] for row in read_metrics(finished_run) if "eval_loss" in row][-1]
-    assert loss == pytest.approx(reported, rel=1e-5)
+    assert held_out_loss(finished_run / "export", data) == pytest.approx(reported, rel=1e-5)
     settings = json.loads((finished_run / "export" / "pixelprune.json").read_text())
     assert settings["prune"]["strategy"] == "pred2d"
     assert settings["resize"]["min_pixels"] == 1024
@@ -110,15 +54,18 @@ def test_export_gives_the_same_logits_as_the_model_in_memory(toy_model, toy_fold
     from transformers import AutoModelForImageTextToText
 
     from pixelprune.pack import model_inputs, pack_samples
+    from pixelprune.prompter import PRUNE_FILE, read_prune_file
     from pixelprune.settings import PruneSettings, ResizeSettings
     from tests.pixelprune.reference import make_sample
-    from training.config import ModelSettings
+    from training.config import Config, ModelSettings
     from training.export import export_model
     from training.model import load_model_files
 
+    config = Config(prune=PruneSettings("serpentine", "mae", 0.02), resize=ResizeSettings(2048, 4096))
     files = load_model_files(ModelSettings(path=str(toy_folder)))
-    folder = export_model(tmp_path / "export", toy_model, files, PruneSettings(), ResizeSettings(), {"steps": 1})
+    folder = export_model(tmp_path / "export", toy_model, files, config, {"steps": 1})
     again = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert read_prune_file((folder / PRUNE_FILE).read_text()) == (config.prune, config.resize)
     inputs = model_inputs(
         pack_samples([make_sample(toy_tokenizer, [screen(3, 5)], "Where?", "(5, 8)")], geometry),
         geometry,
@@ -166,6 +113,11 @@ def test_a_file_without_records_ends_with_one_line(toy_folder, tmp_path):
     (tmp_path / "eval.jsonl").write_text("")
     done = call("training.train", "configs/debug.yaml", *overrides(tmp_path, toy_folder, tmp_path / "runs"))
     assert_one_line_error(done, "train.jsonl")
+
+
+def test_training_without_a_launcher_says_how_to_start_it(data, toy_folder, tmp_path):
+    done = call("training.train", "configs/debug.yaml", *overrides(data, toy_folder, tmp_path))
+    assert_one_line_error(done, "python -m launch RECIPE")
 
 
 def test_show_prints_the_resolved_recipe(data, toy_folder, tmp_path):
