@@ -31,7 +31,7 @@ from training.data.loader import PackLoader
 from training.data.plan import plan_epoch
 from training.data.targets import TargetEntry, TargetReader, write_shard
 from training.divergence import tempered_log_softmax
-from training.engine import Ranks, join_ranks
+from training.engine import Ranks, join_ranks, leave_ranks
 from training.errors import UserError
 from training.feed import Feed, build_feed
 from training.folder_lock import FolderLock
@@ -214,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = load_recipe(args.recipe, args.overrides)
         build_cache(config, join_ranks(config))
+        leave_ranks()
     except UserError as error:
         if args.local_rank == 0:
             sys.stderr.write(f"error: {error}\n")

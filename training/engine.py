@@ -61,6 +61,12 @@ def join_ranks(config: Config) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, num_here, has_launcher)
 
 
+def leave_ranks() -> None:
+    """Leave the process group at the end of the work: gloo's threads abort a process that exits while in it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def deepspeed_json(config: Config, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's settings, generated. Raises ConfigError when the passthrough contradicts the config."""
     on_cpu = device.type == "cpu"

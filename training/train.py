@@ -29,9 +29,12 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(show(config))
             return 0
         _quieten()
+        from training.engine import leave_ranks
         from training.run import run
 
-        return run(config)
+        code = run(config)
+        leave_ranks()
+        return code
     except UserError as error:
         if args.local_rank == 0:
             sys.stderr.write(f"error: {error}\n")

@@ -16,7 +16,7 @@ from tests.ranks import without_launcher_arguments
 from training.cache_teacher import build_cache
 from training.config import Config
 from training.data.targets import TargetReader
-from training.engine import join_ranks
+from training.engine import join_ranks, leave_ranks
 from training.errors import UserError
 from training.parameters import part_of
 from training.recipe import load_recipe
@@ -174,6 +174,7 @@ def main() -> None:
     results = one_rank(run) if run.ranks.world_size == 1 else two_ranks(run)
     if run.ranks.is_first:
         Path(out).write_text(json.dumps(results))
+    leave_ranks()
 
 
 if __name__ == "__main__":

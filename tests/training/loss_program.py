@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import without_launcher_arguments
+from training.engine import leave_ranks
 from training.loss import LossSettings, LossSums, supervised_loss
 
 VOCAB, WIDTH, LEARNING_RATE = 23, 8, 0.5
@@ -72,6 +73,7 @@ def main() -> None:
     trained = {head: train_one_step(tied=head == "tied") for head in ("tied", "untied")}
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(trained))
+    leave_ranks()
 
 
 if __name__ == "__main__":

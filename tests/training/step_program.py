@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -15,7 +14,8 @@ from tests.pixelprune.reference import make_sample
 from tests.ranks import without_launcher_arguments
 from training.config import Config, ModelSettings, OptimSettings
 from training.data.collator import dummy_sample
-from training.engine import Ranks, build_engine, join_ranks
+from training.data.loader import START, MicroBatch
+from training.engine import Ranks, build_engine, join_ranks, leave_ranks
 from training.meter import StepMeter
 from training.model import SupervisedModel, enable_recomputation, load_model, load_model_files
 from training.run import run_step
@@ -66,10 +66,17 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
         packs = [samples[start : start + size] for start in range(0, 8, size)]
     mine = [pack_samples(pack, files.geometry) for pack in packs[ranks.rank :: ranks.world_size]]
     steps = []
-    for _ in range(3):
+    for step in range(3):
         batches = [
-            SimpleNamespace(
-                pack=pack, is_boundary=number == len(mine) - 1, num_supervised=num_supervised, is_dummy=False
+            MicroBatch(
+                pack,
+                step,
+                number,
+                is_boundary=number == len(mine) - 1,
+                num_supervised=num_supervised,
+                num_samples=len(samples),
+                cursor=START,
+                is_dummy=False,
             )
             for number, pack in enumerate(mine)
         ]
@@ -87,6 +94,7 @@ def main() -> None:
     results = {packing: train_three_steps(packing, model_path, ranks) for packing in packings}
     if ranks.is_first:
         Path(out).write_text(json.dumps(results))
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
-import os
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -202,7 +202,7 @@ def _work(chunk: _Chunk) -> int:
 def _write_part(chunk: _Chunk, sources: list[Source], preparer: Preparer) -> int:
     source = sources[chunk.source]
     rows = [measure_row(preparer, source, row) for row in range(chunk.start, chunk.stop)]
-    partial = chunk.part.with_suffix(f".{os.getpid()}.partial")
+    partial = chunk.part.with_suffix(f".{secrets.token_hex(4)}.partial")
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
     partial.replace(chunk.part)
     return len(rows)
@@ -221,7 +221,7 @@ def _join_parts(source: Source, folder: IndexFolder) -> None:
             "that all ranks share (data.index_dir)"
         ) from error
     assert len(table) == len(source), f"{len(table)} rows measured of {len(source)}"
-    partial = folder.table.with_suffix(f".{os.getpid()}.partial")
+    partial = folder.table.with_suffix(f".{secrets.token_hex(4)}.partial")
     pq.write_table(table, partial)
     partial.replace(folder.table)
     write_quarantine(folder.path / "quarantine.jsonl", read_index([source], [folder.table]).quarantined)
@@ -230,6 +230,6 @@ def _join_parts(source: Source, folder: IndexFolder) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     partial.write_text(text)
     partial.replace(path)

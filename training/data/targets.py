@@ -10,7 +10,7 @@ depends on is in the name of the folder (`training.teacher_files`).
 
 from __future__ import annotations
 
-import os
+import secrets
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -109,7 +109,7 @@ def write_shard(folder: Path, entries: list[TargetEntry]) -> Path:
     for name in entries[0].values:
         tensors[name] = torch.cat([entry.values[name] for entry in entries]).contiguous()
     path = folder / f"shard-{xxhash.xxh3_64(content_hash.tobytes()).hexdigest()}.safetensors"
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
     save_file(tensors, partial)
     partial.chmod(0o644)  # safetensors writes files that only their owner can read
     partial.replace(path)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +90,20 @@ def test_workers_and_ranks_give_the_same_index(screens, prepare, monkeypatch, tm
     monkeypatch.setattr(index_builder, "CHUNK_ROWS", 5)
     alone = build(screens, prepare, index_dir=str(tmp_path / "alone"))
     pooled = build(screens, prepare, index_dir=str(tmp_path / "pool"), num_workers=2)
-    barrier = threading.Barrier(3)
-    results = {}
+    barrier = threading.Barrier(3, timeout=60)
 
     def one_rank(rank):
-        results[rank] = build(
-            screens, prepare, index_dir=str(tmp_path / "ranks"), rank=rank, world_size=3, barrier=barrier.wait
-        )
+        try:
+            return build(
+                screens, prepare, index_dir=str(tmp_path / "ranks"), rank=rank, world_size=3, barrier=barrier.wait
+            )
+        except BaseException:
+            barrier.abort()
+            raise
 
-    threads = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(3)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    for other in (pooled, *results.values()):
+    with ThreadPoolExecutor(3) as pool:
+        ranks = list(pool.map(one_rank, range(3)))
+    for other in (pooled, *ranks):
         assert other.content_hash.tolist() == alone.content_hash.tolist()
         assert other.text_tokens.tolist() == alone.text_tokens.tolist()
         assert other.kept_blocks.tolist() == alone.kept_blocks.tolist()
