@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import is_flash_attention_requested
 
 from pixelprune.family import family_of
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, vision_inputs
@@ -41,7 +42,11 @@ def final_hidden(
     """
     dtype = dtype or model.dtype
     if takes_packed_rows(model):
-        return model.model(**model_inputs(pack, geometry, dtype)).last_hidden_state[0]
+        inputs = model_inputs(pack, geometry, dtype)
+        if is_flash_attention_requested(model.config):
+            # Borders are the cumulative lengths; row 0 would only be searched for them once more, and waited for.
+            inputs["position_ids"] = inputs["position_ids"][1:]
+        return model.model(**inputs).last_hidden_state[0]
     groups = [list(range(pack.num_samples))] if in_one_call else group_by_length(pack.sample_lens)
     return _unpacked_hidden(model, pack, geometry, dtype, groups)
 

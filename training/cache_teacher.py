@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pixelprune.flops import CostModel
 from pixelprune.pack import Pack
 from pixelprune.settings import PruneSettings
+from training.attention import choose_attention
 from training.config import Config
 from training.data.index import Index
 from training.data.loader import PackLoader
@@ -35,10 +36,10 @@ from training.engine import Ranks, join_ranks, leave_ranks
 from training.errors import UserError
 from training.feed import Feed, build_feed
 from training.folder_lock import FolderLock
-from training.model import DTYPES, ModelFiles, choose_attention, load_model_files
+from training.model import DTYPES, ModelFiles, load_model_files
 from training.recipe import load_recipe
 from training.teacher import OnlineTeacher, build_online_teacher
-from training.teacher_files import Teaching, cache_folder, load_teacher_files
+from training.teacher_files import Teaching, cache_folder, load_teacher_files, teacher_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def build_cache(config: Config, ranks: Ranks) -> Path:
     if num_missing:
         todo = feed.index.subset(missing, [])
         _check_space(config, todo, teacher_files, folder, ranks, console)
-        attention = choose_attention(config.model.attention, ranks.device)
+        attention = choose_attention(config.model.attention, ranks.device, teacher_dtype(config))
         teacher = build_online_teacher(config, teacher_files, ranks, attention)
         _compute(config, todo, feed, student, teacher, folder, ranks, console)
     if ranks.world_size > 1:

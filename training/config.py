@@ -15,6 +15,9 @@ from training.lora import LoraSettings
 from training.loss import LossSettings
 from training.teacher_settings import TeacherSettings
 
+ATTENTION_NAMES = ("auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager")
+"""Values of model.attention; `training.attention` explains them."""
+
 
 @dataclass
 class RunSettings:
@@ -37,7 +40,8 @@ class ModelSettings:
     dtype: str = "bfloat16"
     """bfloat16 or float32: precision of weights and activations (gradients accumulate in float32 either way)."""
     attention: str = "auto"
-    """auto (the fastest that is installed), flash_attention_2, sdpa or eager."""
+    """auto (the fastest that runs here), flash_attention_3, flash_attention_2, varlen (torch's own flash kernels), sdpa
+    or eager; see training/attention.py."""
     recompute_vit: int = 1
     """Recompute the activations of every k-th ViT layer in backward; 1 = all layers, 0 = none."""
     recompute_llm: int = 1
@@ -194,7 +198,7 @@ def check_config(config: Config) -> None:
     need(bool(config.model.path), "model.path: expected a Hugging Face model folder or hub id, got nothing")
     need(bool(config.data.sources), "data.sources: expected at least one data set, got none")
     one_of("model.dtype", config.model.dtype, ("bfloat16", "float32"))
-    one_of("model.attention", config.model.attention, ("auto", "flash_attention_2", "sdpa", "eager"))
+    one_of("model.attention", config.model.attention, ATTENTION_NAMES)
     one_of("distributed.zero_stage", config.distributed.zero_stage, (1, 2))
     one_of("checkpoint.on_error", config.checkpoint.on_error, ("stop", "continue"))
     one_of("kd.source", config.kd.source, ("online", "cached"))

@@ -21,7 +21,6 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoModelForImageTextToText
 
 from pixelprune.answers import FORMATS
 from pixelprune.prompter import Prompter
@@ -29,12 +28,14 @@ from pixelprune.registry import get_strategy
 from pixelprune.selection import check_settings
 from pixelprune.settings import PruneSettings, ResizeSettings
 from training.answering import AnswerSettings, Task, predict, read_tasks
+from training.attention import choose_attention, load_pretrained
 from training.checkpoint_files import write_atomically
+from training.config import ATTENTION_NAMES
 from training.data.settings import SourceSettings
 from training.errors import UserError
 from training.exit_codes import USER_ERROR
 from training.grounding import Prediction, summarise
-from training.model import DTYPES, choose_attention
+from training.model import DTYPES
 from training.prediction_files import PredictionFiles
 from training.prediction_sheet import draw_sheet
 
@@ -225,11 +226,9 @@ def _prompter(args: argparse.Namespace, mode: str) -> Prompter:
 
 def _load_model(args: argparse.Namespace, device: torch.device) -> Any:
     name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    attention = choose_attention(args.attention, device)
+    attention = choose_attention(args.attention, device, DTYPES[name])
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            str(args.checkpoint), dtype=DTYPES[name], attn_implementation=attention
-        )
+        model = load_pretrained(str(args.checkpoint), attention=attention, dtype=DTYPES[name])
     except (OSError, ValueError) as error:
         raise UserError(f"{args.checkpoint} is not a loadable model folder: {str(error).splitlines()[0]}") from error
     return model.to(device).eval()
@@ -257,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-pixels", type=int, help=f"after resizing; the model's, else {resize.min_pixels}")
     add("--max-pixels", type=int, help=f"after resizing; the model's, else {resize.max_pixels}")
     add("--dtype", choices=tuple(DTYPES), help="bfloat16 on an accelerator, float32 elsewhere")
-    add("--attention", default="auto", help="auto, flash_attention_2, sdpa or eager")
+    add("--attention", default="auto", choices=ATTENTION_NAMES, help="auto takes the fastest that runs here")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser
 

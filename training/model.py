@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import logging
 from dataclasses import dataclass
@@ -12,11 +11,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from pixelprune.family import family_of
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry
+from training.attention import load_pretrained
 from training.config import ConfigError, ModelSettings
 from training.data.taught import TaughtPack
 from training.loss import LossSettings, LossSums, supervised_loss
@@ -54,24 +54,13 @@ def load_model_files(settings: ModelSettings) -> ModelFiles:
 
 
 def load_model(settings: ModelSettings, *, attention: str, device: torch.device) -> PreTrainedModel:
-    """The stock model with its weights on `device`."""
-    return AutoModelForImageTextToText.from_pretrained(
+    """The stock model with its weights on `device`; attention as `training.attention.choose_attention` gave it."""
+    return load_pretrained(
         settings.path,
+        attention=attention,
         dtype=DTYPES[settings.dtype],
-        attn_implementation=attention,
         trust_remote_code=settings.trust_remote_code,
-        device_map=None,
     ).to(device)
-
-
-def choose_attention(requested: str, device: torch.device) -> str:
-    """The attention backend to load the model with; said once in the log."""
-    if requested != "auto":
-        return requested
-    has_flash = device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    chosen = "flash_attention_2" if has_flash else "sdpa"
-    logger.info("attention backend: %s", chosen)
-    return chosen
 
 
 def enable_recomputation(model: PreTrainedModel, settings: ModelSettings) -> None:

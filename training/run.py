@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from training.attention import choose_attention
 from training.checkpoint import Checkpointer, RunState
 from training.config import Config
 from training.data.loader import Cursor, MicroBatch, PackLoader
@@ -26,8 +27,8 @@ from training.grounding_eval import GroundingEvaluator
 from training.lora import add_adapters
 from training.meter import StepMeter
 from training.model import (
+    DTYPES,
     SupervisedModel,
-    choose_attention,
     enable_recomputation,
     load_model,
     load_model_files,
@@ -68,7 +69,7 @@ def run(config: Config) -> int:
             "training needs a launcher: `python -m launch RECIPE --ranks 1`, "
             "`deepspeed --module training.train RECIPE` or `torchrun -m training.train RECIPE`"
         )
-    attention = choose_attention(config.model.attention, ranks.device)
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
     model = load_model(config.model, attention=attention, device=ranks.device)
     freeze_parts(model, config.optim)
     add_adapters(model, config.lora)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry
+from training.attention import attention_for
 from training.config import Config
 from training.data.taught import TaughtPack
 from training.engine import Ranks
@@ -37,6 +38,7 @@ def build_teacher(config: Config, teaching: Teaching | None, ranks: Ranks, atten
 
 def build_online_teacher(config: Config, files: ModelFiles, ranks: Ranks, attention: str) -> OnlineTeacher:
     """The teacher's weights, frozen; kd.sharding says how the ranks hold them."""
+    attention = attention_for(teacher_dtype(config), ranks.device, attention)
     if config.kd.sharding == "zero3":
         return _build_sharded(config, files, ranks, attention)
     model = _load_frozen(config, files, ranks.device, attention)
