@@ -1,4 +1,4 @@
-"""Published model sizes with random weights, made on the device: what benchmarks run when there is no checkpoint."""
+"""Model sizes with random weights, made on the device: what benchmarks run when there is no checkpoint."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
+from training.attention import use_varlen
 from training.toy_model import build_tokenizer, toy_config
 
 # Published configs of Qwen3-VL-{2B,4B,8B}-Instruct. All share heads of 128 and 8 key-value heads.
@@ -18,16 +19,29 @@ TEXT = {
 SMALL_VISION = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 LARGE_VISION = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
 VISION = {"2b": SMALL_VISION, "4b": SMALL_VISION, "8b": LARGE_VISION}
-SHAPES = ("toy", *TEXT)
+# Between the toy and the published sizes, for a CPU: wide enough that matrix products take nearly all of the time.
+SMALL_TEXT = {
+    "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10]},
+}  # fmt: skip
+SMALL_TOWER = {
+    "depth": 6, "hidden_size": 384, "intermediate_size": 1536, "num_heads": 6, "out_hidden_size": 512,
+    "deepstack_visual_indexes": [1, 2, 4],
+}  # fmt: skip
+SHAPES = ("toy", "small", *TEXT)
 
 
 def shape_config(name: str) -> Qwen3VLConfig:
     """The config of a size. The special tokens have the toy tokenizer's ids; the vocabulary has the published size.
 
-    Raises ValueError for a size other than toy, 2b, 4b or 8b.
+    Raises ValueError for a size that is not in SHAPES.
     """
     toy = toy_config(build_tokenizer())
-    if name == "toy":
+    if name == "small":
+        toy.text_config.update(SMALL_TEXT)
+        toy.vision_config.update(SMALL_TOWER)
+    if name in ("toy", "small"):
         return toy
     if name not in TEXT:
         raise ValueError(f"expected one of the shapes {', '.join(SHAPES)}, got {name!r}")
@@ -61,9 +75,14 @@ def shape_config(name: str) -> Qwen3VLConfig:
 
 
 def random_model(name: str, *, device: torch.device, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0) -> Any:
-    """A stock Qwen3-VL of that size with seeded random weights, created on the device in `dtype`."""
+    """A stock Qwen3-VL of that size with seeded random weights, created on the device in `dtype`.
+
+    attention: a name that transformers knows, or varlen (`training.attention`).
+    """
     torch.manual_seed(seed)
+    stock = "sdpa" if attention == "varlen" else attention
     with device:
-        return AutoModelForImageTextToText.from_config(
-            shape_config(name), dtype=dtype, attn_implementation=attention
-        ).eval()
+        model = AutoModelForImageTextToText.from_config(shape_config(name), dtype=dtype, attn_implementation=stock)
+    if attention == "varlen":
+        use_varlen(model)
+    return model.eval()

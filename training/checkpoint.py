@@ -7,6 +7,7 @@ checkpoint complete once it sees all of them. The folder must therefore be on a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -26,7 +27,7 @@ from training import checkpoint_files as files
 from training.config import CheckpointSettings
 from training.data.loader import Cursor
 from training.engine import Ranks
-from training.errors import UserError
+from training.errors import RankError, UserError
 from training.fragments import (
     Fragment,
     create_moments,
@@ -79,7 +80,7 @@ class Checkpointer:
     def save(self, engine, state: RunState, *, wait: bool = False) -> None:
         """Start writing the state after optimizer step `state.step`; every rank calls this. With `wait`, finish it.
 
-        A save that is still being written is finished first. Raises UserError if this or the previous one failed.
+        A save that is still being written is finished first, see `finish`.
         """
         self.finish()
         fragments = [
@@ -109,22 +110,26 @@ class Checkpointer:
         """Whether the save in the background has met an error on this rank that was not raised yet."""
         return self._error is not None
 
-    def finish(self) -> None:
-        """Wait for the save under way. Raises UserError if it failed; earlier checkpoints are intact then."""
+    def finish(self) -> bool:
+        """Wait for the save under way and tell whether all went well; earlier checkpoints are intact if not.
+
+        A failure is raised as RankError, once; with on_error=continue it is logged instead.
+        """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        self.raise_error()
-
-    def raise_error(self) -> None:
-        """Raise what a save in the background met, once."""
         error, self._error = self._error, None
-        if error is not None:
-            kept = [folder.name for folder in files.complete_checkpoints(self.root)]
-            raise UserError(
-                f"saving a checkpoint in {self.root} failed: {error}; complete ones: {', '.join(kept) or 'none'} "
-                "(free space, lower checkpoint.keep_last, or move run.folder)"
-            ) from error
+        if error is None:
+            return True
+        kept = [folder.name for folder in files.complete_checkpoints(self.root)]
+        message = (
+            f"saving a checkpoint in {self.root} failed: {error}; complete ones: {', '.join(kept) or 'none'} "
+            "(free space, lower checkpoint.keep_last, or move run.folder)"
+        )
+        if self.settings.on_error == "stop":
+            raise RankError(message) from error
+        logger.error("rank %d: %s; going on (checkpoint.on_error=continue)", self.ranks.rank, message)
+        return False
 
     @torch.no_grad()
     def load(self, engine, folder: Path) -> RunState:
@@ -168,6 +173,10 @@ class Checkpointer:
             self._error = error
             if self.ranks.is_first:
                 shutil.rmtree(folder, ignore_errors=True)
+            else:
+                # Spares the first rank the wait. An empty file needs no room, and where even that fails it times out.
+                with contextlib.suppress(OSError):
+                    files.failure_file(folder, self.ranks.rank).touch()
 
     def _write(self, folder: Path, fragments: list[Fragment], generators: dict, content: dict) -> None:
         rank, world_size = self.ranks.rank, self.ranks.world_size
@@ -191,6 +200,8 @@ class Checkpointer:
         deadline = time.monotonic() + 60 * self.settings.save_timeout_minutes
         missing = {files.fragment_file(folder, rank, self.ranks.world_size) for rank in range(self.ranks.world_size)}
         while missing := {path for path in missing if not path.exists()}:
+            if failed := sorted(folder.glob(files.failure_file(folder, "*").name)):
+                raise OSError(f"{len(failed)} other ranks could not write their part ({failed[0].name})")
             if time.monotonic() > deadline:
                 raise OSError(
                     f"{len(missing)} ranks did not write their part within {self.settings.save_timeout_minutes} minutes"

@@ -69,6 +69,11 @@ def random_file(folder: Path, rank: int, world_size: int) -> Path:
     return folder / f"random-{rank:03d}-of-{world_size:03d}.safetensors"
 
 
+def failure_file(folder: Path, rank: int | str) -> Path:
+    """Left by a rank that could not write its part."""
+    return folder / f"failed-{rank if isinstance(rank, str) else f'{rank:03d}'}"
+
+
 def write_fragments(path: Path, fragments: Iterable[Fragment]) -> None:
     """One file with the tensors `name:kind`; its header says where each piece begins and the parameter's shape."""
     tensors, places = {}, {}

@@ -1,5 +1,9 @@
-"""The one base of all errors that are the user's to mend: printed as a single line, exit code 2."""
+"""Errors that are the user's to mend: printed as a single line, exit code 2."""
 
 
 class UserError(ValueError):
     """What is wrong, what was expected, what came, and which setting to change, in one line."""
+
+
+class RankError(UserError):
+    """One that this rank alone may have met (out of memory, a disk): every rank prints its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 
+import psutil
 import torch
 
 _DENSE_BF16_FLOPS = {
@@ -30,3 +31,8 @@ def peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def host_memory_gb() -> float:
+    """Host memory that this rank's process holds now (resident set). GB = 1e9 bytes."""
+    return psutil.Process().memory_info().rss / 1e9

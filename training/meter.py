@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pixelprune.pack import Pack
 from training.data.collator import DUMMY_ID, DUMMY_TOKENS
 from training.engine import Ranks
-from training.hardware import peak_flops, peak_memory_gb
+from training.hardware import host_memory_gb, peak_flops, peak_memory_gb
 from training.loss import LossSums
 
 _COUNTS = ("num_samples", "num_supervised", "kept_tokens", "full_tokens", "kept_blocks", "full_blocks")
@@ -102,6 +102,7 @@ class StepMeter:
             "retain_ratio": self.retain_ratio,
             "step_s": step_seconds,
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
+            "host_memory_gb": host_memory_gb(),
         }
         if peak := peak_flops(self.ranks.device):
             # Kept tokens only: omitted ones and padding are no work.

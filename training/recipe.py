@@ -31,7 +31,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Config:
         _check_keys(content, Config, prefix="", source=source)
         tree = _merge(tree, content, source)
     for override in overrides or []:
-        _apply_override(tree, override)
+        tree = _with_override(tree, override)
     try:
         config = OmegaConf.to_object(tree)
     except (OmegaConfBaseException, ValueError) as error:
@@ -107,7 +107,7 @@ def _merge(tree: DictConfig, content: dict, source: str) -> DictConfig:
     return merged
 
 
-def _apply_override(tree: DictConfig, override: str) -> None:
+def _with_override(tree: DictConfig, override: str) -> DictConfig:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key=value, for example optim.lr=2e-5")
@@ -117,10 +117,21 @@ def _apply_override(tree: DictConfig, override: str) -> None:
         raise ConfigError(f"override {override!r}: not a valid value: {_one_line(error)}") from error
     _refuse_interpolation({key: value}, "command line")
     _check_path(key, tree)
+    parts = key.split(".")
+    if isinstance(value, (dict, list)) and not any(part.isdigit() for part in parts):
+        # A whole section or list, as a recipe would state it.
+        content: Any = value
+        for part in reversed(parts):
+            content = {part: content}
+        _check_keys(content, Config, prefix="", source="command line")
+        tree = _merge(tree, content, f"override {override!r}")
+        _make_writable(tree)
+        return tree
     try:
         OmegaConf.update(tree, key, value, merge=isinstance(value, dict))
     except (OmegaConfBaseException, IndexError, ValueError) as error:
         raise ConfigError(f"override {override!r}: {_one_line(error)}") from error
+    return tree
 
 
 def _check_path(dotted: str, tree: DictConfig) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import random
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +20,11 @@ from training.checkpoint import Checkpointer, RunState
 from training.config import Config
 from training.data.loader import Cursor, MicroBatch, PackLoader
 from training.engine import Ranks, build_engine, join_ranks
-from training.errors import UserError
+from training.errors import RankError, UserError
 from training.exit_codes import FINISHED, RESUMABLE
 from training.export import export_model
 from training.feed import build_feed
+from training.folder_lock import FolderLock
 from training.grounding_eval import GroundingEvaluator
 from training.lora import add_adapters
 from training.meter import StepMeter
@@ -55,8 +57,12 @@ def run(config: Config) -> int:
     folder = Path(config.run.folder) / config.run.name
     stop = StopRequest(folder)
     ranks = join_ranks(config)
+    with _settled(config, ranks, folder):
+        return _train(config, ranks, folder, stop)
+
+
+def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int:
     agreement = Agreement(ranks)
-    _settle(config, ranks, folder)
     files = load_model_files(config.model)
     teaching = find_teaching(config, files, ranks)
     feed = build_feed(config, config.data.sources, files, ranks, folder, shuffle=True, teaching=teaching)
@@ -121,15 +127,17 @@ def run(config: Config) -> int:
 
         stopping, failed = agreement.any(stop.is_asked, checkpointer.has_failed)
         if failed:
-            _save_failed(checkpointer, config)
+            checkpointer.finish()
+            if config.checkpoint.on_error == "stop":
+                raise UserError("saving a checkpoint failed on another rank, which says why (checkpoint.on_error)")
         every = config.checkpoint.every_steps
         if stopping or num_done == num_steps or (every and num_done % every == 0):
             state = RunState(num_done, outcome.cursor, meter.totals, skips.total, state.tracker_id)
             checkpointer.save(engine, dataclasses.replace(state, totals=dataclasses.replace(meter.totals)))
         if stopping:
-            checkpointer.finish()
+            saved = "saved" if checkpointer.finish() else "NOT saved"
             journal.close()
-            logger.info("rank %d: stopped after step %d, saved; start again to continue", ranks.rank, num_done)
+            logger.info("rank %d: stopped after step %d, %s; start again to continue", ranks.rank, num_done, saved)
             return RESUMABLE
         if is_due(num_done):
             validate(num_done)
@@ -155,7 +163,7 @@ def run_step(engine, batches: Iterable[MicroBatch], meter: StepMeter) -> StepOut
 
     The loss of a pack is a sum; divided by the supervised tokens of the whole step over all ranks it is this pack's
     share of the mean. ZeRO averages gradients over ranks, hence the factor world size.
-    Raises UserError when the device's memory does not hold a pack.
+    Raises RankError when the device's memory does not hold a pack.
     """
     batches, packs, batch = iter(batches), [], None
     while True:
@@ -176,7 +184,7 @@ def run_step(engine, batches: Iterable[MicroBatch], meter: StepMeter) -> StepOut
             with meter.timing("optimizer"):
                 engine.step()
         except torch.OutOfMemoryError as error:
-            raise UserError(_out_of_memory(batch, meter.ranks)) from error
+            raise RankError(_out_of_memory(batch, meter.ranks)) from error
         except RuntimeError as error:
             # A collective that timed out says nothing of where: this does.
             error.add_note(
@@ -203,7 +211,7 @@ class _SkipCounter:
         records = ", ".join(record for ids in bad for record in ids)
         logger.error("step %d skipped: loss or gradient not finite; records on this rank: %s", step + 1, records)
         if self.in_a_row >= self.limit:
-            raise UserError(
+            raise RankError(
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (optim.max_skipped_in_a_row="
                 f"{self.limit}); lower optim.lr or look at the last step's records: {records}"
             )
@@ -259,19 +267,6 @@ def _evaluation_due(config: Config, num_steps: int):
     return is_due
 
 
-def _save_failed(checkpointer: Checkpointer, config: Config) -> None:
-    """A save in the background failed on some rank: end the run or go on, as checkpoint.on_error says."""
-    try:
-        checkpointer.finish()
-    except UserError as error:
-        if config.checkpoint.on_error == "stop":
-            raise
-        logger.error("%s; going on (checkpoint.on_error=continue)", error)
-        return
-    if config.checkpoint.on_error == "stop":
-        raise UserError("saving a checkpoint failed on another rank; its own message says why (checkpoint.on_error)")
-
-
 def _out_of_memory(batch: MicroBatch, ranks: Ranks) -> str:
     pack, records = batch.pack, ", ".join(batch.record_ids)
     return (
@@ -281,8 +276,12 @@ def _out_of_memory(batch: MicroBatch, ranks: Ranks) -> str:
     )
 
 
-def _settle(config: Config, ranks: Ranks, folder: Path) -> None:
-    """Threads, seeds and the run's folder with its resolved recipe."""
+@contextmanager
+def _settled(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
+    """Threads, seeds and the run's folder with its resolved recipe, locked against a second run.
+
+    `python -m launch` holds a lock of its own from start to restart; this one covers starts without it.
+    """
     if ranks.device.type == "cpu":
         # Without this every rank takes all cores, and ranks on one machine slow each other down.
         torch.set_num_threads(config.distributed.threads_per_rank or ranks.cores_per_rank)
@@ -290,10 +289,20 @@ def _settle(config: Config, ranks: Ranks, folder: Path) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    lock, refused = FolderLock(folder, "train.lock"), [""]
     if ranks.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(show(config))
-    dist.barrier()
+        try:
+            lock.acquire()
+            (folder / "config.yaml").write_text(show(config))
+        except UserError as error:
+            refused = [str(error)]
+    dist.broadcast_object_list(refused, src=0)
+    if refused[0]:
+        raise UserError(refused[0])
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _new_id(ranks: Ranks) -> str:

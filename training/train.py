@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from training.errors import UserError
+from training.errors import RankError, UserError
 from training.exit_codes import USER_ERROR
 from training.recipe import load_recipe, show
 
@@ -36,9 +36,16 @@ def main(argv: list[str] | None = None) -> int:
         leave_ranks()
         return code
     except UserError as error:
-        if args.local_rank == 0:
+        if isinstance(error, RankError) or _is_first_here():
             sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
+
+
+def _is_first_here() -> bool:
+    """Whether this process speaks for its machine: all ranks meet the same mistakes of a recipe."""
+    import torch.distributed as dist
+
+    return dist.get_node_local_rank(fallback_rank=0) == 0
 
 
 def _quieten() -> None:

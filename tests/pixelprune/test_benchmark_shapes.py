@@ -17,5 +17,5 @@ def test_parameter_counts_are_those_of_the_published_checkpoints(name, billions)
 
 
 def test_unknown_shapes_are_refused():
-    with pytest.raises(ValueError, match="one of the shapes toy, 2b, 4b, 8b, got '3b'"):
+    with pytest.raises(ValueError, match="one of the shapes toy, small, 2b, 4b, 8b, got '3b'"):
         shape_config("3b")

@@ -1,0 +1,86 @@
+"""The debug recipe on two real ranks: its loss curve, and what kills, stops and other numbers of ranks do to it.
+
+The arithmetic is held to instructions that every x86-64 machine computes alike, so that a stored curve can be compared
+exactly; `python -m tests.training.test_resume` writes it anew after a change that is meant to change it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kill import ROOT, Kill, Run, has_equal_bits, largest_difference, prepare
+from training.exit_codes import RESUMABLE
+from training.tracking import read_metrics
+
+CURVE = Path(__file__).with_name("debug_curve.json")
+SAME_EVERYWHERE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
+# The data ends after 12 steps: the curve and the resumes cross the border of an epoch.
+TWENTY_STEPS = "schedule.max_steps=20"
+
+pytestmark = pytest.mark.ranks
+
+
+def make_run(folder: Path, name: str) -> Run:
+    return Run(folder, name, TWENTY_STEPS, environment=os.environ | SAME_EVERYWHERE)
+
+
+def finished_reference(folder: Path) -> Run:
+    prepare(folder)
+    # Initial weights are drawn with vector instructions, too.
+    command = [sys.executable, "-m", "training.toy_model", str(folder / "toy")]
+    subprocess.run(command, cwd=ROOT, env=os.environ | SAME_EVERYWHERE, check=True, capture_output=True)
+    run = make_run(folder, "reference")
+    run.finish(2)
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> Run:
+    return finished_reference(tmp_path_factory.mktemp("drill"))
+
+
+def test_the_loss_curve_is_the_stored_one(reference):
+    assert [row for row in reference.steps() if "loss" in row] == json.loads(CURVE.read_text())
+
+
+def test_a_rank_killed_while_saving_costs_nothing(reference):
+    run = make_run(reference.folder.parent, "killed")
+    kill = run.kill(Kill("one rank", in_save=True), random.Random(3))
+    assert kill.left_over == []
+    assert kill.resumed_from >= kill.after_step - 1
+    run.finish(2)
+    assert has_equal_bits(run, reference)
+
+
+def test_stopped_runs_continue_on_another_number_of_ranks(reference):
+    """2 ranks until SIGTERM, 1 rank until SIGTERM, 2 ranks to the end: no step is lost, none is made twice."""
+    run = make_run(reference.folder.parent, "stopped")
+    for num_ranks, steps in ((2, 4), (1, 11)):
+        front = run.start(num_ranks)
+        while max((row["step"] for row in read_metrics(run.folder)), default=0) < steps:
+            assert front.poll() is None, run.log.read_text()[-4000:]
+            time.sleep(0.01)
+        front.send_signal(signal.SIGTERM)  # somewhere within the next step
+        assert front.wait(120) == RESUMABLE, run.log.read_text()[-4000:]
+        last = read_metrics(run.folder)[-1]["step"]
+        assert last <= steps + 2
+        assert run.newest_step() == last, "the step in which the signal came is saved"
+    run.finish(2)
+    # Sums over another number of ranks are rounded in another order.
+    assert largest_difference(run, reference) < 1e-5
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for row in finished_reference(Path(folder)).steps() if "loss" in row]
+        CURVE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
