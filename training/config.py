@@ -17,6 +17,8 @@ from training.teacher_settings import TeacherSettings
 
 ATTENTION_NAMES = ("auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager")
 """Values of model.attention; `training.attention` explains them."""
+AUTO = -1
+"""Value of model.recompute_vit and model.recompute_llm: chosen from the memory estimate."""
 
 
 @dataclass
@@ -42,10 +44,18 @@ class ModelSettings:
     attention: str = "auto"
     """auto (the fastest that runs here), flash_attention_3, flash_attention_2, varlen (torch's own flash kernels), sdpa
     or eager; see training/attention.py."""
-    recompute_vit: int = 1
-    """Recompute the activations of every k-th ViT layer in backward; 1 = all layers, 0 = none."""
-    recompute_llm: int = 1
+    recompute_vit: int = AUTO
+    """Recompute the activations of every k-th ViT layer in backward; 1 = all layers, 0 = none, -1 = as little as the
+    memory estimate at the start allows (training/memory.py). Results are the same, speed and memory are not."""
+    recompute_llm: int = AUTO
     """The same for the language model's layers."""
+    liger: bool = False
+    """RMSNorm and SwiGLU of this model through the fused kernels of liger-kernel (GPU only, training/fused.py)."""
+    compile: bool = False
+    """Compile the repeated layers of both towers with torch.compile (training/compiled.py)."""
+    compile_max_recompiles: int = 16
+    """Versions of a layer that may be compiled, for other lengths and modes, before it runs uncompiled (said in the
+    log)."""
     trust_remote_code: bool = False
     """Run code that comes with the model folder. Leave off unless you have read it."""
 
@@ -199,6 +209,16 @@ def check_config(config: Config) -> None:
     need(bool(config.data.sources), "data.sources: expected at least one data set, got none")
     one_of("model.dtype", config.model.dtype, ("bfloat16", "float32"))
     one_of("model.attention", config.model.attention, ATTENTION_NAMES)
+    for tower, every in (("vit", config.model.recompute_vit), ("llm", config.model.recompute_llm)):
+        need(
+            every >= AUTO,
+            f"model.recompute_{tower}: expected {AUTO} (chosen at the start), 0 (no layer), 1 (every layer) or k "
+            f"(every k-th), got {every}",
+        )
+    need(
+        config.model.compile_max_recompiles > 0,
+        f"model.compile_max_recompiles: expected at least 1, got {config.model.compile_max_recompiles}",
+    )
     one_of("distributed.zero_stage", config.distributed.zero_stage, (1, 2))
     one_of("checkpoint.on_error", config.checkpoint.on_error, ("stop", "continue"))
     one_of("kd.source", config.kd.source, ("online", "cached"))

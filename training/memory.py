@@ -18,15 +18,18 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from pixelprune.family import family_of
 from pixelprune.flops import CostModel
-from training.config import AUTO, Config
+from training.config import AUTO, Config, ModelSettings
+from training.engine import Ranks
 from training.parameters import part_of
+from training.teacher_files import Teaching
 
 logger = logging.getLogger(__name__)
 
+ITEMSIZE = {"bfloat16": 2, "float32": 4}
 USABLE = 0.9
 """Share of the device's memory that an estimate may fill: fragmentation, kernels' workspaces and the CUDA context."""
 LARGEST_IMAGE = 16384
@@ -45,7 +48,8 @@ class Recomputation:
     def describe(self) -> str:
         words = {0: "no layer", 1: "every layer"}
         return ", ".join(
-            f"{name} {words.get(every, f'every {every}th layer')}" for name, every in (("ViT", self.vit), ("LLM", self.llm))
+            f"{name} {words.get(every, f'every {every}th layer')}"
+            for name, every in (("ViT", self.vit), ("LLM", self.llm))
         )
 
 
@@ -117,8 +121,8 @@ def llm_bytes(text: Any, num_tokens: int, itemsize: int, attention: str, *, fuse
         per_token += b * (2 * (heads - kv_heads) + heads) * head_dim
         pairs = b if attention == "sdpa" else (4 + 2 * b) * heads
     kept = per_token * num_tokens + pairs * num_tokens**2
-    outside = (norm + 2 * b) * width * num_tokens  # embeddings, final norm
-    return TowerBytes(text.num_hidden_layers, kept, b * width * num_tokens, outside)
+    final_norm = norm * width * num_tokens
+    return TowerBytes(text.num_hidden_layers, kept, b * width * num_tokens, final_norm)
 
 
 def vit_bytes(vision: Any, num_patches: int, itemsize: int, attention: str) -> TowerBytes:
@@ -138,25 +142,23 @@ def vit_bytes(vision: Any, num_patches: int, itemsize: int, attention: str) -> T
 
 def estimate_memory(
     config: Config,
-    model: nn.Module,
+    model: Any,
     policy: Recomputation,
     *,
     world_size: int,
     attention: str,
-    teacher_weights: int = 0,
-    fused: bool = False,
+    teacher_weights: float = 0,
 ) -> MemoryEstimate:
     """Peak bytes of one rank in a training step with full packs.
 
-    model: the stock model, on any device (meta too), with the recipe's parts frozen. teacher_weights: weights that an
-    online teacher (or a cached one's head) keeps on this rank.
+    model: the stock model on any device (meta too), with the recipe's parts frozen. teacher_weights: weights that the
+    teacher keeps on this rank.
     """
-    hf_config: Any = model.config
-    text, vision = hf_config.text_config, hf_config.vision_config
-    b = 2 if config.model.dtype == "bfloat16" else 4
+    text, vision = model.config.text_config, model.config.vision_config
+    b = ITEMSIZE[config.model.dtype]
     num_weights = sum(p.numel() for p in model.parameters())
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    llm = llm_bytes(text, config.data.pack_tokens, b, attention, fused=fused)
+    llm = llm_bytes(text, config.data.pack_tokens, b, attention, fused=config.model.liger)
     vit = vit_bytes(vision, config.data.pack_patches, b, attention)
     trains_vit = any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vit")
     if not trains_vit:  # without a trained weight before or in it nothing of a layer is kept
@@ -169,7 +171,7 @@ def estimate_memory(
         vit=vit.saved(policy.vit),
         llm=llm.saved(policy.llm),
         workspace=max(head, llm.workspace(policy.llm), vit.workspace(policy.vit) - llm.saved(policy.llm)),
-        teacher=teacher_weights * (2 if (config.kd.dtype or config.model.dtype) == "bfloat16" else 4),
+        teacher=teacher_weights * ITEMSIZE[config.kd.dtype or config.model.dtype],
     )
 
 
@@ -203,68 +205,84 @@ def recompute_flops(cost: CostModel, config: Config, hf_config: Any, policy: Rec
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The recomputation of a run, what it is expected to need, and what there is."""
+    """The recomputation of a run, what it is expected to need, and what there is; bytes."""
 
     policy: Recomputation
     estimate: MemoryEstimate | None
     available: float
 
+    def applied_to(self, settings: ModelSettings) -> ModelSettings:
+        return dataclasses.replace(settings, recompute_vit=self.policy.vit, recompute_llm=self.policy.llm)
+
     def describe(self) -> str:
         if self.estimate is None:
-            return "no estimate for this family"
-        return f"{self.estimate.describe()}, {self.available / 1e9:.1f} GB there"
+            return "not estimated for this family"
+        return f"{self.estimate.describe()} of {self.available / 1e9:.1f} GB"
 
 
 def plan_memory(
+    config: Config, model: Any, ranks: Ranks, attention: str, teaching: Teaching | None = None
+) -> MemoryPlan:
+    """The recomputation of a run, the same on all ranks. Every rank calls this, after freezing and adapters."""
+    itemsize = ITEMSIZE[config.model.dtype]
+    loaded = itemsize * sum(p.numel() for p in model.parameters())
+    available = available_memory(ranks.device, ranks.world_size_per_node, loaded)
+    return choose_recomputation(
+        config,
+        model,
+        available=available,
+        world_size=ranks.world_size,
+        attention=attention,
+        teacher_weights=_teacher_weights(config, model, teaching, ranks.world_size),
+    )
+
+
+def choose_recomputation(
     config: Config,
-    model: nn.Module,
+    model: Any,
     *,
     available: float,
     world_size: int,
     attention: str,
-    teacher_weights: int = 0,
-    fused: bool = False,
+    teacher_weights: float = 0,
 ) -> MemoryPlan:
-    """The policy with the fewest FLOPs whose estimate fits into 90 % of `available` bytes; set fields are kept.
+    """The policy with the fewest FLOPs whose estimate fits into 90 % of `available` bytes; fields that are set stay.
 
-    The same on all ranks when `available` is (see `available_memory`). Warns where nothing fits. Families whose layers
-    the formulas do not describe (linear attention, experts) recompute every layer.
+    Warns where nothing fits. Families whose layers the formulas do not describe (linear attention, experts) recompute
+    every layer.
     """
-    hf_config: Any = model.config
-    family = family_of(hf_config)
-    asked = (config.model.recompute_vit, config.model.recompute_llm)
+    family, asked = family_of(model.config), (config.model.recompute_vit, config.model.recompute_llm)
     if family.linear_attention or family.experts:
         return MemoryPlan(Recomputation(*(1 if every == AUTO else every for every in asked)), None, available)
-    policies = [
-        Recomputation(*pair) for pair in itertools.product(*(EVERY if every == AUTO else (every,) for every in asked))
-    ]
-    cost = CostModel.from_config(hf_config)
-    policies.sort(key=lambda policy: recompute_flops(cost, config, hf_config, policy))
-    for policy in policies:
-        estimate = estimate_memory(
-            config,
-            model,
+    choices = [EVERY if every == AUTO else (every,) for every in asked]
+    policies = [Recomputation(vit, llm) for vit, llm in itertools.product(*choices)]
+    cost = CostModel.from_config(model.config)
+    policies.sort(key=lambda policy: recompute_flops(cost, config, model.config, policy))
+    plans = [
+        MemoryPlan(
             policy,
-            world_size=world_size,
-            attention=attention,
-            teacher_weights=teacher_weights,
-            fused=fused,
+            estimate_memory(
+                config, model, policy, world_size=world_size, attention=attention, teacher_weights=teacher_weights
+            ),
+            available,
         )
-        if estimate.total <= USABLE * available:
-            return MemoryPlan(policy, estimate, available)
-    logger.warning(
-        "memory: even with the most recomputation, %s are estimated and %.1f GB are there; "
-        "if a pack does not fit, lower data.pack_tokens or data.pack_patches",
-        estimate.describe(),
-        available / 1e9,
-    )
-    return MemoryPlan(policy, estimate, available)
+        for policy in policies
+    ]
+    fitting = (plan for plan in plans if plan.estimate and plan.estimate.total <= USABLE * available)
+    plan = next(fitting, plans[-1])
+    if plan.estimate and plan.estimate.total > USABLE * available:
+        logger.warning(
+            "memory: the estimate is %s; should a pack not fit, lower data.pack_tokens or data.pack_patches, or set "
+            "model.recompute_vit=1 model.recompute_llm=1",
+            plan.describe(),
+        )
+    return plan
 
 
 def available_memory(device: torch.device, ranks_on_node: int, loaded: float) -> float:
-    """Bytes that the rank with the least may use: the free memory and what this process holds already.
+    """Bytes that the rank with the least may use: what is free, and what this process holds already.
 
-    loaded: bytes of the weights that are on the CPU already. Every rank calls this.
+    loaded: bytes of the weights that are in host memory already. Every rank calls this.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -276,3 +294,20 @@ def available_memory(device: torch.device, ranks_on_node: int, loaded: float) ->
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
         mine = float(least)
     return mine
+
+
+def _teacher_weights(config: Config, student: Any, teaching: Teaching | None, world_size: int) -> float:
+    """Weights that the teacher keeps on a rank: all, its share of them and the head, or the head alone."""
+    if teaching is None:
+        return 0.0
+    text = teaching.files.config.get_text_config()  # type: ignore[attr-defined]
+    head = float(text.vocab_size * text.hidden_size)
+    if teaching.targets is not None:
+        return 0.0 if config.kd.top_k else head
+    if config.kd.path in ("", config.model.path):
+        num_weights = sum(p.numel() for name, p in student.named_parameters() if ".lora_" not in name)
+    else:
+        with torch.device("meta"):
+            teacher = AutoModelForImageTextToText.from_config(teaching.files.config)
+        num_weights = sum(p.numel() for p in teacher.parameters())
+    return num_weights / world_size + head if config.kd.sharding == "zero3" else float(num_weights)

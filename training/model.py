@@ -17,7 +17,7 @@ from pixelprune.family import family_of
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry
 from training.attention import load_pretrained
-from training.config import ConfigError, ModelSettings
+from training.config import AUTO, ConfigError, ModelSettings
 from training.data.taught import TaughtPack
 from training.loss import LossSettings, LossSums, supervised_loss
 
@@ -64,7 +64,11 @@ def load_model(settings: ModelSettings, *, attention: str, device: torch.device)
 
 
 def enable_recomputation(model: PreTrainedModel, settings: ModelSettings) -> None:
-    """Recompute every k-th layer of the ViT and of the language model in backward (non-reentrant)."""
+    """Recompute every k-th layer of the ViT and of the language model in backward (non-reentrant).
+
+    The settings say how many: AUTO has been decided by `training.memory.plan_memory`.
+    """
+    assert AUTO not in (settings.recompute_vit, settings.recompute_llm), "AUTO is resolved by plan_memory"
     for part, every in (
         (model.model.visual, settings.recompute_vit),
         (model.model.language_model, settings.recompute_llm),

@@ -27,6 +27,7 @@ from training.feed import build_feed
 from training.folder_lock import FolderLock
 from training.grounding_eval import GroundingEvaluator
 from training.lora import add_adapters
+from training.memory import plan_memory
 from training.meter import StepMeter
 from training.model import (
     DTYPES,
@@ -79,7 +80,8 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     model = load_model(config.model, attention=attention, device=ranks.device)
     freeze_parts(model, config.optim)
     add_adapters(model, config.lora)
-    enable_recomputation(model, config.model)
+    memory = plan_memory(config, model, ranks, attention, teaching)
+    enable_recomputation(model, memory.applied_to(config.model))
     teacher = build_teacher(config, teaching, ranks, attention)
     engine = build_engine(SupervisedModel(model, files.geometry, config.loss, teacher), config, ranks.device)
     facts = {"config.yaml": show(config), "environment.json": describe_provenance()}
@@ -88,7 +90,7 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     state = checkpointer.load(engine, newest) if newest else RunState(tracker_id=_new_id(ranks))
     journal = _Journal(config, ranks, folder, num_steps, state)
     if ranks.is_first:
-        print_start_table(config, ranks, files, feed, model, attention, num_steps, state.step)
+        print_start_table(config, ranks, files, feed, model, attention, memory, num_steps, state.step)
 
     def validate(num_done: int) -> None:
         if validator:

@@ -10,6 +10,7 @@ from pixelprune.registry import is_recoverable
 from training.config import Config
 from training.engine import Ranks
 from training.feed import Feed
+from training.memory import MemoryPlan
 from training.model import ModelFiles
 from training.parameters import count_parts
 
@@ -21,6 +22,7 @@ def print_start_table(
     feed: Feed,
     model: nn.Module,
     attention: str,
+    memory: MemoryPlan,
     num_steps: int,
     first_step: int,
 ) -> None:
@@ -39,8 +41,8 @@ def print_start_table(
     table.add_row("parallel", f"{ranks.world_size} ranks on {ranks.device.type}, ZeRO-{config.distributed.zero_stage}")
     # With an online teacher its forward on all tokens is part of it.
     table.add_row("cost", f"{feed.plan_input.cost.mean() / 1e12:.3g} TFLOPs per sample, forward and backward")
-    recompute = f"ViT every {config.model.recompute_vit}, LLM every {config.model.recompute_llm} layers"
-    table.add_row("recomputation", recompute + " (0 = none)")
+    table.add_row("recomputation", memory.policy.describe())
+    table.add_row("memory", memory.describe())
     Console(stderr=True, width=100).print(table)
 
 

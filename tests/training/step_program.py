@@ -49,12 +49,16 @@ def make_samples(tokenizer, *, some_without_image: bool) -> list:
 def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
     """Loss and gradient norm of three optimizer steps from the same weights, the global batch cut by `packing`."""
     config = Config(
-        model=ModelSettings(path=model_path, dtype="float32"), optim=OptimSettings(lr=1e-3, max_grad_norm=0.0)
+        model=ModelSettings(path=model_path, dtype="float32", recompute_vit=1, recompute_llm=1),
+        optim=OptimSettings(lr=1e-3, max_grad_norm=0.0),
     )
     files = load_model_files(config.model)
     model = load_model(config.model, attention="sdpa", device=ranks.device)
     enable_recomputation(model, config.model)
     engine = build_engine(SupervisedModel(model, files.geometry, config.loss), config, ranks.device)
+    calls: list[int] = []
+    for layers in (model.model.visual.blocks, model.model.language_model.layers):
+        layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     meter = StepMeter(ranks)
     samples = make_samples(files.tokenizer, some_without_image=packing == "text beside images")
     num_supervised = sum(sample.num_supervised for sample in samples)
@@ -83,7 +87,8 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
         run_step(engine, batches, meter)
         metrics = meter.finish()
         steps.append({"loss": metrics["loss"], "grad_norm": float(engine.get_global_grad_norm())})
-    return {"steps": steps, "num_samples": metrics["num_samples"], "num_supervised": metrics["num_supervised"]}
+    counts = {name: metrics[name] for name in ("num_samples", "num_supervised")}
+    return {"steps": steps, **counts, "layer_calls_per_pack": len(calls) / (3 * 2 * len(mine))}
 
 
 def main() -> None:
