@@ -17,8 +17,10 @@ from pixelprune.family import family_of
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry
 from training.attention import load_pretrained
+from training.compiled import compile_layers
 from training.config import AUTO, ConfigError, ModelSettings
 from training.data.taught import TaughtPack
+from training.fused import use_fused
 from training.loss import LossSettings, LossSums, supervised_loss
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,15 @@ def enable_recomputation(model: PreTrainedModel, settings: ModelSettings) -> Non
     ):
         if every:
             part.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
+
+
+def prepare_layers(model: PreTrainedModel, settings: ModelSettings, device: torch.device) -> None:
+    """How this model's layers compute, as the settings say: recomputed, with fused kernels, compiled. Not what."""
+    enable_recomputation(model, settings)
+    if settings.liger:
+        use_fused(model, device)
+    if settings.compile:
+        compile_layers(model, settings.compile_max_recompiles)
 
 
 class Teacher(Protocol):

@@ -32,9 +32,9 @@ from training.meter import StepMeter
 from training.model import (
     DTYPES,
     SupervisedModel,
-    enable_recomputation,
     load_model,
     load_model_files,
+    prepare_layers,
 )
 from training.parameters import freeze_parts, lr_factor, set_learning_rates
 from training.progress import ProgressLine
@@ -81,7 +81,7 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     freeze_parts(model, config.optim)
     add_adapters(model, config.lora)
     memory = plan_memory(config, model, ranks, attention, teaching)
-    enable_recomputation(model, memory.applied_to(config.model))
+    prepare_layers(model, memory.applied_to(config.model), ranks.device)
     teacher = build_teacher(config, teaching, ranks, attention)
     engine = build_engine(SupervisedModel(model, files.geometry, config.loss, teacher), config, ranks.device)
     facts = {"config.yaml": show(config), "environment.json": describe_provenance()}
