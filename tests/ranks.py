@@ -13,13 +13,18 @@ from launch.ports import free_port
 ROOT = Path(__file__).parent.parent
 
 
-def run_ranks(module: str, num_ranks: int, out: Path, *arguments: str) -> dict:
-    """Run `python -m MODULE OUT ARGUMENTS...` on `num_ranks` CPU ranks over gloo; returns the JSON in OUT."""
+def start_ranks(module: str, num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Run `python -m MODULE ARGUMENTS...` on `num_ranks` CPU ranks over gloo, to its end."""
     command = [
         find_deepspeed(), "--num_accelerators", str(num_ranks), "--master_port", str(free_port()),
-        "--module", module, str(out), *arguments,
+        "--module", module, *arguments,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def run_ranks(module: str, num_ranks: int, out: Path, *arguments: str) -> dict:
+    """The JSON that the first of these ranks writes to its first argument, OUT."""
+    done = start_ranks(module, num_ranks, str(out), *arguments)
     if done.returncode:
         sys.stderr.write(done.stdout[-4000:] + done.stderr[-8000:])
         raise AssertionError(f"{module} on {num_ranks} ranks ended with exit code {done.returncode}")

@@ -95,7 +95,7 @@ def deepspeed_json(config: Config, device: torch.device) -> dict[str, Any]:
 def build_engine(module: nn.Module, config: Config, device: torch.device):
     """The engine around `module`, in training mode, with AdamW over the recipe's parameter groups."""
     # `from_pretrained` hands models out in evaluation mode, in which the stock layers silently skip recomputation.
-    module.train()
+    #module.train()
     groups = parameter_groups(module, config.optim)
     optimizer = torch.optim.AdamW(
         groups,

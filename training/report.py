@@ -10,10 +10,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
 from training.tracking import read_metrics
+
+SPEED = {"samples_per_s": "samples/s", "kept_tokens_per_s": "kept tokens/s", "mfu": "MFU on kept tokens"}
+MEMORY = {"peak_memory_gb": "peak memory of the first rank, GB", "host_memory_gb": "host memory of the first rank, GB"}
 
 
 def plot_convergence(runs: dict[str, list[dict]], path: Path) -> Path:
@@ -31,9 +35,38 @@ def plot_convergence(runs: dict[str, list[dict]], path: Path) -> Path:
             steps, losses = zip(*held_out, strict=True)
             axes.plot(steps, losses, "o--", color=colour, markersize=4, label=f"{name}: held-out")
     axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("cross-entropy per supervised token (nats)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+    return path
+
+
+def plot_metrics(runs: dict[str, list[dict]], metrics: dict[str, str], path: Path) -> Path | None:
+    """One panel for each metric (name -> label) over optimizer steps, a curve per run; None when no run has any."""
+    found = {
+        name: label for name, label in metrics.items() if any(name in row for rows in runs.values() for row in rows)
+    }
+    if not found:
+        return None
+    figure, all_axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), dpi=150, squeeze=False)
+    for axes, (name, label) in zip(all_axes[0], found.items(), strict=True):
+        for number, (run, rows) in enumerate(runs.items()):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
+                axes.plot(steps, _running_mean(values), color=f"C{number}", label=run)
+        axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    all_axes[0][0].legend(frameon=False)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -55,6 +88,8 @@ def summarise(rows: list[dict]) -> dict[str, float]:
             "samples/s": _median([row["samples_per_s"] for row in train]),
             "kept tokens/s": _median([row["kept_tokens_per_s"] for row in train]),
             "step s": _median([row["step_s"] for row in train]),
+            "data wait share": _median([row["data_wait_share"] for row in train]),
+            "peak memory GB": max(row["peak_memory_gb"] for row in train),
         }
     if held_out:
         facts |= {"held-out loss before": held_out[0], "held-out loss after": held_out[-1]}
@@ -84,7 +119,13 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     runs = {run.name: read_metrics(run) for run in args.runs}
     print_table(runs, console)
-    console.print(f"plot: {plot_convergence(runs, (args.out or args.runs[0]) / 'convergence.png')}")
+    out = args.out or args.runs[0]
+    pictures = [
+        plot_convergence(runs, out / "convergence.png"),
+        plot_metrics(runs, SPEED, out / "speed.png"),
+        plot_metrics(runs, MEMORY, out / "memory.png"),
+    ]
+    console.print("pictures:", *(str(picture) for picture in pictures if picture), soft_wrap=True)
     return 0
 
 

@@ -58,7 +58,8 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
     engine = build_engine(SupervisedModel(model, files.geometry, config.loss), config, ranks.device)
     calls: list[int] = []
     for layers in (model.model.visual.blocks, model.model.language_model.layers):
-        layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+        # A part of the layer: the layer's own hooks stay outside of the recomputation.
+        next(layers[0].children()).register_forward_pre_hook(lambda *_: calls.append(1))
     meter = StepMeter(ranks)
     samples = make_samples(files.tokenizer, some_without_image=packing == "text beside images")
     num_supervised = sum(sample.num_supervised for sample in samples)

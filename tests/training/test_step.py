@@ -41,3 +41,9 @@ def test_a_rank_without_an_image_trains_beside_one_that_has(results):
 def test_the_steps_learn(results):
     losses = [step["loss"] for step in results[1]["four packs"]["steps"]]
     assert losses == sorted(losses, reverse=True)
+
+
+def test_the_engine_recomputes_every_layer(results):
+    """A model fresh from `from_pretrained` is in evaluation mode, where the stock layers would keep what they computed:
+    the first layer of ViT and language model runs once in forward and once more in backward."""
+    assert all(run["layer_calls_per_pack"] == 2 for by_packing in results.values() for run in by_packing.values())

@@ -1,0 +1,86 @@
+"""What goes wrong on one rank of two while a run goes on: full disks, numbers that are none, too little memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.ranks import start_ranks
+from tests.training.debug_run import call, overrides
+from training.checkpoint_files import complete_checkpoints
+from training.tracking import read_metrics
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture
+def run_with(data, toy_folder, tmp_path):
+    """Start the debug recipe on two ranks with a fault: (finished process, run folder)."""
+
+    def run(fault: str, *more: str):
+        settings = ["schedule.max_steps=4", "checkpoint.every_steps=1", "eval.at_start=false", "data.eval_sources=[]"]
+        arguments = overrides(data, toy_folder, tmp_path, "run.seed=1")
+        arguments = [argument for argument in arguments if not argument.startswith("data.eval_sources")]
+        program = "tests.training.fault_program"
+        return start_ranks(program, 2, fault, "configs/debug.yaml", *arguments, *settings, *more), tmp_path / "debug"
+
+    return run
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(run_with):
+    done, folder = run_with("full-disk")
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert "No space left on device; complete ones: step-00000001" in done.stderr.replace("[Errno 28] ", "")
+    assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == ["step-00000001"]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_told_to_goes_on_past_a_full_disk(run_with):
+    done, folder = run_with("full-disk", "checkpoint.on_error=continue", "checkpoint.keep_last=9")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on (checkpoint.on_error=continue)" in done.stderr
+    saved = [path.name for path in complete_checkpoints(folder / "checkpoints")]
+    assert saved == ["step-00000001", "step-00000003", "step-00000004"]
+    assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4]
+
+
+def test_a_loss_that_is_no_number_skips_one_step_on_all_ranks(run_with):
+    done, folder = run_with("not-a-number")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_metrics(folder)
+    # Each rank has one forward per step here: the second step is the bad one.
+    assert [row["num_skipped"] for row in rows] == [0, 1, 1, 1]
+    assert rows[1]["loss"] is None
+    assert all(row["loss"] is not None for row in rows[2:])
+    assert "step 2 skipped: loss or gradient not finite; records on this rank" in done.stderr
+    weights = load_file(folder / "export" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_too_little_memory_names_the_pack_and_the_settings(run_with):
+    done, _ = run_with("out-of-memory")
+    assert done.returncode == 2, done.stderr[-3000:]
+    line = next(line for line in done.stderr.splitlines() if "out of memory" in line)
+    assert line.startswith("error: rank 1, step 2: out of memory in a pack of ")
+    for part in ("tokens", "patches", "records train:", "data.pack_tokens", "data.pack_patches"):
+        assert part in line, line
+
+
+def test_a_run_that_only_skips_ends_with_the_records(data, toy_folder, tmp_path):
+    broken = shutil.copytree(toy_folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("norm.weight"))
+    weights[name][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = ["optim.max_skipped_in_a_row=3", "eval.at_start=false"]
+    done = call("launch", "configs/debug.yaml", *overrides(data, broken, tmp_path, *settings), "--ranks", "1")
+    assert done.returncode == 2, done.stderr[-3000:]
+    line = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "3 steps in a row had a non-finite loss or gradient" in line
+    assert "train:" in line
+    rows = [json.loads(row) for row in (tmp_path / "debug" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
