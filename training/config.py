@@ -116,7 +116,7 @@ class DistributedSettings:
     timeout_minutes: float = 30.0
     """A collective that hangs for this long ends the run."""
     reduce_bucket_size: int = 200_000_000
-    """Elements reduced at once by ZeRO."""
+    """Elements of gradients that ZeRO reduces at once (two such buffers on a GPU; why: training/engine.py)."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings, merged into the generated JSON; must not contradict the fields above."""
 
