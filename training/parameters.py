@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -11,15 +13,20 @@ from torch import nn
 from training.config import ConfigError, OptimSettings, ScheduleSettings
 
 PARTS = ("vit", "merger", "llm")
+_LAYER = re.compile(r"\b(blocks\.\d+|layers\.\d+|merger|deepstack_merger_list\.\d+)\.")
 
 
 @dataclass(frozen=True)
 class PartCount:
-    """Number of weights of one part of the model."""
+    """Number of weights of one part of the model, and of its repeated layers."""
 
     part: str
     num_total: int
     num_trained: int
+    num_layers: int
+    """Layers of the stack (ViT blocks, decoder layers), or mergers."""
+    num_layer: int
+    """Weights of the largest of them."""
     lr: float
 
 
@@ -75,9 +82,17 @@ def count_parts(model: nn.Module, optim: OptimSettings) -> list[PartCount]:
     """Weights per part, for the table at the start of a run."""
     counts = []
     for part in PARTS:
-        parameters = [p for name, p in model.named_parameters() if part_of(name) == part]
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        counts.append(PartCount(part, sum(p.numel() for p in parameters), trained, part_lr(optim, part)))
+        layers: Counter[str] = Counter()
+        total = trained = 0
+        for name, parameter in model.named_parameters():
+            if part_of(name) == part:
+                total += parameter.numel()
+                trained += parameter.numel() * parameter.requires_grad
+                if layer := _LAYER.search(name):
+                    layers[layer.group()] += parameter.numel()
+        counts.append(
+            PartCount(part, total, trained, len(layers), max(layers.values(), default=0), part_lr(optim, part))
+        )
     return counts
 
 

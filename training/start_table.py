@@ -30,7 +30,10 @@ def print_start_table(
     table = Table(title=config.run.name, show_header=False, title_justify="left")
     table.add_row("model", f"{files.path}, {config.model.dtype}, attention {attention}")
     for count in count_parts(model, config.optim):
-        table.add_row(f"  {count.part}", f"{count.num_trained:,} of {count.num_total:,} trained, lr {count.lr:g}")
+        layers = f"{count.num_layers} layers of {count.num_layer:,}"
+        table.add_row(
+            f"  {count.part}", f"{count.num_trained:,} of {count.num_total:,} trained, {layers}, lr {count.lr:g}"
+        )
     table.add_row("data", feed.index.describe())
     prune = config.prune
     table.add_row("pruning", f"{prune.strategy}, metric {prune.metric}, threshold {prune.threshold:g}")

@@ -64,6 +64,7 @@ class WandbMirror:
                 return self._init(wandb, "online")
             except Exception as error:  # noqa: BLE001 - whatever it is, offline mode needs no server
                 logger.warning("wandb: online mode failed (%s); continuing offline", str(error).splitlines()[0])
+                wandb.teardown()  # its service still holds the run's id, and would refuse it
         run = self._init(wandb, "offline")
         logger.info("wandb: offline; upload later with `wandb sync %s`", Path(run.dir).parent)
         return run
