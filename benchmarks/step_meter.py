@@ -63,6 +63,7 @@ class DeviceMeter(StepMeter):
 def reset_peak(device: torch.device) -> None:
     """Start a new high-water mark of memory: the device's, or on a CPU this process's."""
     if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         # Freed memory that malloc keeps for itself would count as held.

@@ -41,24 +41,24 @@ PREFIX = "part: "
 def profile_step(module: SupervisedModel, step: Callable[[], None]) -> dict[str, float]:
     """Seconds by part of one call of `step`, which runs one optimizer step of an engine around `module`."""
     on_device = next(module.parameters()).device.type == "cuda"
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for event, part in operations_by_part(module, step):
+        seconds[part] += (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
+    return seconds
+
+
+def operations_by_part(module: SupervisedModel, step: Callable[[], None]) -> list[tuple[Any, str]]:
+    """Every operation of one call of `step`, as the host issued it, and the part that it belongs to."""
+    on_device = next(module.parameters()).device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
     with ranges(module), profile(activities=activities) as profiler:
         step()
         if on_device:
             torch.cuda.synchronize()
-    return seconds_by_part(list(profiler.events()), on_device)
-
-
-def seconds_by_part(events: list[Any], on_device: bool) -> dict[str, float]:
-    """Own time of every operation, added up by the part that it belongs to."""
-    seconds = dict.fromkeys(PARTS, 0.0)
+    # A GPU's kernels are counted with the operation that launched them.
+    events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CPU]
     part_of_node = _parts_of_nodes(events)
-    for event in events:
-        own = event.self_device_time_total if on_device else event.self_cpu_time_total
-        if own <= 0 or (on_device and event.device_type != torch.autograd.DeviceType.CPU):
-            continue
-        seconds[_part(event, part_of_node)] += own / 1e6
-    return seconds
+    return [(event, _part(event, part_of_node)) for event in events]
 
 
 def _parts_of_nodes(events: list[Any]) -> dict[tuple[int, int], str]:

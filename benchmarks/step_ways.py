@@ -30,8 +30,8 @@ from training.model import (
     DTYPES,
     SupervisedModel,
     Teacher,
-    enable_recomputation,
     load_model_files,
+    prepare_layers,
 )
 from training.parameters import freeze_parts
 from training.recipe import load_recipe
@@ -59,6 +59,8 @@ class Step:
     metrics: dict[str, float]
     model_flops: float
     executed_flops: float
+    held_bytes: int | None
+    """Before the step: weights, optimizer states, and on a CPU the program."""
     peak_bytes: int | None
 
 
@@ -95,7 +97,7 @@ class Bench:
         self.model = random_model(shape, device=ranks.device, dtype=dtype, attention=self.attention)
         freeze_parts(self.model, self.config.optim)
         add_adapters(self.model, self.config.lora)
-        enable_recomputation(self.model, self.config.model)
+        prepare_layers(self.model, self.config.model, ranks.device)
         self.module = SupervisedModel(self.model, self.files.geometry, self.config.loss)
         self.engine = build_engine(self.module, self.config, ranks.device)
         self.engine.train()

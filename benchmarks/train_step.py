@@ -50,6 +50,7 @@ def one_step(bench: Bench, way: Way) -> Step:
     device, records = bench.ranks.device, list[str]()
     bench.prepare(way)
     reset_peak(device)
+    held = peak_bytes(device)
     _, batches = next(way.steps)
     meter, flops = DeviceMeter(bench.ranks), [0.0]
 
@@ -62,7 +63,7 @@ def one_step(bench: Bench, way: Way) -> Step:
     run_step(bench.engine, seen(), meter)
     seconds, metrics = meter.finish_step()
     executed = float(way.executed[way.rows(records)].sum())
-    return Step(seconds, metrics, flops[0], executed, peak_bytes(device))
+    return Step(seconds, metrics, flops[0], executed, held, peak_bytes(device))
 
 
 def measure(bench: Bench, names: tuple[str, ...], arguments: argparse.Namespace) -> tuple[Rounds, dict[str, Way]]:
@@ -109,6 +110,7 @@ def summarise(name: str, rounds: list[list[Step]], full: list[list[Step]]) -> di
         "loss": middle("loss"),
         "peak_gb": max(peaks) / 1e9 if peaks else None,
         "memory_change": max(peaks) / max(full_peaks) - 1 if peaks and full_peaks else None,
+        "step_adds_gb": _added_gb(rounds),
         "model_flops": _total(rounds, "model_flops") / len(steps),
         "executed_flops": _total(rounds, "executed_flops") / len(steps),
         "model_flops_ratio": _total(full, "model_flops") / _total(rounds, "model_flops"),
@@ -122,6 +124,12 @@ def summarise(name: str, rounds: list[list[Step]], full: list[list[Step]]) -> di
 
 def _block_seconds(block: list[Step]) -> float:
     return statistics.median(step.seconds["step"] for step in block)
+
+
+def _added_gb(rounds: list[list[Step]]) -> float | None:
+    """Memory that a step takes and gives back: activations, gradients, buffers."""
+    added = [s.peak_bytes - s.held_bytes for block in rounds for s in block if s.peak_bytes and s.held_bytes]
+    return statistics.median(added) / 1e9 if added else None
 
 
 def _total(rounds: list[list[Step]], what: str) -> float:
@@ -143,6 +151,7 @@ def table_of(rows: list[dict[str, Any]]) -> str:
                 "step ms": f"{row['step_ms']:.0f}",
                 "data wait": percent(row["data_wait_share"]),
                 "peak GB": "-" if row["peak_gb"] is None else f"{row['peak_gb']:.2f}",
+                "of it in the step": "-" if row["step_adds_gb"] is None else f"{row['step_adds_gb']:.2f}",
                 "memory": "-" if row["mode"] == "Full" else percent(row["memory_change"], "+.1%"),
                 "MFU": percent(row["mfu"]),
                 "kept tokens/s": f"{row['kept_tokens_per_s']:.0f}",
@@ -189,7 +198,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", default="toy", choices=SHAPES, help="random weights of this size")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--retain", type=float, default=0.4, help="share of kept blocks of the synthetic screenshots")
-    parser.add_argument("--megapixels", type=float, help="their size; default 3.5 on cuda, 1.0 on cpu")
+    parser.add_argument("--megapixels", type=float, help="their size; default 3.5 on cuda, 1.5 on cpu")
     parser.add_argument("--images", type=Path, help="folder of .png screenshots to use instead")
     parser.add_argument("--kd", action="store_true", help="add PixelPrune with a cached and with an online teacher")
     parser.add_argument("--pack-samples", type=int, help="screenshots in a pack; default 4 on cuda, 1 on cpu")
@@ -199,8 +208,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds after the warm-up; default 3 on cuda, 5 on cpu")
     parser.add_argument("--block", type=int, help="counted steps of a way in a round; default 8 on cuda, 1 on cpu")
     parser.add_argument("--workers", type=int, help="loader processes; default 8 on cuda, 0 on cpu")
-    parser.add_argument("--recompute-vit", default="1", help="model.recompute_vit")
-    parser.add_argument("--recompute-llm", default="1", help="model.recompute_llm")
+    parser.add_argument("--recompute-vit", type=int, default=1, help="every k-th layer; 1 all, 0 none")
+    parser.add_argument("--recompute-llm", type=int, default=1, help="the same for the language model")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a cpu")
     parser.add_argument("--profile", type=Path, help="picture of where the time goes, Full beside PixelPrune")
     parser.add_argument("--folder", type=Path, default=Path("runs/train_step"))
@@ -209,7 +218,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings as in a recipe")
     arguments = parser.parse_intermixed_args()
     on_cuda = arguments.device == "cuda"
-    defaults = {"megapixels": (3.5, 1.0), "pack_samples": (4, 1), "packs": (2, 1)}
+    defaults = {"megapixels": (3.5, 1.5), "pack_samples": (4, 1), "packs": (2, 1)}
     defaults |= {"rounds": (3, 5), "block": (8, 1), "workers": (8, 0)}
     for name, (cuda, cpu) in defaults.items():
         if getattr(arguments, name) is None:

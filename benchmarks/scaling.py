@@ -1,0 +1,275 @@
+"""Step time on 8 to 1,024 ranks, simulated from the real plan: Full and PixelPrune, and what is lost to what.
+
+    python -m benchmarks.scaling [--shapes 4b] [--ranks 8 32 128 512 1024] [--picture docs/images/scaling.png]
+
+Nothing here is measured on ranks. Lengths are drawn as in `benchmarks.plan`; the plan of training cuts them into packs;
+FLOPs are the cost model's, recomputation included, over an assumed sustained rate; the network is a stated model
+(`benchmarks.network`). A micro-step takes its slowest pack's compute and the gradient reduction that its backward does
+not hide (ZeRO-2 reduces in every micro-step); an optimizer step adds the update of a rank's shard and the all-gather of
+weights. The loader's time is the measured one of `data_cpu`, and waits only where it exceeds the step.
+
+Efficiency is the compute of the step spread evenly over all ranks, as a share of the step's time. weak: samples per
+rank and step are fixed. strong: samples per step are fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+
+from benchmarks.network import Network, exposed_seconds
+from benchmarks.plan import PACK_TOKENS, SAMPLES_PER_RANK, Lengths, draw
+from benchmarks.record import markdown_table, write_record
+from benchmarks.shapes import TEXT, random_model
+from pixelprune.flops import CostModel
+from training.config import DistributedSettings
+from training.data.balance import waste_bound
+from training.data.plan import PlanSettings, StepPlan, plan_epoch
+
+LOSSES = ("imbalance", "ragged", "communication", "optimizer", "data")
+COLOURS = {
+    "compute": "#3182bd",
+    "imbalance": "#fd8d3c",
+    "ragged": "#fdd0a2",
+    "communication": "#756bb1",
+    "optimizer": "#636363",
+    "data": "#bdbdbd",
+}
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What is assumed of every rank."""
+
+    flops_per_s: float = 0.4 * 989e12
+    """Sustained: 40 % of an H100's dense bf16 peak, an assumption."""
+    backward_share: float = 0.75
+    """Of a micro-step's compute, with every layer recomputed: one forward, then three forwards' worth."""
+    memory_bytes_per_s: float = 0.7 * 3.35e12
+    update_bytes_per_weight: float = 34
+    """AdamW in float32: weight, two moments and gradient read, three of them written, bf16 weight written, clipping."""
+    gradient_bytes: int = 2
+    weight_bytes: int = 2
+    loader_s_per_sample: float = 0.014
+    loader_workers: int = 8
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step: evenly spread compute, and what comes on top."""
+
+    compute: float
+    imbalance: float
+    ragged: float
+    communication: float
+    optimizer: float
+    data: float
+    unavoidable: float = 0.0
+    """Part of imbalance and ragged that no plan of the step's samples could avoid: a sample cannot be split."""
+
+    @property
+    def total(self) -> float:
+        return self.compute + sum(getattr(self, name) for name in LOSSES)
+
+
+def step_time(cost: np.ndarray, num_samples: int, num_weights: float, fleet: Fleet, network: Network) -> StepTime:
+    """The time of one optimizer step whose packs cost these FLOPs (micro-steps, ranks).
+
+    imbalance: ranks that wait for the slowest pack of a micro-step. ragged: the same in the last micro-step, which
+    holds what was left over.
+    """
+    seconds = cost / fleet.flops_per_s
+    ranks = cost.shape[1]
+    slowest, mean = seconds.max(axis=1), seconds.mean(axis=1)
+    waits = slowest - mean
+    ragged = float(waits[-1]) if len(waits) > 1 else 0.0
+    communication = 0.0
+    if ranks > 1:
+        bucket = DistributedSettings().reduce_bucket_size
+        num_buckets = max(1, round(num_weights / bucket))
+        bucket_s = network.ring_seconds(num_weights / num_buckets * fleet.gradient_bytes, ranks)
+        communication = sum(exposed_seconds(bucket_s, num_buckets, fleet.backward_share * float(t)) for t in slowest)
+        communication += num_buckets * network.ring_seconds(num_weights / num_buckets * fleet.weight_bytes, ranks)
+    optimizer = num_weights / ranks * fleet.update_bytes_per_weight / fleet.memory_bytes_per_s
+    busy = float(slowest.sum()) + communication + optimizer
+    loader = num_samples / ranks * fleet.loader_s_per_sample / fleet.loader_workers
+    return StepTime(
+        float(mean.sum()), float(waits.sum()) - ragged, ragged, communication, optimizer, max(0.0, loader - busy)
+    )
+
+
+def simulate(
+    lengths: Lengths, cost: CostModel, ranks: int, samples: int, num_weights: float, fleet: Fleet, network: Network
+) -> StepTime:
+    """The mean step of an epoch over these lengths."""
+    inputs = lengths.plan_input(cost)
+    # What a layer computes a second time is a third of what the cost model counts; head and mergers are too small here.
+    inputs = replace(inputs, cost=inputs.cost * 4 / 3)
+    settings = PlanSettings(samples, PACK_TOKENS, 4 * PACK_TOKENS)
+    steps: list[StepPlan] = list(plan_epoch(inputs, settings, epoch=0, world_size=ranks))
+    times = []
+    for step in steps:
+        time = step_time(step.cost, step.num_samples, num_weights, fleet, network)
+        bound = waste_bound(inputs.cost[step.rows], ranks) / fleet.flops_per_s
+        times.append(replace(time, unavoidable=bound - time.compute))
+    return StepTime(*(float(np.mean([getattr(time, name) for time in times])) for name in asdict(times[0])))
+
+
+def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    meta = random_model(arguments.shapes, device=torch.device("meta"), dtype=torch.bfloat16)
+    num_weights = float(sum(parameter.numel() for parameter in meta.parameters()))
+    cost = CostModel.from_config(meta.config)
+    rows = []
+    for scaling in ("weak", "strong"):
+        for ranks in arguments.ranks:
+            samples = SAMPLES_PER_RANK * ranks if scaling == "weak" else arguments.strong_samples
+            if samples < ranks:
+                continue
+            pruned = draw(arguments.data, samples * arguments.steps)
+            full = replace(pruned, kept=pruned.full)
+            for node_bandwidth in arguments.node_gbytes:
+                network = Network(node_bytes_per_s=node_bandwidth * 1e9)
+                times = {
+                    mode: simulate(lengths, cost, ranks, samples, num_weights, Fleet(), network)
+                    for mode, lengths in (("Full", full), ("PixelPrune", pruned))
+                }
+                rows += [
+                    {
+                        "scaling": scaling,
+                        "ranks": ranks,
+                        "samples_per_step": samples,
+                        "node_gbytes_per_s": node_bandwidth,
+                        "mode": mode,
+                        "retain_ratio": float(pruned.kept.sum() / pruned.full.sum()) if mode != "Full" else 1.0,
+                        "step_s": time.total,
+                        "efficiency": time.compute / time.total,
+                        "speed_up": times["Full"].total / time.total,
+                        "flops_ratio": times["Full"].compute / time.compute,
+                        **asdict(time),
+                    }
+                    for mode, time in times.items()
+                ]
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]]) -> str:
+    return markdown_table(
+        [
+            {
+                "scaling": row["scaling"],
+                "ranks": row["ranks"],
+                "samples/step": row["samples_per_step"],
+                "node GB/s": f"{row['node_gbytes_per_s']:g}",
+                "mode": row["mode"],
+                "step s": f"{row['step_s']:.2f}",
+                "efficiency": f"{row['efficiency']:.1%}",
+                **{name: f"{row[name] / row['step_s']:.1%}" for name in LOSSES},
+                "unavoidable": f"{row['unavoidable'] / row['step_s']:.1%}",
+                "speed-up": f"{row['speed_up']:.2f}x",
+                "FLOPs ratio": f"{row['flops_ratio']:.2f}x",
+            }
+            for row in rows
+        ]
+    )
+
+
+def draw_picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Efficiency over ranks, and the parts of PixelPrune's step on the slowest network."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), dpi=100)
+    networks = sorted({row["node_gbytes_per_s"] for row in rows}, reverse=True)
+    for axis, scaling in zip(axes[:2], ("weak", "strong"), strict=True):
+        for network, style in zip(networks, ("o-", "s--", "^:", "v-."), strict=False):
+            for mode, colour in (("Full", "C7"), ("PixelPrune", "C0")):
+                chosen = _chosen(rows, scaling, network, mode)
+                axis.plot(
+                    [row["ranks"] for row in chosen],
+                    [100 * row["efficiency"] for row in chosen],
+                    style,
+                    color=colour,
+                    markersize=4,
+                    label=f"{mode}, {network:g} GB/s per node",
+                )
+        axis.set_xscale("log", base=2)
+        ticks = sorted({row["ranks"] for row in rows})
+        axis.set_xticks(ticks, [str(number) for number in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("ranks")
+        axis.set_ylim(0, 103)
+        axis.set_ylabel("efficiency, %")
+        samples = {row["samples_per_step"] for row in rows if row["scaling"] == scaling}
+        fixed = (
+            f"{SAMPLES_PER_RANK} samples per rank and step" if scaling == "weak" else f"{max(samples)} samples per step"
+        )
+        axis.set_title(f"{scaling} scaling: {fixed}", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False, fontsize=8, loc="lower left")
+    chosen = _chosen(rows, "weak", networks[-1], "PixelPrune")
+    bottom = np.zeros(len(chosen))
+    for name, colour in COLOURS.items():
+        shares = np.array([100 * row[name] / row["step_s"] for row in chosen])
+        axes[2].bar([str(row["ranks"]) for row in chosen], shares, bottom=bottom, color=colour, label=name)
+        bottom += shares
+    axes[2].set_title(f"PixelPrune, weak, {networks[-1]:g} GB/s per node", fontsize=9)
+    axes[2].set_xlabel("ranks")
+    axes[2].set_ylabel("share of the step, %")
+    axes[2].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _chosen(rows: list[dict[str, Any]], scaling: str, network: float, mode: str) -> list[dict[str, Any]]:
+    wanted = {"scaling": scaling, "node_gbytes_per_s": network, "mode": mode}
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def assumptions(arguments: argparse.Namespace) -> str:
+    fleet, network = Fleet(), Network()
+    return (
+        f"Simulated, not measured. Shape {arguments.shapes}, data as `benchmarks.plan` draws {arguments.data!r}, packs "
+        f"of {PACK_TOKENS} tokens, {arguments.steps} optimizer steps each. Assumed: {fleet.flops_per_s / 1e12:.0f} "
+        f"TFLOP/s sustained per rank, every layer recomputed; ZeRO-2 reduces {fleet.gradient_bytes}-byte gradients in "
+        "every micro-step, in buckets, beside backward; "
+        f"{network.ranks_per_node} ranks per node, {network.link_bytes_per_s / 1e9:.0f} GB/s per rank inside a node, "
+        f"{network.reached:.0%} of bandwidths reached, {1e6 * network.link_latency_s:g} us per hop inside and "
+        f"{1e6 * network.node_latency_s:g} us between nodes; loader {1000 * fleet.loader_s_per_sample:g} ms per sample "
+        f"(record data_cpu) with {fleet.loader_workers} workers per rank. Losses are shares of the "
+        "step; unavoidable is the part of imbalance that no plan avoids, since a sample cannot be split."
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=list(TEXT), default="4b")
+    parser.add_argument("--data", choices=["screens", "documents", "mixed"], default="screens")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128, 512, 1024])
+    parser.add_argument("--strong-samples", type=int, default=4096, help="samples per step of strong scaling")
+    parser.add_argument("--node-gbytes", type=float, nargs="+", default=[400.0, 50.0], help="GB/s of a node's ports")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps simulated for each row")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--no-record", action="store_true")
+    arguments = parser.parse_args()
+    rows = measure(arguments)
+    table, note = table_of(rows), assumptions(arguments)
+    print(f"{note}\n\n{table}")
+    if arguments.picture:
+        draw_picture(rows, f"Simulated step, {arguments.shapes} shape, {arguments.data}", arguments.picture)
+    if not arguments.no_record:
+        options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        assumed = {"fleet": asdict(Fleet()), "network": asdict(Network())}
+        write_record("scaling", {"settings": options, "assumed": assumed, "rows": rows}, f"{note}\n\n{table}")
+
+
+if __name__ == "__main__":
+    main()
