@@ -18,6 +18,7 @@ from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, pack_samples
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
+from tests.ranks import run_ranks
 from training.compiled import compile_layers
 from training.config import ModelSettings
 from training.model import enable_recomputation
@@ -118,6 +119,15 @@ def test_reaching_the_bound_is_said_and_stays_right(toy_model, toy_tokenizer, ge
     said = [record.getMessage() for record in caplog.records if record.name == "training.compiled"]
     assert any("further cases run uncompiled" in line and "model.compile_max_recompiles" in line for line in said)
     assert most_versions() == 1
+
+
+@pytest.mark.ranks
+def test_varlen_recomputed_and_compiled_layers_train_under_zero(toy_folder, tmp_path):
+    """All at once on two ranks, through two optimizer steps, beside plain layers."""
+    results = run_ranks("tests.training.layers_program", 2, tmp_path / "out.json", str(toy_folder))
+    for step, expected in zip(results["fast"], results["plain"], strict=True):
+        assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 @torch.no_grad()

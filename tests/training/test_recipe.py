@@ -144,3 +144,13 @@ def test_kd_recovery_and_its_debug_twin_learn_alike():
 def test_a_bad_teacher_setting_names_the_field(recipe, override, message):
     with pytest.raises(ConfigError, match=message):
         load_recipe(recipe, [override])
+
+
+def test_whole_lists_and_sections_can_be_overridden(recipe):
+    config = load_recipe(
+        recipe, ["data.sources=[{path: a.jsonl, weight: 2}]", "data.sources.0.weight=3", "optim={lr: 0.5}"]
+    )
+    assert [(source.path, source.weight) for source in config.data.sources] == [("a.jsonl", 3.0)]
+    assert config.optim.lr == 0.5
+    with pytest.raises(ConfigError, match=r"data\.sources\.0\.wieght.*did you mean"):
+        load_recipe(recipe, ["data.sources=[{path: a.jsonl, wieght: 2}]"])
