@@ -169,6 +169,7 @@ def varlen_mask(
     )
 
 
+@torch.compiler.disable  # its loop would be unrolled: a version for every number of segments
 def reference_varlen(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -47,10 +47,8 @@ class Recomputation:
 
     def describe(self) -> str:
         words = {0: "no layer", 1: "every layer"}
-        return ", ".join(
-            f"{name} {words.get(every, f'every {every}th layer')}"
-            for name, every in (("ViT", self.vit), ("LLM", self.llm))
-        )
+        towers = (("ViT", self.vit), ("LLM", self.llm))
+        return ", ".join(f"{name} {words.get(every, f'one layer in {every}')}" for name, every in towers)
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,8 @@ class MemoryEstimate:
 
     def describe(self) -> str:
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size)
-        return f"{self.total / 1e9:.1f} GB at full packs ({listed})"
+        listed = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in parts.items() if size)
+        return f"about {self.total / 1e9:.3g} GB at full packs ({listed})"
 
 
 @dataclass(frozen=True)

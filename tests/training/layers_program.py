@@ -1,4 +1,4 @@
-"""Started on several ranks by test_compiled.py: optimizer steps with plain layers, and with every faster way at once.
+"""Started as a rank by test_compiled.py: optimizer steps with plain layers, and with every faster way at once.
 
 Arguments: OUT MODEL. Writes {"plain": [{"loss", "grad_norm"} per step], "fast": [...]}.
 """
