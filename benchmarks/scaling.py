@@ -120,7 +120,7 @@ def simulate(
     for step in steps:
         time = step_time(step.cost, step.num_samples, num_weights, fleet, network)
         bound = waste_bound(inputs.cost[step.rows], ranks) / fleet.flops_per_s
-        times.append(replace(time, unavoidable=bound - time.compute))
+        times.append(replace(time, unavoidable=max(0.0, bound - time.compute)))
     return StepTime(*(float(np.mean([getattr(time, name) for time in times])) for name in asdict(times[0])))
 
 

@@ -4,6 +4,7 @@ Every part's forward is a range of the profiler. An operation inside a range bel
 backward pass belongs to the part whose forward made its autograd node (the profiler gives both the same sequence
 number); a recomputed layer enters its ranges again, inside backward. Times are the operations' own: on a GPU of their
 kernels, on a CPU of the processor. What no range holds is the optimizer's, the data wait's or the rest.
+A GPU's idle time is in no part: compare the sum with the step's time.
 """
 
 from __future__ import annotations

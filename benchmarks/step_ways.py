@@ -7,6 +7,7 @@ weights: they share one model, one optimizer and one memory, so nothing but the 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.shapes import random_model, shape_config
 from pixelprune.flops import CostModel
@@ -132,6 +134,13 @@ class Bench:
     def prepare(self, way: Way) -> None:
         """Let the one module learn in this way from here on."""
         self.module.loss, self.module.teacher = way.config.loss, way.teacher
+
+    def forget_teacher(self) -> None:
+        """Give back what the last way's teacher held."""
+        self.module.teacher = None
+        gc.collect()
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _config(self, name: str, *more: str) -> Config:
         common = [

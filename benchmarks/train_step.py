@@ -184,12 +184,13 @@ def write_data(arguments: argparse.Namespace, folder: Path) -> Path:
 
 
 def profiles(bench: Bench, ways: dict[str, Way]) -> dict[str, dict[str, float]]:
-    """Seconds by part of one more step of Full and of PixelPrune."""
+    """Seconds by part of a step of Full and of PixelPrune: medians of a few more steps."""
     found = {}
     for name in ("Full", "PixelPrune"):
         for _ in range(ways[name].warm_up_steps):
             one_step(bench, ways[name])
-        found[name] = profile_step(bench.module, lambda way=ways[name]: one_step(bench, way))
+        steps = [profile_step(bench.module, lambda way=ways[name]: one_step(bench, way)) for _ in range(3)]
+        found[name] = {part: statistics.median(step[part] for step in steps) for part in steps[0]}
     return found
 
 
@@ -249,9 +250,13 @@ def main() -> None:
     rows = [summarise(name, rounds[name], rounds["Full"]) for name in PRUNED]
     found = profiles(bench, ways) if arguments.profile else {}
     del ways
-    if arguments.kd:
-        rounds, _ = measure(bench, ("Full", *TAUGHT), arguments)
-        rows += [summarise(name, rounds[name], rounds["Full"]) for name in TAUGHT]
+    for name in TAUGHT if arguments.kd else ():
+        # One after the other, each beside Full again: no teacher is held while another one is measured.
+        taught = measure(bench, ("Full", name), arguments)[0]
+        rows.append(summarise(name, taught[name], taught["Full"]))
+        if rows[0]["peak_gb"]:  # that of Full without a teacher
+            rows[-1]["memory_change"] = rows[-1]["peak_gb"] / rows[0]["peak_gb"] - 1
+        bench.forget_teacher()
     table = table_of(rows)
     print(describe(arguments, bench) + "\n\n" + table)
     if arguments.profile:
