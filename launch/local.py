@@ -57,10 +57,14 @@ def run_local(
 
     config = load_recipe(recipe, overrides)
     ranks = num_ranks or default_num_ranks()
-    clear_stale_lock()
+
+    def command() -> list[str]:
+        clear_stale_lock()  # at every start: the one before may have been killed as it loaded the extension
+        return local_command(recipe, overrides, ranks, port=free_port())
+
     launch = Launch(
         config,
-        lambda: local_command(recipe, overrides, ranks, port=free_port()),
+        command,
         rank_environment(ranks, config.distributed.threads_per_rank),
         grace_seconds=grace_seconds,
     )

@@ -15,6 +15,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_stale_build_lock():
+    """A run of the tests that was killed must not make this one wait."""
+    from launch.prebuild import clear_stale_lock
+
+    clear_stale_lock()
+
+
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory) -> Path:
     from training.toy_model import build_toy_model
