@@ -21,11 +21,12 @@ from training.config import Config
 from training.data.loader import Cursor, MicroBatch, PackLoader
 from training.engine import Ranks, build_engine, join_ranks
 from training.errors import RankError, UserError
+from training.evaluations import Evaluations
 from training.exit_codes import FINISHED, RESUMABLE
 from training.export import export_model
 from training.feed import build_feed
 from training.folder_lock import FolderLock
-from training.grounding_eval import GroundingEvaluator
+from training.journal import Journal
 from training.lora import add_adapters
 from training.memory import plan_memory
 from training.meter import StepMeter
@@ -37,15 +38,12 @@ from training.model import (
     prepare_layers,
 )
 from training.parameters import freeze_parts, lr_factor, set_learning_rates
-from training.progress import ProgressLine
 from training.provenance import describe_provenance
-from training.recipe import config_to_dict, show
+from training.recipe import show
 from training.start_table import print_start_table
 from training.stopping import Agreement, StopRequest
 from training.teacher import build_teacher
 from training.teacher_files import find_teaching
-from training.tracking import Tracker
-from training.validation import Validator
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +65,8 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     files = load_model_files(config.model)
     teaching = find_teaching(config, files, ranks)
     feed = build_feed(config, config.data.sources, files, ranks, folder, shuffle=True, teaching=teaching)
-    validator = Validator.build(config, files, ranks, folder)
-    grounding = GroundingEvaluator.build(config, files, ranks, folder)
     num_steps = feed.num_steps(config)
+    evaluations = Evaluations(config, files, ranks, folder, num_steps)
 
     if not ranks.has_launcher:
         raise UserError(
@@ -88,31 +85,12 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     checkpointer = Checkpointer(folder, config.checkpoint, ranks, facts)
     newest = checkpointer.latest()
     state = checkpointer.load(engine, newest) if newest else RunState(tracker_id=_new_id(ranks))
-    journal = _Journal(config, ranks, folder, num_steps, state)
+    journal = Journal(config, ranks, folder, num_steps, state)
     if ranks.is_first:
         print_start_table(config, ranks, files, feed, model, attention, memory, num_steps, state.step)
 
-    def validate(num_done: int) -> None:
-        if validator:
-            journal.evaluated(num_done, validator.evaluate(engine))
-
-    def ground(num_done: int) -> None:
-        if grounding and grounding.is_due(num_done, num_steps):
-            journal.evaluated(
-                num_done,
-                grounding.evaluate(
-                    model, num_done, lambda path, facts: export_model(path, model, files, config, facts)
-                ),
-            )
-
     meter = StepMeter(ranks, state.totals)
-    is_due = _evaluation_due(config, num_steps)
-    # A run that was stopped between saving and validating makes up for it here.
-    if is_due(state.step) and not agreement.any(journal.has_evaluation(state.step))[0]:
-        validate(state.step)
-    if grounding:
-        grounding.restore(state.step)
-        ground(state.step)
+    evaluations.catch_up(engine, state.step, journal, agreement)
     if not newest and agreement.any(stop.is_asked)[0]:
         return RESUMABLE
     loader = PackLoader.build(config, feed, files, ranks, num_steps=num_steps, cursor=state.cursor)
@@ -141,9 +119,7 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
             journal.close()
             logger.info("rank %d: stopped after step %d, %s; start again to continue", ranks.rank, num_done, saved)
             return RESUMABLE
-        if is_due(num_done):
-            validate(num_done)
-        ground(num_done)
+        evaluations.after(engine, num_done, journal)
     checkpointer.finish()
     if ranks.is_first and config.checkpoint.export_at_end:
         end = {"optimizer steps": num_steps, "retain ratio": f"{meter.retain_ratio:.4f}"}
@@ -217,56 +193,6 @@ class _SkipCounter:
                 f"{self.in_a_row} steps in a row had a non-finite loss or gradient (optim.max_skipped_in_a_row="
                 f"{self.limit}); lower optim.lr or look at the last step's records: {records}"
             )
-
-
-class _Journal:
-    """What the first rank writes down and shows; on other ranks it does nothing."""
-
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, num_steps: int, state: RunState):
-        self.config, self.num_steps = config, num_steps
-        self.tracker: Tracker | None = None
-        if ranks.is_first:
-            self.progress = ProgressLine(num_steps, first_step=state.step)
-            self.tracker = Tracker(
-                folder,
-                config.tracking,
-                config.run.name,
-                config_to_dict(config),
-                run_id=state.tracker_id,
-                restored_step=state.step,
-            )
-
-    def has_evaluation(self, step: int) -> bool:
-        return self.tracker is not None and self.tracker.has_evaluation(step)
-
-    def stepped(self, num_done: int, metrics: dict[str, float]) -> None:
-        if self.tracker:
-            if num_done % self.config.tracking.log_every == 0 or num_done == self.num_steps:
-                self.tracker.log(num_done, metrics)
-            self.progress.update(num_done, metrics)
-
-    def evaluated(self, num_done: int, metrics: dict[str, float]) -> None:
-        if self.tracker:
-            self.tracker.log(num_done, metrics)
-            names = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_accuracy_full": "on all tokens"}
-            shown = [f"{words} {metrics[name]:.4f}" for name, words in names.items() if name in metrics]
-            self.progress.say(f"step {num_done}: {', '.join(shown)}")
-
-    def close(self) -> None:
-        if self.tracker:
-            self.progress.close()
-            self.tracker.close()
-
-
-def _evaluation_due(config: Config, num_steps: int):
-    def is_due(num_done: int) -> bool:
-        if not config.data.eval_sources:
-            return False
-        if num_done == 0:
-            return config.eval.at_start
-        return num_done == num_steps or (config.eval.every_steps > 0 and num_done % config.eval.every_steps == 0)
-
-    return is_due
 
 
 def _out_of_memory(batch: MicroBatch, ranks: Ranks) -> str:
