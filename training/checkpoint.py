@@ -17,6 +17,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,20 +41,24 @@ from training.meter import RunTotals
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MARGIN_BYTES = 64 << 20
 _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything of a run that is not a tensor: where the data continues, what was counted, which tracker run it is."""
+    """Everything of a run that is not a tensor: where the data continues, what was counted, which tracker run it is.
+
+    order: what the order of samples depended on (`Feed.order`): the cursor has a meaning under it alone.
+    """
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     totals: RunTotals = field(default_factory=RunTotals)
     num_skipped: int = 0
     tracker_id: str = ""
+    order: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpointer:
@@ -158,7 +163,12 @@ class Checkpointer:
         self._restore_random_state(folder, content["world_size"])
         totals = RunTotals(**content["totals"])
         return RunState(
-            content["step"], Cursor(*content["cursor"]), totals, content["num_skipped"], content["tracker_id"]
+            content["step"],
+            Cursor(*content["cursor"]),
+            totals,
+            content["num_skipped"],
+            content["tracker_id"],
+            content["order"],
         )
 
     def _restore_random_state(self, folder: Path, world_size: int) -> None:

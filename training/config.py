@@ -133,6 +133,9 @@ class CheckpointSettings:
     """Checkpoints at multiples of this step are kept for good; 0 keeps none beyond keep_last."""
     on_error: str = "stop"
     """stop or continue: what a failed save (disk full) does to the run; earlier checkpoints are intact either way."""
+    on_changed_data: str = "stop"
+    """stop or next_epoch: what a start does where the data, its order or data.samples_per_step are not the
+    checkpoint's: refuse, or go on with a new epoch of what there is now."""
     save_timeout_minutes: float = 30.0
     """How long the first rank waits for the others to write their part."""
     export_at_end: bool = True
@@ -221,6 +224,7 @@ def check_config(config: Config) -> None:
     )
     one_of("distributed.zero_stage", config.distributed.zero_stage, (1, 2))
     one_of("checkpoint.on_error", config.checkpoint.on_error, ("stop", "continue"))
+    one_of("checkpoint.on_changed_data", config.checkpoint.on_changed_data, ("stop", "next_epoch"))
     one_of("kd.source", config.kd.source, ("online", "cached"))
     one_of("kd.sharding", config.kd.sharding, ("replica", "zero3"))
     one_of("kd.dtype", config.kd.dtype, ("", "bfloat16", "float32"))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+import xxhash
 
 from pixelprune.flops import CostModel
 from training.config import Config
 from training.data.index import Index
 from training.data.index_builder import build_index
+from training.data.loader import Cursor
 from training.data.plan import PlanInput, PlanSettings, num_steps
 from training.data.prepare import PrepareSettings
 from training.data.settings import SourceSettings
@@ -21,6 +25,8 @@ from training.engine import Ranks
 from training.errors import UserError
 from training.model import ModelFiles
 from training.teacher_files import Teaching
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,44 @@ class Feed:
         if part:
             steps[-1] = max(1, round(steps[-1] * part))
         return sum(steps)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """Everything that the order of samples depends on: under another one a cursor means other samples."""
+        records = xxhash.xxh3_64()
+        for column in (self.index.content_hash, self.plan_input.source, self.plan_input.copies):
+            records.update(column.tobytes())
+        return {
+            "usable records": len(self.index),
+            "hash of records and weights": records.hexdigest(),
+            "data.samples_per_step": self.plan_settings.samples_per_step,
+            "data.shuffle": self.plan_settings.shuffle,
+            "run.seed": self.plan_settings.seed,
+        }
+
+    def continued(self, cursor: Cursor, order_before: dict[str, Any], when_changed: str) -> Cursor:
+        """Where a run that stopped at `cursor` under `order_before` goes on.
+
+        when_changed: checkpoint.on_changed_data, what to do where the order is another one now. Raises UserError.
+        """
+        order = self.order
+        changed = [
+            f"{name} {order_before.get(name)} -> {value}"
+            for name, value in order.items()
+            if order_before.get(name) != value
+        ]
+        if not changed:
+            return cursor
+        message = f"the order of samples is not the checkpoint's any more ({', '.join(changed)})"
+        if when_changed == "stop":
+            raise UserError(
+                f"{message}, so samples would be repeated and left out; set back what changed (data, caps, weights, "
+                "run.seed), start anew under another run.name, or go on with a new epoch: "
+                "checkpoint.on_changed_data=next_epoch"
+            )
+        following = Cursor(cursor.epoch + (cursor.step > 0), 0)
+        logger.warning("%s; going on at the start of epoch %d (checkpoint.on_changed_data)", message, following.epoch)
+        return following
 
 
 def build_feed(
@@ -77,7 +121,7 @@ def build_feed(
         index = index.checked(data, report, with_teacher=teaching is not None, write_report=ranks.is_first)
     except ValueError as error:
         raise UserError(str(error)) from error
-    cost = CostModel.from_config(files.config)
+    cost = cost_model(config, files.config)
     plan_settings = PlanSettings(
         samples_per_step=data.samples_per_step,
         pack_tokens=data.pack_tokens,
@@ -92,6 +136,15 @@ def build_feed(
         return Feed(index, prepare, index.plan_input(cost), plan_settings, teaching.targets)
     plan_input = index.plan_input(cost, with_teacher=True, teacher_cost=CostModel.from_config(teaching.files.config))
     return Feed(index, dataclasses.replace(prepare, with_full=True), plan_input, plan_settings)
+
+
+def cost_model(config: Config, hf_config: Any) -> CostModel:
+    """The student's: a vision tower without anything to train needs no backward pass.
+
+    Adapters need the backward pass of their tower; that they save its weight gradients is not counted.
+    """
+    trains_vit = config.lora.vit if config.lora.rank else not config.optim.vit.freeze
+    return CostModel.from_config(hf_config, freeze_vit=not trains_vit)
 
 
 def _require_targets(index: Index, targets: TargetReader) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from training.attention import choose_attention
 from training.checkpoint import Checkpointer, RunState
 from training.config import Config
-from training.data.loader import Cursor, MicroBatch, PackLoader
+from training.data.loader import START, Cursor, MicroBatch, PackLoader
 from training.engine import Ranks, build_engine, join_ranks
 from training.errors import RankError, UserError
 from training.evaluations import Evaluations
@@ -84,7 +84,11 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     facts = {"config.yaml": show(config), "environment.json": describe_provenance()}
     checkpointer = Checkpointer(folder, config.checkpoint, ranks, facts)
     newest = checkpointer.latest()
-    state = checkpointer.load(engine, newest) if newest else RunState(tracker_id=_new_id(ranks))
+    if newest:
+        state = checkpointer.load(engine, newest)
+        cursor = feed.continued(state.cursor, state.order, config.checkpoint.on_changed_data)
+    else:
+        state, cursor = RunState(tracker_id=_new_id(ranks)), START
     journal = Journal(config, ranks, folder, num_steps, state)
     if ranks.is_first:
         print_start_table(config, ranks, files, feed, model, attention, memory, num_steps, state.step)
@@ -93,7 +97,7 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     evaluations.catch_up(engine, state.step, journal, agreement)
     if not newest and agreement.any(stop.is_asked)[0]:
         return RESUMABLE
-    loader = PackLoader.build(config, feed, files, ranks, num_steps=num_steps, cursor=state.cursor)
+    loader = PackLoader.build(config, feed, files, ranks, num_steps=num_steps, cursor=cursor, first_step=state.step)
     skips = _SkipCounter(config.optim.max_skipped_in_a_row, state.num_skipped)
     for step, batches in loader.steps():
         learning_rates = set_learning_rates(engine.optimizer, lr_factor(step, num_steps, config.schedule))
@@ -112,7 +116,7 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
                 raise UserError("saving a checkpoint failed on another rank, which says why (checkpoint.on_error)")
         every = config.checkpoint.every_steps
         if stopping or num_done == num_steps or (every and num_done % every == 0):
-            state = RunState(num_done, outcome.cursor, meter.totals, skips.total, state.tracker_id)
+            state = RunState(num_done, outcome.cursor, meter.totals, skips.total, state.tracker_id, feed.order)
             checkpointer.save(engine, dataclasses.replace(state, totals=dataclasses.replace(meter.totals)))
         if stopping:
             saved = "saved" if checkpointer.finish() else "NOT saved"

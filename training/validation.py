@@ -18,7 +18,9 @@ class Validator:
     """Evaluates the mean cross-entropy per supervised token and the token accuracy on held-out records."""
 
     def __init__(self, config: Config, feed: Feed, files: ModelFiles, ranks: Ranks):
-        self.config, self.feed, self.files, self.ranks = config, feed, files, ranks
+        self.ranks = ranks
+        # Made once: its worker processes stay for the next validation.
+        self.loader = PackLoader.build_eval(config, feed, files, ranks)
 
     @classmethod
     def build(cls, config: Config, files: ModelFiles, ranks: Ranks, folder: Path) -> Validator | None:
@@ -35,7 +37,7 @@ class Validator:
         was_training = engine.module.training
         engine.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
-        for batch in PackLoader.build_eval(self.config, self.feed, self.files, self.ranks):
+        for batch in self.loader:
             if batch.is_dummy:
                 continue
             loss = engine(batch.pack.to(self.ranks.device))

@@ -8,6 +8,7 @@ one sum of two integers over the ranks per optimizer step, and losses stay exact
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,25 +109,29 @@ class PackLoader:
         world_size: int = 1,
         cursor: Cursor = START,
         num_steps: int | None = None,
+        first_step: int | None = None,
         sum_over_ranks: SumOverRanks = lambda values: values,
         targets: TargetReader | None = None,
     ):
         """`num_steps` counts from the start of the run, not from the cursor; by default the cursor's epoch is ended.
 
+        first_step: steps done before the cursor; by default those that this plan has before it.
         targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead.
         """
         self.index, self.inputs, self.plan_settings, self.settings = index, inputs, plan_settings, settings
         self.rank, self.world_size, self.start = rank, world_size, Cursor(*cursor)
         self.sum_over_ranks = sum_over_ranks
-        self.first_step = self._global_step(self.start)
+        self.first_step = self._global_step(self.start) if first_step is None else first_step
         self.last_step = num_steps if num_steps is not None else self._global_step(Cursor(self.start.epoch + 1, 0))
         self._dataset = PackDataset(index.sources, prepare, geometry, settings.dummy_image, targets)
-        self._lost_in_epoch = [0, 0]
+        self._lost_in_epoch = [self.start.epoch, 0]
         self._data_loader: DataLoader | None = None
         self._plans: dict[int, EpochPlan] = {}
 
     @classmethod
-    def build(cls, config, feed, files, ranks, *, num_steps: int, cursor: Cursor = START) -> PackLoader:
+    def build(
+        cls, config, feed, files, ranks, *, num_steps: int, cursor: Cursor = START, first_step: int = 0
+    ) -> PackLoader:
         """The training loader of a run: Config, Feed, ModelFiles and Ranks of the packages above this one."""
         vision_is_frozen = config.optim.vit.freeze and config.optim.merger.freeze
         # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
@@ -142,6 +147,7 @@ class PackLoader:
             world_size=ranks.world_size,
             cursor=cursor,
             num_steps=num_steps,
+            first_step=first_step,
             sum_over_ranks=_sum_over_process_group(ranks.world_size),
             targets=feed.targets,
         )
@@ -172,6 +178,7 @@ class PackLoader:
         if self._data_loader is None:
             self._data_loader = self._results()
         results = iter(self._data_loader)
+        self._lost_in_epoch = [self.start.epoch, 0]
         for step, planned in enumerate(self._planned_steps(), start=self.first_step):
             batches = self._micro_batches(step, planned, results)
             yield step, batches
@@ -306,7 +313,8 @@ class _Tasks:
     """This rank's packs in order, as the DataLoader's sampler."""
 
     def __init__(self, loader: PackLoader):
-        self.loader = loader
+        # Without a cycle a loader that is let go ends its processes at once, not when Python finds the time.
+        self.loader = weakref.proxy(loader)
 
     def __iter__(self) -> Iterator[PackTask]:
         for planned in self.loader._planned_steps():

@@ -1,6 +1,7 @@
 """Packs against samples prepared one by one; the resume drill; records that go bad while a run is under way."""
 
 import dataclasses
+import multiprocessing
 import threading
 from collections import Counter
 
@@ -147,6 +148,30 @@ def test_workers_give_the_same_batches_again_and_again(setup):
         assert len(pooled) == len(alone)
         for a, b in zip(pooled, alone, strict=True):
             same_pack(a.pack, b.pack)
+
+
+def test_iterating_again_takes_the_same_worker_processes(setup):
+    loader = setup.loader(settings=LoaderSettings(num_workers=2))
+    before = {process.pid for process in multiprocessing.active_children()}
+    list(loader)
+    workers = {process.pid for process in multiprocessing.active_children()}
+    list(loader)
+    assert {process.pid for process in multiprocessing.active_children()} == workers
+    assert len(workers - before) == 2
+    del loader
+    assert not {process.pid for process in multiprocessing.active_children()} & (workers - before)
+
+
+def test_each_iteration_counts_the_lost_anew(setup, screens):
+    (screens / "screen_4.png").unlink()  # one of 24 records, allowed once
+    loader = setup.loader(settings=LoaderSettings(max_quarantined_share=0.06))
+    assert [len(real_ids(loader)) for _ in range(3)] == [23, 23, 23]
+
+
+def test_steps_are_counted_from_the_first_step_given(setup):
+    batches = list(setup.loader(cursor=Cursor(1, 0), first_step=7, num_steps=9))
+    assert {batch.step for batch in batches} == {7, 8}
+    assert {batch.cursor for batch in batches if batch.is_boundary} == {Cursor(1, 1), Cursor(1, 2)}
 
 
 def test_more_ranks_than_samples_leaves_dummies(setup):
