@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import record_function
 
-from training.engine import Ranks
 from training.meter import StepMeter
 
 PHASES = ("data_wait", "forward", "backward", "optimizer")
@@ -21,43 +19,20 @@ RESET_PEAK = "5"
 
 
 class DeviceMeter(StepMeter):
-    """A StepMeter whose forward, backward and optimizer times are the device's, without a wait between them.
-
-    The waiting for data is the host's. Every phase is also a range of the profiler, named as it is here.
-    """
-
-    def __init__(self, ranks: Ranks):
-        super().__init__(ranks)
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    def timing(self, name: str) -> Any:
-        return self._timed(name)
+    """A StepMeter of one rank whose phases are ranges of the profiler too, named as they are here."""
 
     @contextmanager
-    def _timed(self, name: str):
-        on_device = self.ranks.device.type == "cuda" and name != "data_wait"
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_device else []
-        started = time.perf_counter()
-        with record_function(name):
-            if events:
-                events[0].record()
+    def timing(self, name: str) -> Iterator[None]:
+        with record_function(name), super().timing(name):
             yield
-            if events:
-                events[1].record()
-        if events:
-            self._marks.append((name, events[0], events[1]))
-        else:
-            self.seconds[name] += time.perf_counter() - started
 
     def finish_step(self) -> tuple[dict[str, float], dict[str, float]]:
         """Seconds by phase and of the step, and the metrics that a run logs; the device has finished the step."""
         if self.ranks.device.type == "cuda":
             torch.cuda.synchronize(self.ranks.device)
         metrics = self.finish()
-        for name, start, end in self._marks:
-            self.seconds[name] += start.elapsed_time(end) / 1000
-        return self.seconds | {"step": metrics["step_s"]}, metrics
+        seconds = {name: metrics[f"{name}_share"] * metrics["step_s"] for name in PHASES}
+        return seconds | {"step": metrics["step_s"]}, metrics
 
 
 def reset_peak(device: torch.device) -> None:

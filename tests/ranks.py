@@ -15,11 +15,15 @@ ROOT = Path(__file__).parent.parent
 
 def start_ranks(module: str, num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
     """Run `python -m MODULE ARGUMENTS...` on `num_ranks` CPU ranks over gloo, to its end."""
+    port = free_port()
     command = [
-        find_deepspeed(), "--num_accelerators", str(num_ranks), "--master_port", str(free_port()),
+        find_deepspeed(), "--num_accelerators", str(num_ranks), "--master_port", str(port),
         "--module", module, *arguments,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+    assert not left, f"shared memory that outlives the ranks: {left}"
+    return done
 
 
 def run_ranks(module: str, num_ranks: int, out: Path, *arguments: str) -> dict:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ class RunTotals:
 class StepMeter:
     """Collects a step on this rank; `finish` reduces it over all ranks and empties the meter.
 
-    Loss sums stay on the device until `finish`, which is the step's one host synchronisation.
+    Loss sums stay on the device until `finish`, which is the step's one host synchronisation. Times are the host's on a
+    CPU; on a GPU, where the host only queues the work, they are the device's (but for data_wait, which is the host's).
     """
 
     def __init__(self, ranks: Ranks, totals: RunTotals | None = None):
@@ -41,12 +44,17 @@ class StepMeter:
         self.totals = totals or RunTotals()
         self._reset()
 
+    def begin(self) -> None:
+        """The step's clock starts now: what was done since the last step (saving, evaluating) is no part of it."""
+        self._started = time.perf_counter()
+
     def _reset(self) -> None:
         self._losses: torch.Tensor | None = None
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._times = dict.fromkeys(_TIMES, 0.0)
-        self._started = time.perf_counter()
+        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._flops = 0.0
+        self.begin()
 
     def add_pack(self, pack: Pack, sums: LossSums, *, is_dummy: bool, flops: float = 0.0) -> None:
         losses = torch.stack([part.detach().float() for part in sums])
@@ -61,15 +69,28 @@ class StepMeter:
         self._counts["kept_blocks"] += pack.num_kept_blocks - has_dummy
         self._counts["full_blocks"] += pack.num_full_blocks - has_dummy
 
-    def timing(self, name: str) -> _Timer:
-        """A context that adds its wall time to data_wait, forward, backward or optimizer."""
-        return _Timer(self._times, name)
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Adds the time of what is done in it to data_wait, forward, backward or optimizer."""
+        if self.ranks.device.type == "cuda" and name != "data_wait":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._marks.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._times[name] += time.perf_counter() - started
 
     def finish(self) -> dict[str, float]:
         """Metrics of the step over all ranks, per-token losses included. Synchronises with the device once."""
         assert self._losses is not None, "a step has at least one micro-step on every rank"
+        losses = self._losses.double().cpu()
+        for name, start, end in self._marks:  # recorded before the losses were copied, so the device has passed them
+            self._times[name] += start.elapsed_time(end) / 1000
         mine = [*self._counts.values(), *self._times.values(), self._flops]
-        vector = torch.cat([self._losses.double().cpu(), torch.tensor(mine, dtype=torch.float64)])
+        vector = torch.cat([losses, torch.tensor(mine, dtype=torch.float64)])
         slowest = torch.tensor([self._flops], dtype=torch.float64)
         if self.ranks.world_size > 1:
             vector, slowest = vector.to(self.ranks.device), slowest.to(self.ranks.device)
@@ -116,16 +137,3 @@ class StepMeter:
     def retain_ratio(self) -> float:
         """Sum of kept blocks / sum of all blocks since the run began (1 when there was no image)."""
         return self.totals.kept_blocks / self.totals.full_blocks if self.totals.full_blocks else 1.0
-
-
-@dataclass
-class _Timer:
-    times: dict[str, float]
-    name: str
-    started: float = field(default=0.0)
-
-    def __enter__(self) -> None:
-        self.started = time.perf_counter()
-
-    def __exit__(self, *_) -> None:
-        self.times[self.name] += time.perf_counter() - self.started

@@ -148,6 +148,7 @@ def run_step(engine, batches: Iterable[MicroBatch], meter: StepMeter) -> StepOut
     Raises RankError when the device's memory does not hold a pack.
     """
     batches, packs, batch = iter(batches), [], None
+    meter.begin()
     while True:
         with meter.timing("data_wait"):
             following = next(batches, None)

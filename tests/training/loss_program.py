@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import without_launcher_arguments
-from training.engine import leave_ranks
+from training.config import Config
+from training.engine import join_ranks, leave_ranks
 from training.loss import LossSettings, LossSums, supervised_loss
 
 VOCAB, WIDTH, LEARNING_RATE = 23, 8, 0.5
@@ -69,7 +70,7 @@ def train_one_step(tied: bool) -> dict[str, list]:
 def main() -> None:
     (out,) = without_launcher_arguments(sys.argv[1:])
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", verbose=False)
+    join_ranks(Config())
     trained = {head: train_one_step(tied=head == "tied") for head in ("tied", "untied")}
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(trained))

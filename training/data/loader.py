@@ -2,7 +2,7 @@
 
 Every micro-step of an optimizer step is prepared before the first one is handed out. Only then is it known whether a
 record went bad since the index was built; its supervised tokens are subtracted from the step's count on all ranks by
-one sum of two integers over the ranks per optimizer step, and losses stay exact sums over an exact global count.
+one sum of three integers over the ranks per optimizer step, and losses stay exact sums over an exact global count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from training.data.prepare import PrepareSettings
 from training.data.quarantine import Quarantined, append_quarantine
 from training.data.targets import TargetReader
 from training.data.upload import upload_ahead
-from training.data.worker import PackDataset, PackResult, PackTask, start_worker
+from training.data.worker import PackDataset, PackFailure, PackResult, PackTask, start_worker
+from training.errors import RankError, UserError
 
 SumOverRanks = Callable[[list[int]], list[int]]
 """Sums a few integers over all ranks; called once per optimizer step by every rank."""
@@ -186,10 +187,16 @@ class PackLoader:
             for _ in batches:
                 pass
 
-    def _micro_batches(self, step: int, planned: _PlannedStep, results: Iterator[PackResult]) -> Iterator[MicroBatch]:
-        plan = planned.plan
-        prepared = [next(results) for _ in range(plan.num_micro_steps)]
-        num_supervised, num_samples = self._without_lost(planned.cursor, plan, prepared)
+    def _micro_batches(
+        self, step: int, planned: _PlannedStep, results: Iterator[PackResult | PackFailure]
+    ) -> Iterator[MicroBatch]:
+        plan, prepared, failure = planned.plan, list[PackResult](), None
+        for result in (next(results) for _ in range(plan.num_micro_steps)):
+            if isinstance(result, PackFailure):
+                failure = failure or result
+            else:
+                prepared.append(result)
+        num_supervised, num_samples = self._without_lost(planned.cursor, plan, prepared, failure)
         for micro_step, (pack, result) in enumerate(upload_ahead(prepared, self.settings.device)):
             is_boundary = micro_step == plan.num_micro_steps - 1
             yield MicroBatch(
@@ -204,18 +211,27 @@ class PackLoader:
                 float(plan.cost[micro_step, self.rank]),
             )
 
-    def _without_lost(self, cursor: Cursor, plan: StepPlan, prepared: list[PackResult]) -> tuple[int, int]:
-        """Supervised tokens and samples of the step over all ranks, without the records that went bad."""
+    def _without_lost(
+        self, cursor: Cursor, plan: StepPlan, prepared: list[PackResult], failure: PackFailure | None
+    ) -> tuple[int, int]:
+        """Supervised tokens and samples of the step over all ranks, without the records that went bad.
+
+        Raises UserError on all ranks when too many did, or when one rank met a failure (RankError there).
+        """
         lost = [entry for result in prepared for entry in result.lost]
         for entry in lost:
             self._report(entry)
-        mine = [sum(result.num_lost_supervised for result in prepared), len(lost)]
-        tokens, samples = self.sum_over_ranks(mine)
+        mine = [sum(result.num_lost_supervised for result in prepared), len(lost), int(failure is not None)]
+        tokens, samples, num_failures = self.sum_over_ranks(mine)
+        if failure:
+            raise RankError(failure.message)
+        if num_failures:
+            raise UserError(f"{num_failures} other ranks could not prepare their packs and say why")
         if cursor.epoch != self._lost_in_epoch[0]:
             self._lost_in_epoch = [cursor.epoch, 0]
         self._lost_in_epoch[1] += samples
         if self._lost_in_epoch[1] > self.settings.max_quarantined_share * self.index.num_records:
-            raise ValueError(
+            raise UserError(
                 f"{self._lost_in_epoch[1]} records of epoch {cursor.epoch} can no longer be used, of "
                 f"{self.index.num_records} in all: more than data.max_quarantined_share="
                 f"{self.settings.max_quarantined_share}; they changed since the index was built, see "

@@ -15,6 +15,7 @@ from training.data.records import RecordError
 from training.data.sources import Source
 from training.data.targets import TargetReader
 from training.data.taught import with_cached_targets, with_full_rows
+from training.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,15 @@ class PackResult:
         return PackResult(self.pack.pin_memory(), self.is_dummy, self.lost, self.num_lost_supervised)
 
 
+@dataclass(frozen=True)
+class PackFailure:
+    """What the user must mend before this pack can be made: an error would reach the run as a worker's traceback."""
+
+    message: str
+
+
 class PackDataset(torch.utils.data.Dataset):
-    """Tasks in place of indices: `dataset[task]` is a PackResult. Opens tokenizer and files in the process using it."""
+    """Tasks in place of indices, results or failures for them. Opens tokenizer and files in the process using it."""
 
     def __init__(
         self,
@@ -57,7 +65,7 @@ class PackDataset(torch.utils.data.Dataset):
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_collator": None}
 
-    def __getitem__(self, task: PackTask) -> PackResult:
+    def __getitem__(self, task: PackTask) -> PackResult | PackFailure:
         if self._collator is None:
             self._collator = PixelPruneCollator(self.prepare.build(), self.geometry, dummy_image=self.dummy_image)
         records, lost, num_lost_supervised = [], [], 0
@@ -75,7 +83,11 @@ class PackDataset(torch.utils.data.Dataset):
             except RecordError as error:
                 lost.append(Quarantined(source.record_id(row), source.rows.where(row), error.reason, str(error)))
                 num_lost_supervised += num_supervised
-        return PackResult(self._pack(self._collator, records), not records, tuple(lost), num_lost_supervised)
+        try:
+            pack = self._pack(self._collator, records)
+        except UserError as error:
+            return PackFailure(str(error))
+        return PackResult(pack, not records, tuple(lost), num_lost_supervised)
 
     def _pack(self, collator: PixelPruneCollator, records: list[PreparedRecord]) -> Pack:
         samples = collator.with_dummy([record.sample for record in records])

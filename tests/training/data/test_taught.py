@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,16 @@ from pixelprune.pack import VisionGeometry, pack_samples
 from pixelprune.settings import PruneSettings, ResizeSettings
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
-from training.data.plan import PlanSettings
+from training.data.plan import PlanSettings, plan_epoch
 from training.data.prepare import Preparer, PrepareSettings
 from training.data.settings import SourceSettings
 from training.data.targets import TargetEntry, TargetReader, write_shard
 from training.data.taught import AlignmentError, TaughtPack, supervised_ids, with_full_rows
 from training.data.worker import PackDataset, PackTask
-from training.errors import UserError
+from training.errors import RankError, UserError
 
 from .samples import chat_row
+from .test_loader import Sums
 
 SAMPLE_IMAGES = sorted(Path("data_tools/samples/images").glob("*.png"))
 SMALL = ResizeSettings(min_pixels=32 * 32)
@@ -234,6 +236,44 @@ def test_the_loader_brings_each_records_targets_in_the_order_of_the_pack(
         assert torch.equal(batch.pack.teacher_hidden[:, 1].long(), batch.pack.labels)
         seen.update(batch.record_ids)
     assert seen - {"dummy"} == set(expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_failure_on_one_rank_is_named_there_and_ends_all(
+    num_workers, screens, model_folder, geometry, cost, tmp_path
+):
+    """Ranks as threads: none may be left waiting for the other, and no worker's traceback takes the message's place."""
+    prepare = PrepareSettings(str(model_folder), PruneSettings(), SMALL)
+    index = build_index([SourceSettings(str(screens / "train.jsonl"))], prepare, num_workers=0, show_progress=False)
+    settings = PlanSettings(samples_per_step=5, pack_tokens=120, pack_patches=400, seed=1)
+    inputs, preparer, folder = index.plan_input(cost), prepare.build(), tmp_path / "cache"
+    folder.mkdir()
+    plan = plan_epoch(inputs, settings, epoch=0, world_size=2)
+    missing = int(plan[1].micro_steps[0][1][0])  # in the second step, on rank 1
+    for row in set(range(len(index))) - {missing}:
+        labels = supervised_ids(preparer.prepare(index.sources[0].rows[row], screens).sample)
+        write_shard(
+            folder, [TargetEntry(int(index.content_hash[row]), labels, {"hidden": torch.zeros(len(labels), 2)})]
+        )
+    sums, errors = Sums(2), {}
+
+    def one_rank(rank):
+        options = {"rank": rank, "world_size": 2, "sum_over_ranks": sums.of(rank), "targets": TargetReader(folder)}
+        loader = PackLoader(
+            index, inputs, settings, prepare, geometry, LoaderSettings(num_workers=num_workers), **options
+        )
+        try:
+            list(loader)
+        except UserError as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join(280) for thread in threads]
+    assert isinstance(errors[1], RankError)
+    assert str(errors[1]).startswith(f"record {index.record_id(missing)!r} has no teacher targets")
+    assert not isinstance(errors[0], RankError)
+    assert "1 other ranks" in str(errors[0])
 
 
 def test_a_rank_without_work_has_no_targets(screens, model_folder, geometry, cache):
