@@ -1,0 +1,69 @@
+"""What the clock of a step counts: the step, and nothing that happened between two of them."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from training.data.loader import Cursor, MicroBatch
+from training.engine import Ranks
+from training.loss import LossSums
+from training.meter import StepMeter
+from training.run import run_step
+
+
+class Pack:
+    """As much of a pack as a step needs, without a model."""
+
+    record_ids = ("a",)
+    num_samples, num_supervised, num_tokens, num_full_tokens, num_kept_blocks, num_full_blocks = 1, 4, 10, 16, 6, 12
+
+    def to(self, device, non_blocking=False):
+        return self
+
+
+class Engine:
+    """An engine whose forward takes 20 ms."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, pack):
+        time.sleep(0.02)
+        return LossSums(*(torch.tensor(2.0) for _ in LossSums._fields))
+
+    def set_gradient_accumulation_boundary(self, is_boundary):
+        pass
+
+    def backward(self, loss, scale_wrt_gas):
+        pass
+
+    def step(self):
+        pass
+
+
+def steps_of(pause: float, slow_data: float = 0.0):
+    meter = StepMeter(Ranks(0, 1, 0, torch.device("cpu")))
+
+    def batches():
+        time.sleep(slow_data)
+        yield MicroBatch(Pack(), 0, 0, True, 4, 1, Cursor(0, 1), False)
+
+    for _ in range(2):
+        run_step(Engine(), batches(), meter)
+        yield meter.finish()
+        time.sleep(pause)  # an evaluation, or a save
+
+
+def test_what_is_done_between_steps_is_no_part_of_them():
+    for metrics in steps_of(pause=0.4):
+        assert 0.02 <= metrics["step_s"] < 0.4
+
+
+def test_waiting_for_data_is_part_of_the_step():
+    for metrics in steps_of(pause=0.0, slow_data=0.1):
+        assert metrics["step_s"] >= 0.12
+        assert 0.1 <= metrics["data_wait_share"] * metrics["step_s"] <= metrics["step_s"]
+        assert metrics["forward_share"] * metrics["step_s"] >= 0.02
+        assert metrics["loss"] == 0.5
+        assert metrics["retain_ratio"] == 0.5
