@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from pixelprune.flops import DELTA_CHUNK, CostModel
+from tests.kernels import needs_plain_layers
 
 IMAGE, VISION_START, VISION_END = 500, 501, 502
 SPECIAL = {"image_token_id": IMAGE, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
@@ -98,6 +99,7 @@ SHAPES = [([60, 24], 108, 11), ([12], 52, 30), ([7, 9, 16], 32, 1), ([], 128, 12
 
 def counted(name: str, kept: list[int], text_tokens: int, supervised: int, training: bool) -> tuple[float, dict]:
     """FLOPs that torch counts in a stock forward (and backward) of one row, in total and by module."""
+    needs_plain_layers(name)
     torch.manual_seed(0)
     make_config, model_class = MODELS[name]
     model = model_class._from_config(make_config(), attn_implementation="eager").train(training)

@@ -31,6 +31,7 @@ from pixelprune.prompter import Prompter
 from pixelprune.sample import Sample
 from pixelprune.settings import PruneSettings
 from tests.conftest import screen
+from tests.kernels import needs_plain_layers
 from tests.pixelprune.generation_reference import (
     NUM_NEW,
     SMALL,
@@ -111,7 +112,10 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return {name: str(build_toy_model(root / name, family=name)) for name in NEW_FAMILIES}
 
 
-def build_toy(folder: str, device: str) -> Toy:
+def build_toy(family: str, folders: dict[str, str], device: str) -> Toy:
+    folder = folders[family]
+    if device == "cpu":
+        needs_plain_layers(family)
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -131,17 +135,17 @@ def device(request) -> str:
 
 @pytest.fixture(scope="module", params=NEW_FAMILIES)
 def toy(request, device, folders) -> Toy:
-    return build_toy(folders[request.param], device)
+    return build_toy(request.param, folders, device)
 
 
 @pytest.fixture(scope="module")
 def hybrid(device, folders) -> Toy:
-    return build_toy(folders["qwen3_5"], device)
+    return build_toy("qwen3_5", folders, device)
 
 
 @pytest.fixture(scope="module")
 def cpu_hybrid(folders) -> Toy:
-    return build_toy(folders["qwen3_5"], "cpu")
+    return build_toy("qwen3_5", folders, "cpu")
 
 
 def one_token_sample() -> Sample:
@@ -265,7 +269,6 @@ def test_equal_samples_share_one_batch():
 # --- compiled kernels ---
 
 
-@pytest.mark.skipif(not no_kernels_reason(), reason="kernels take the borders")
 def test_stock_layers_refuse_borders_without_kernels(cpu_hybrid):
     """Should a release take them in its plain implementation, the padded batches may go."""
     inputs = model_inputs(cpu_hybrid.pack(uneven(cpu_hybrid)), cpu_hybrid.geometry, torch.float32)
@@ -354,9 +357,7 @@ CONVERSATIONS = [
 @pytest.fixture(scope="module", params=NEW_FAMILIES)
 def speaker(request, folders) -> tuple[Any, Prompter]:
     """A model whose greedy answers depend on the prompt and do not stop early."""
-    if not no_kernels_reason():
-        pytest.skip("with kernels installed the model does not run on the CPU")
-    model = build_toy(folders[request.param], "cpu").model
+    model = build_toy(request.param, folders, "cpu").model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and "embed_tokens" not in name:

@@ -20,6 +20,7 @@ from launch.local import find_deepspeed
 from launch.ports import free_port
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, pack_samples
 from tests.conftest import screen
+from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
 from tests.ranks import ROOT
 from tests.training.debug_run import overrides, write_records
@@ -94,6 +95,7 @@ def gradients_of(model) -> list[torch.Tensor]:
 @pytest.mark.parametrize("recompute", [0, 1], ids=["kept", "recomputed"])
 def test_the_engines_module_equals_samples_apart(family, recompute, folders):
     """Logits, loss and gradients of a pack in training mode, as the engine sees them."""
+    needs_plain_layers(family)
     settings, model, files = load(folders[family])
     model.train()
     settings.recompute_vit = settings.recompute_llm = recompute
@@ -120,6 +122,7 @@ def test_the_engines_module_equals_samples_apart(family, recompute, folders):
 @torch.no_grad()
 def test_the_teacher_of_a_hybrid_student_sees_full_rows_apart(decode, folders):
     """Hidden states at supervised tokens are those of stock calls on every unpruned sample; at keep-all, KL is 0."""
+    needs_plain_layers("qwen3_5")
     _, model, files = load(folders["qwen3_5"])
     samples = uneven_samples(files.tokenizer)
     full = uneven_samples(files.tokenizer, "none")
@@ -241,6 +244,7 @@ def kill_behind_a_checkpoint(process: subprocess.Popen, folder: Path) -> int:
 @pytest.mark.ranks
 def test_two_ranks_learn_and_continue_bit_equal_after_a_kill(tmp_path):
     """Padded batches, linear-attention weights and their optimizer states come back as they were."""
+    needs_plain_layers("qwen3_5")
     write_records(tmp_path, "train", 12)
     write_records(tmp_path, "eval", 2)
     model = build_toy_model(tmp_path / "toy", family="qwen3_5")
