@@ -1,11 +1,17 @@
-"""Conversations as they are found (messages or ShareGPT) brought into one shape: turns of text and images in order."""
+"""Conversations as they are found (messages or ShareGPT) brought into one shape: turns of text and images in order.
+
+What the trainer's own reader (training/data/formats.py) takes is read here to the same turns; beyond that, some shapes
+that it refuses are understood.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-IMAGE_MARK = "<image>"
+_IMAGE_MARK = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -14,6 +20,9 @@ _ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
+
+Part = tuple[str, str]
+"""("text", text) or ("image", path)."""
 
 
 class DropError(ValueError):
@@ -25,7 +34,7 @@ class Turn:
     """One message: role is system, user or assistant; parts are ("text", text) or ("image", path) in order."""
 
     role: str
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[Part, ...]
 
     @property
     def text(self) -> str:
@@ -39,24 +48,34 @@ class Turn:
 def read_turns(record: Any) -> list[Turn]:
     """Turns of one record. Raises DropError with the reason for what is neither messages nor ShareGPT.
 
-    Image placeholders `<image>` in texts stand for the record's `images` (or `image`) in order; images that no text
-    names come first in the first user turn, as the common loaders have it.
+    Image placeholders `<image>` in texts stand for the record's `images` (or `image`) in order, `<img>a.png</img>` for
+    the path inside; images that no text names come first in the first user turn, as the common loaders have it. A key
+    whose value is null counts as absent.
     """
     if not isinstance(record, dict):
         raise DropError("not a JSON object")
-    messages = record.get("messages", record.get("conversations"))
+    record = _present(record)
+    is_sharegpt = "conversations" in record
+    messages = record["conversations"] if is_sharegpt else record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DropError("no messages or conversations")
     pending = _image_list(record)
     turns = []
+    system = record.get("system")
+    if is_sharegpt and isinstance(system, str) and system:
+        turns.append(Turn("system", (("text", system),)))
+    role_keys, content_keys = (("from", "role"), ("value", "content"))
+    if not is_sharegpt:
+        role_keys, content_keys = role_keys[::-1], content_keys[::-1]
     for message in messages:
         if not isinstance(message, dict):
             raise DropError("a message is no object")
-        name = str(message.get("role", message.get("from", ""))).lower()
+        message = _present(message)
+        name = str(_first(message, role_keys) or "").lower()
         role = _ROLES.get(name)
         if role is None:
             raise DropError(f"unknown role {name[:20]!r}")
-        turns.append(Turn(role, tuple(_parts(message.get("content", message.get("value")), pending))))
+        turns.append(Turn(role, tuple(_parts(_first(message, content_keys), pending))))
     if pending:
         first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
         if first is None:
@@ -66,17 +85,25 @@ def read_turns(record: Any) -> list[Turn]:
     return turns
 
 
+def _present(mapping: dict[str, Any]) -> dict[str, Any]:
+    """Rows from tables carry null for keys that other rows have."""
+    return {key: value for key, value in mapping.items() if value is not None}
+
+
+def _first(mapping: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The value of the first of these keys that is there, else None."""
+    return next((mapping[key] for key in keys if key in mapping), None)
+
+
 def _image_list(record: dict[str, Any]) -> list[str]:
-    value = record.get("images", record.get("image"))
-    if value is None:
-        return []
+    value = record.get("images", record.get("image", []))
     values = value if isinstance(value, list) else [value]
-    return [_image_path(entry) for entry in values]
+    return [_image_path(entry) for entry in values if entry is not None]
 
 
 def _image_path(entry: Any) -> str:
     if isinstance(entry, dict):
-        entry = entry.get("path", entry.get("url", entry.get("image")))
+        entry = entry.get("path") or entry.get("url") or entry.get("image")
         if isinstance(entry, dict):
             entry = entry.get("url")
     if not isinstance(entry, str) or not entry:
@@ -86,31 +113,47 @@ def _image_path(entry: Any) -> str:
     return entry.removeprefix("file://")
 
 
-def _parts(content: Any, pending: list[str]) -> list[tuple[str, str]]:
+def _parts(content: Any, pending: list[str]) -> list[Part]:
     """Parts of one message; takes the images that its placeholders stand for from `pending`."""
     if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
+        return list(_split_text(content, pending))
     if not isinstance(content, list):
         raise DropError("a message has no content")
-    parts: list[tuple[str, str]] = []
+    parts: list[Part] = []
     for item in content:
-        kind = item.get("type") if isinstance(item, dict) else None
-        if kind == "text" and isinstance(item.get("text"), str):
-            pieces = item["text"].split(IMAGE_MARK)
-            for index, piece in enumerate(pieces):
-                if index:
-                    if not pending:
-                        raise DropError("more image placeholders than images")
-                    parts.append(("image", pending.pop(0)))
-                    piece = piece.removeprefix("\n")
-                if piece:
-                    parts.append(("text", piece))
-        elif kind in ("image", "image_url"):
-            value = item.get("image", item.get("image_url", item.get("url", item.get("path"))))
-            if value is None and pending:  # a bare {"type": "image"} stands for the next of `images`
-                parts.append(("image", pending.pop(0)))
-            else:
-                parts.append(("image", _image_path(value)))
-        else:
-            raise DropError(f"unknown content type {str(kind)[:20]!r}")
+        if isinstance(item, str):
+            item = {"type": "text", "text": item}
+        if not isinstance(item, dict):
+            raise DropError("a content part is no object")
+        parts += _typed_part(_present(item), pending)
     return parts
+
+
+def _typed_part(item: dict[str, Any], pending: list[str]) -> list[Part]:
+    kind = item.get("type", "text" if "text" in item else "image")
+    if kind == "text" and isinstance(item.get("text"), str):
+        text = item["text"]
+        # Typed texts mean what they say, unless the record has images that nothing else stands for.
+        return list(_split_text(text, pending)) if pending and "<image>" in text else [("text", text)] * bool(text)
+    if kind in ("image", "image_url"):
+        value = _first(item, ("image", "image_url", "path", "url"))
+        if value is None and pending:  # a bare {"type": "image"} stands for the next of `images`
+            return [("image", pending.pop(0))]
+        return [("image", _image_path(value))]
+    raise DropError(f"unknown content type {str(kind)[:20]!r}")
+
+
+def _split_text(text: str, pending: list[str]) -> Iterator[Part]:
+    cut = 0
+    for match in _IMAGE_MARK.finditer(text):
+        if match.start() > cut:
+            yield "text", text[cut : match.start()]
+        if match.group(1) is not None:
+            yield "image", _image_path(match.group(1).strip())
+        elif pending:
+            yield "image", pending.pop(0)
+        else:
+            raise DropError("more image placeholders than images")
+        cut = match.end() + text.startswith("\n", match.end())  # the line break belongs to the mark
+    if cut < len(text):
+        yield "text", text[cut:]

@@ -29,7 +29,7 @@ Convert conversations to the training format (JSON lines; messages with typed co
 Read: JSON arrays or JSON lines of records with
   messages       [{"role": ..., "content": text or typed parts}], images in the content or in "images", or
   conversations  [{"from": "human" | "gpt" | "system", "value": text}] with "image" or "images" (ShareGPT).
-`<image>` in a text stands for the next image of the record.
+`<image>` in a text stands for the next image of the record, `<img>PATH</img>` for the image PATH.
 
 With --coordinates, answers that give a place (pyautogui call, <tool_call> JSON with "coordinate", point or box) are
 rewritten relative 0-1000 to the size of the ORIGINAL image file, and exchanges whose answer gives none are dropped.
