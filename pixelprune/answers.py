@@ -18,6 +18,11 @@ RELATIVE = 1000
 FORMATS = ("auto", "point", "box", "point_absolute", "box_absolute", "tool_call", "tool_call_absolute")
 MAX_TEXT_LEN = 20_000
 """Only this many last characters of an answer are read: a model that babbles ends with its answer, if with any."""
+POINTER_CALLS = (
+    "click", "doubleClick", "tripleClick", "rightClick", "middleClick", "leftClick",
+    "moveTo", "dragTo", "mouseDown", "mouseUp",
+)  # fmt: skip
+"""Calls of pyautogui whose first two arguments are a place."""
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]
@@ -38,7 +43,7 @@ _LOOSE = (
     re.compile(rf"[\[(]{_S}[\[(]?{_S}{_PAIR}{_S}[\])]?{_S},{_S}[\[(]?{_S}{_PAIR}{_S}[\])]?{_S}[\])]"),
     re.compile(rf"\({_S}{_PAIR}{_S}\){_S},?{_S}\({_S}{_PAIR}{_S}\)"),
     re.compile(rf"[\[(]{_S}{_PAIR}{_S}[\])]"),
-    re.compile(rf"\b[cC]lick\({_S}{_PAIR}{_S}[,)]"),
+    re.compile(rf"\b(?:Click|{'|'.join(POINTER_CALLS)})\({_S}{_PAIR}{_S}[,)]"),
     re.compile(rf"^\W{{0,8}}{_PAIR}\W{{0,8}}$"),
 )
 _KEYS = ("coordinate", "point_2d", "bbox_2d", "point", "bbox", "box", "position", "start_box", "coordinates")

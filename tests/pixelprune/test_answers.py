@@ -81,6 +81,8 @@ def test_a_written_box_is_read_within_half_a_unit(one: tuple, other: tuple, form
          "</tool_call>", "tool_call_absolute", (512, 87)),
         ("pyautogui.click(x=512, y=87)", "point_absolute", (512, 87)),
         ("pyautogui.click(512, 87)", "point_absolute", (512, 87)),
+        ("pyautogui.doubleClick(512, 87, interval=0.1)", "point_absolute", (512, 87)),
+        ("pyautogui.moveTo(512, 87, duration=0.5)\npyautogui.click()", "point", (1024, 87)),
         ("pyautogui.click(x=0.256, y=0.087)", "auto", (512, 87)),
         ("click(start_box='(512,87)')", "point", (1024, 87)),
         ("<point>512 87</point>", "point", (1024, 87)),
