@@ -58,11 +58,12 @@ class Converter:
     def _convert(self, record: Any, number: int) -> dict[str, Any]:
         turns = read_turns(record)
         names = [name for turn in turns for name in turn.images]
-        sizes = [self.images.size(name) for name in names]
+        with_coordinates = self.settings.coordinates is not None
+        sizes = [self.images.size(name, has_coordinates=with_coordinates) for name in names]
         metadata: dict[str, Any] = {"source": self.settings.source, "image_sizes": [list(size) for size in sizes]}
         if not self.settings.keep_system:
             turns = [turn for turn in turns if turn.role != "system"]
-        if self.settings.coordinates is not None:
+        if with_coordinates:
             if len(sizes) != 1:
                 raise DropError("no image" if not sizes else "several images: coordinates could mean any")
             _check_stated_size(record, sizes[0])

@@ -80,7 +80,7 @@ class ScreenSpotReader:
         if kind not in ("text", "icon"):
             raise DropError("element type is neither text nor icon")
         x1, y1, x2, y2 = box_of(entry, variant)
-        width, height = self.images.size(name)
+        width, height = self.images.size(name, has_coordinates=True)
         stated = entry.get("img_size")
         if stated is not None and list(stated) != [width, height]:
             raise DropError("the stated image size is not the file's")

@@ -12,6 +12,10 @@ from PIL import Image
 from data_tools import json_stream
 from data_tools.cli import main
 from data_tools.json_stream import iter_json
+from pixelprune.image import decode_image
+from pixelprune.settings import ResizeSettings
+from training.data.formats import parse_record
+from training.data.records import ImageRef, Message
 
 SIZE = (2000, 1000)  # one relative unit is 2 pixels across and 1 pixel down
 
@@ -73,6 +77,34 @@ def test_jedi_coordinates_become_relative_to_the_original_image(corpus: Path) ->
     assert all(record["metadata"]["image_size"] == [2000, 1000] for record in made)
 
 
+@pytest.mark.parametrize(
+    ("answer", "point"),
+    [
+        ("pyautogui.click(x=20, y=30)\npyautogui.write('12 34')", [20, 30]),
+        ("pyautogui.click(x=20, y=30)\npyautogui.press('f5', presses=2, interval=0.5)", [20, 30]),
+        ("pyautogui.doubleClick(20, 30, interval=0.1)", [20, 30]),
+        ("pyautogui.moveTo(20, 30, duration=0.5)\npyautogui.click()", [20, 30]),
+        ("pyautogui.rightClick(20, y=30)", [20, 30]),
+        ("pyautogui.click(100, 200, 2, 0.25)", [100, 200]),
+        ("pyautogui.click(clicks=2, interval=0.1, x=20, y=30, button='left')", [20, 30]),
+        ("pyautogui.dragTo(x=20, y=30, duration=1, button='left')", [20, 30]),
+        ("pyautogui.scroll(-500, x=20, y=30)", [20, 30]),
+    ],
+)
+def test_a_place_is_what_a_pointer_goes_to(corpus: Path, answer: str, point: list[int]) -> None:
+    made = run("jedi", corpus, [sharegpt("<image>\nGo", answer)])
+    assert made[0]["metadata"]["point"] == point
+
+
+@pytest.mark.parametrize(
+    "call", ["scroll(10, 20)", "write('12, 34')", "press('f5', presses=2, interval=1)", "sleep(1, 2)"]
+)
+def test_other_numbers_are_no_place(corpus: Path, call: str) -> None:
+    good = sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)")
+    assert len(run("jedi", corpus, [sharegpt("<image>\nGo", f"pyautogui.{call}"), good])) == 1
+    assert json.loads((corpus / "out.report.json").read_text())["dropped"]["records"] == {"no coordinates": 1}
+
+
 def test_jedi_answers_can_be_written_as_tool_calls(corpus: Path) -> None:
     made = run("jedi", corpus, [sharegpt("<image>\nClick", "pyautogui.click(1024, 87)")], "--answer", "tool_call")
     call = json.loads(answers(made)[0][0].removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"))
@@ -99,7 +131,7 @@ BAD = {
     "several coordinates in one answer": sharegpt("<image>\nDrag", "pyautogui.moveTo(1, 2)\npyautogui.dragTo(30, 40)"),
     "coordinates outside the image": sharegpt("<image>\nClick", "pyautogui.click(x=2100, y=87)"),
     "fractions 0-1 where others were expected (see --coordinates)": sharegpt(
-        "<image>\nClick", "pyautogui.click(x=0.5, y=0.25)"
+        "<image>\nClick", "pyautogui.click(x=0.5, y=0.25, clicks=2)"
     ),
     "image missing": sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)", image="shots/gone.png"),
     "image unreadable": sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)", image="shots/broken.png"),
@@ -161,6 +193,57 @@ def test_messages_in_every_common_shape_become_typed_content(corpus: Path) -> No
             {"role": "user", "content": [image, question]},
             {"role": "assistant", "content": [{"type": "text", "text": "A grey (1, 2) screen."}]},
         ]
+
+
+def user(content: Any, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Grey."}], **more}
+
+
+AS_THE_TRAINER_READS = [
+    sharegpt("<img>shots/a.png</img>What?", "Grey.", image=None),
+    sharegpt("Left <img> shots/a.png </img>, right <image>", "Grey."),
+    sharegpt("<image>\nWhat?", "Grey.", system="Answer in one word."),
+    sharegpt("<image>What?", "Grey.", messages=None),
+    sharegpt("<image>What?", "Grey.", images=None),
+    {**user("<image>What?", image="shots/a.png", images=None), "conversations": None},
+    {**user("What?"), **sharegpt("<image>What?", "Grey.")},
+    user("<img>shots/a.png</img>What?"),
+    user("<image>What?", images=[None, {"bytes": None, "path": "shots/a.png"}]),
+    user([{"type": "image", "text": None, "image": "shots/a.png"}, {"type": "text", "text": "A </b>?", "image": None}]),
+    user([{"image": "shots/a.png"}, {"text": "What does <image> or <img>x</img> do in HTML?"}, "Say."]),
+    {"messages": [{"role": "user", "content": "Hi", "from": None}, {"role": "assistant", "content": "Ho"}]},
+    {"conversations": [{"from": "human", "role": None, "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+]  # fmt: skip
+
+
+def as_lists(messages: tuple[Message, ...]) -> list[tuple[str, list[str]]]:
+    """Roles, and per message its parts; neighbouring texts joined; a line break behind an image belongs to its mark."""
+    turns = []
+    for message in messages:
+        parts: list[str] = []
+        for part in message.parts:
+            if isinstance(part, ImageRef):
+                parts += [f"image {part.source}", ""]
+            elif parts and not parts[-1].startswith("image "):
+                parts[-1] += part
+            else:
+                parts.append(part)
+        after_image = [bool(i) and parts[i - 1].startswith("image ") for i in range(len(parts))]
+        parts = [part.removeprefix("\n") if after else part for part, after in zip(parts, after_image, strict=True)]
+        turns.append((message.role, [part for part in parts if part]))
+    return turns
+
+
+@pytest.mark.parametrize("number", range(len(AS_THE_TRAINER_READS)))
+def test_converted_records_are_those_that_the_trainer_reads_directly(corpus: Path, number: int) -> None:
+    record = AS_THE_TRAINER_READS[number]
+    made = run("convert", corpus, [record])
+    assert as_lists(parse_record(made[0]).messages) == as_lists(parse_record(record).messages)
+
+
+def test_a_table_s_nulls_do_not_hide_a_path_under_another_key(corpus: Path) -> None:
+    made = run("convert", corpus, [user("<image>What?", images=[{"path": None, "url": "shots/a.png"}])])
+    assert made[0]["messages"][0]["content"][0] == {"type": "image", "image": "shots/a.png"}
 
 
 def test_text_only_conversations_are_kept(corpus: Path) -> None:
@@ -232,6 +315,55 @@ def test_records_may_not_name_images_outside_their_folder(corpus: Path, capsys: 
     assert (out.parent / "out.sheet.png").is_file()
     assert main(command) == 1  # exists already
     assert "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_copy_never_stands_for_another_corpus_image(
+    corpus: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no hard links here")))
+    colours = {"one": (1, 2, 3), "two": (9, 8, 7), "same": (1, 2, 3)}
+    for name, colour in colours.items():
+        (corpus / name).mkdir()
+        Image.new("RGB", SIZE, colour).save(corpus / name / "0001.png")
+        (corpus / name / "in.json").write_text(json.dumps([sharegpt("<image>\nClick", "(100, 200)", image="0001.png")]))
+
+    def convert(name: str) -> int:
+        out = corpus / "all" / f"{name}.jsonl"
+        return main(["jedi", str(corpus / name / "in.json"), "--out", str(out), "--copy-images", "--sheet", "0"])
+
+    (corpus / "all" / "images").mkdir(parents=True)
+    (corpus / "all" / "images" / ".0001.png.partial").write_bytes(b"cut short by a kill")
+    assert convert("one") == 0
+    assert convert("same") == 0
+    assert convert("two") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert str(corpus / "two" / "0001.png") in said
+    assert str(corpus / "all" / "images" / "0001.png") in said
+    assert [path.name for path in (corpus / "all" / "images").iterdir()] == ["0001.png"]
+    with Image.open(corpus / "all" / "images" / "0001.png") as image:
+        assert image.getpixel((0, 0)) == colours["one"]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+def test_sizes_are_those_of_upright_images_and_coordinates_of_turned_ones_are_refused(
+    corpus: Path, suffix: str
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new("RGB", SIZE).save(corpus / f"turned.{suffix}", exif=exif)
+    turned = sharegpt("<image>\nClick", "(100, 200)", image=f"turned.{suffix}")
+    good = sharegpt("<image>\nClick", "(100, 200)")
+    made = run("convert", corpus, [turned])
+    assert made[0]["metadata"]["image_sizes"] == [[1000, 2000]]
+    assert decode_image(corpus / f"turned.{suffix}", ResizeSettings()).size == (1000, 2000)
+    assert len(run("jedi", corpus, [turned, good], "--overwrite")) == 1
+    reason = {"image rotated by EXIF: coordinates could mean either frame": 1}
+    assert json.loads((corpus / "out.report.json").read_text())["dropped"]["records"] == reason
+    spot = {**V2, "img_filename": f"turned.{suffix}"}
+    assert len(run("screenspot", corpus, [spot, V2], "--overwrite")) == 1
+    assert json.loads((corpus / "out.report.json").read_text())["dropped"]["entries"] == reason
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
