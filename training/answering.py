@@ -6,18 +6,21 @@ The same functions serve `python -m training.evaluate` and evaluation inside tra
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pixelprune.hf import PrunedInputs, generate, prepare
 from pixelprune.prompter import Messages, Prompter
 from training.data.formats import parse_record
 from training.data.images import read_image
+from training.data.prepare import hash_content
 from training.data.records import Record, RecordError
 from training.data.settings import SourceSettings
 from training.data.sources import open_sources
@@ -27,21 +30,31 @@ from training.grounding import GroundingError, Prediction, Target, failed, judge
 
 @dataclass(frozen=True)
 class Task:
-    """One record to be answered. root: the folder its image paths are relative to."""
+    """One record to be answered.
+
+    root: the folder its image paths are relative to. fingerprint: changes with the record's text, its target or one of
+    its images (of an image file, path, size and time of change count, so that nothing is read for it).
+    """
 
     id: str
     record: Record
     target: Target
     root: Path | None
+    fingerprint: str
 
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are made and read. answer_format: see `pixelprune.answers`."""
+    """How answers are made and read. answer_format: see `pixelprune.answers`.
+
+    template_kwargs: for the chat template. Models whose template reasons are trained on answers without reasoning;
+    templates ignore names they do not know.
+    """
 
     max_new_tokens: int = 128
     answer_format: str = "auto"
     batch_size: int = 8
+    template_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
 
 
 def read_tasks(sources: Sequence[SourceSettings]) -> tuple[list[Task], dict[str, str]]:
@@ -60,7 +73,8 @@ def read_tasks(sources: Sequence[SourceSettings]) -> tuple[list[Task], dict[str,
             try:
                 record = parse_record(source.rows[row], source.settings.format)
                 _question(record)
-                tasks.append(Task(record_id, record, target_of(record), source.root))
+                target = target_of(record)
+                tasks.append(Task(record_id, record, target, source.root, _fingerprint(record, target, source.root)))
             except (RecordError, GroundingError) as error:
                 refused[record_id] = str(error)
     return tasks, refused
@@ -80,20 +94,20 @@ def predict(
         ready: list[tuple[Task, PrunedInputs]] = []
         for task in batch:
             try:
-                ready.append((task, prepare_task(task, prompter)))
+                ready.append((task, prepare_task(task, prompter, settings.template_kwargs)))
             except ValueError as error:  # images that cannot be read, records whose size is not the image's
                 done[task.id] = failed(task.id, task.target, str(error))
         for prediction in _answer(model, prompter, ready, settings):
             done[prediction.id] = prediction
-        yield [done[task.id] for task in batch]
+        yield [replace(done[task.id], fingerprint=task.fingerprint) for task in batch]
 
 
-def prepare_task(task: Task, prompter: Prompter) -> PrunedInputs:
-    """The pruned prompt of a record: its turns before the last answer.
+def prepare_task(task: Task, prompter: Prompter, template_kwargs: Mapping[str, Any]) -> PrunedInputs:
+    """The pruned prompt of a record: its turns before the last answer, through the chat template.
 
     Raises ValueError for a record whose images cannot be used or have another size than `metadata.image_size`.
     """
-    inputs = prepare(prompter, _messages(task))
+    inputs = prepare(prompter, _messages(task), template_kwargs=dict(template_kwargs))
     images = inputs.samples[0].images
     if not images:
         raise ValueError("the record has no image")
@@ -153,6 +167,21 @@ class _FirstTokenClock(StoppingCriteria):
 
 def _blocks(inputs: PrunedInputs) -> dict[str, int]:
     return {"kept_blocks": inputs.num_kept_blocks, "full_blocks": inputs.num_blocks}
+
+
+def _fingerprint(record: Record, target: Target, root: Path | None) -> str:
+    images: list[bytes | Image.Image] = []
+    for image in record.images:
+        images.append(_describe_file(image.source, root) if isinstance(image.source, str) else image.source)
+    return f"{hash_content(record, images):016x}{xxhash.xxh3_64(repr(target).encode()).hexdigest()}"
+
+
+def _describe_file(name: str, root: Path | None) -> bytes:
+    try:
+        stat = ((root or Path()) / name).stat()
+    except (OSError, ValueError):  # answering the record will say what is wrong
+        return name.encode(errors="replace")
+    return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="replace")
 
 
 def _question(record: Record) -> int:

@@ -12,9 +12,10 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -31,8 +32,8 @@ from training.answering import AnswerSettings, Task, predict, read_tasks
 from training.attention import choose_attention, load_pretrained
 from training.checkpoint_files import write_atomically
 from training.config import ATTENTION_NAMES
-from training.data.settings import SourceSettings
 from training.errors import UserError
+from training.evaluation_inputs import default_out, model_fingerprint, name_sources
 from training.exit_codes import USER_ERROR
 from training.grounding import Prediction, summarise
 from training.model import DTYPES
@@ -40,6 +41,8 @@ from training.prediction_files import PredictionFiles
 from training.prediction_sheet import draw_sheet
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 MODES = ("full", "pruned")
 _SECONDS_BETWEEN_LOG_LINES = 15.0
@@ -52,9 +55,10 @@ def main(argv: list[str] | None = None) -> int:
     ranks = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     try:
         results = evaluate(args, ranks, console)
-    except UserError as error:
+    except UserError as error:  # agreed by all ranks: see _together
         if ranks.is_main_process:
             console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        ranks.destroy_process_group()
         return USER_ERROR
     if ranks.is_main_process:
         for mode, result in results.items():
@@ -66,36 +70,61 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace, ranks: PartialState, console: Console) -> dict[str, dict[str, Any]]:
     """Every mode asked for: mode -> result, as in result.json (empty on all ranks but the first).
 
-    Raises UserError for data, checkpoint or settings that cannot be used.
+    Raises UserError for data, checkpoint or settings that cannot be used, the same one on every rank.
     """
-    tasks, refused = read_tasks([SourceSettings(path) for path in args.data])
-    if not tasks:
-        reason = next(iter(refused.values()), "no records")
-        raise UserError(f"--data: no record can be evaluated; the first of {len(refused)}: {reason}")
-    if args.limit:
-        tasks = tasks[: args.limit]
-    prompters = {mode: _prompter(args, mode) for mode in (MODES if args.mode == "both" else (args.mode,))}
-    model = _load_model(args, ranks.device)
-    answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size)
-    out = args.out or Path(args.checkpoint) / "evaluation"
+    tasks, refused = _together(ranks, lambda: _read_data(args))
+    modes = MODES if args.mode == "both" else (args.mode,)
+    prompters = _together(ranks, lambda: {mode: _prompter(args, mode) for mode in modes})
+    model = _together(ranks, lambda: _load_model(args, ranks.device))
+    answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size, args.template_kwargs)
+    out = args.out or default_out(args.checkpoint)
     results = {}
     for mode, prompter in prompters.items():
         settings = {
-            "checkpoint": str(args.checkpoint),
+            "checkpoint": args.checkpoint,
+            "weights": model_fingerprint(args.checkpoint, model.config) if ranks.is_main_process else "",
             "data": [str(Path(path).resolve()) if Path(path).exists() else path for path in args.data],
             "prune": dataclasses.asdict(prompter.prune),
             "resize": dataclasses.asdict(prompter.resize),
             "max_new_tokens": answers.max_new_tokens,
             "answer_format": answers.answer_format,
+            "template_kwargs": answers.template_kwargs,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
         files = PredictionFiles(out / mode, settings)
         _run_pass(model, prompter, tasks, answers, files, ranks, console, retry_failed=args.retry_failed)
         if ranks.is_main_process:
-            predictions = files.merge([task.id for task in tasks])
+            predictions = files.merge({task.id: task.fingerprint for task in tasks})
             results[mode] = _write_result(files, tasks, predictions, refused)
+            draw_sheet(list(zip(tasks, predictions, strict=True)), files.folder / "sheet.png", prompter.resize)
         ranks.wait_for_everyone()
     return results
+
+
+def _together(ranks: PartialState, do: Callable[[], T]) -> T:
+    """`do` on every rank; a UserError of any is raised by all, with the rank where not all have met the same."""
+    result, problem = None, ""
+    try:
+        result = do()
+    except UserError as error:
+        problem = str(error)
+    problems = [problem]
+    if ranks.num_processes > 1:
+        problems = [""] * ranks.num_processes
+        torch.distributed.all_gather_object(problems, problem)
+    if len(set(problems)) > 1:
+        raise UserError("; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem))
+    if problem:
+        raise UserError(problem)
+    return result  # type: ignore[return-value]
+
+
+def _read_data(args: argparse.Namespace) -> tuple[list[Task], dict[str, str]]:
+    tasks, refused = read_tasks(name_sources(args.data))
+    if not tasks:
+        reason = next(iter(refused.values()), "no records")
+        raise UserError(f"--data: no record can be evaluated; the first of {len(refused)}: {reason}")
+    return tasks[: args.limit or None], refused
 
 
 def _run_pass(
@@ -110,17 +139,8 @@ def _run_pass(
     retry_failed: bool,
 ) -> None:
     """Answer what is not answered yet, this rank's share of it."""
-    problem: list[UserError | None] = [None]
-    if ranks.is_main_process:
-        try:
-            files.start(retry_failed=retry_failed)
-        except UserError as error:
-            problem = [error]
-    if ranks.num_processes > 1:
-        torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise problem[0]
-    done = files.done()
+    _together(ranks, lambda: files.start(retry_failed=retry_failed) if ranks.is_main_process else None)
+    done = files.done({task.id: task.fingerprint for task in tasks})
     pending = [task for task in tasks if task.id not in done]
     ranks.wait_for_everyone()  # all have read what is done before anyone adds to it
     if done and pending and ranks.is_main_process:
@@ -138,7 +158,6 @@ def _write_result(
 ) -> dict[str, Any]:
     result = {**files.settings, **summarise(predictions), "num_refused": len(refused), "refused": refused}
     write_atomically(files.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    draw_sheet(list(zip(tasks, predictions, strict=True)), files.folder / "sheet.png")
     return result
 
 
@@ -234,6 +253,16 @@ def _load_model(args: argparse.Namespace, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     resize = ResizeSettings()
     parser = argparse.ArgumentParser(
@@ -243,10 +272,12 @@ def _parser() -> argparse.ArgumentParser:
     add("checkpoint", help="model folder, such as a run's export; a checkpoint is exported first (training.export)")
     add("--data", nargs="+", required=True, help="records whose metadata has a bbox; see docs/grounding.md")
     add("--mode", choices=(*MODES, "both"), default="both", help="all tokens, pruned, or one after the other")
-    add("--out", type=Path, help="folder of the results; CHECKPOINT/evaluation by default")
+    add("--out", type=Path, help="folder of the results; CHECKPOINT-evaluation by default, evaluation/ID for a hub id")
     add("--batch-size", type=int, default=8, help="conversations generated together on a rank (default 8)")
     add("--max-new-tokens", type=int, default=128)
     add("--answer-format", choices=FORMATS, default="auto", help="how coordinates are read")
+    what = 'for the chat template; by default {"enable_thinking": false}'
+    add("--template-kwargs", type=_json_object, default=AnswerSettings().template_kwargs, metavar="JSON", help=what)
     add("--limit", type=int, default=0, help="only the first n records; 0 takes all")
     add("--retry-failed", action="store_true", help="answer records again whose generation failed")
     add("--strategy", help="mode pruned: another strategy than the model's, such as random, conncomp or resize")

@@ -35,18 +35,31 @@ class Target:
 def target_of(record: Record) -> Target:
     """Read `metadata.bbox` (pixels), `image_size`, `subset` (else `source`) and `element`.
 
-    Raises GroundingError when there is no box, or a box without area.
+    Raises GroundingError when there is no box, several or one without area, or an image_size that is none.
     """
     box = record.metadata.get("bbox")
     if box is None:
         raise GroundingError("no metadata.bbox: nothing to compare an answer with")
+    if isinstance(box[0], list | tuple):
+        raise GroundingError(f"metadata.bbox holds {len(box)} boxes: expected four numbers, one box to be clicked")
     x1, y1, x2, y2 = box
     if not (x1 < x2 and y1 < y2):
         raise GroundingError(f"metadata.bbox {list(box)}: expected x1 < x2 and y1 < y2, in pixels")
-    size = record.metadata.get("image_size")
+    image_size = _image_size(record.metadata.get("image_size"))
     subset = record.metadata.get("subset") or record.metadata.get("source") or ""
-    image_size = (int(size[0]), int(size[1])) if size else None
     return Target((x1, y1, x2, y2), image_size, str(subset), str(record.metadata.get("element") or ""))
+
+
+def _image_size(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+
+    def is_side(side: Any) -> bool:
+        return (type(side) is int or (type(side) is float and side.is_integer())) and side > 0
+
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(map(is_side, value))):
+        raise GroundingError(f"metadata.image_size {value!r:.80}: expected [width, height], two positive whole numbers")
+    return int(value[0]), int(value[1])
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,7 @@ class Prediction:
     text: the answer as generated, "" when generation failed; error: why it failed, "" otherwise.
     point: absolute pixels, None when not read; problem: why it was not read (see `pixelprune.answers`).
     first_token_s: wall time from the prepared prompt to the first token, of the whole batch the record was in.
+    fingerprint: of the record that was answered (see `training.answering.Task`).
     """
 
     id: str
@@ -72,6 +86,7 @@ class Prediction:
     full_blocks: int = 0
     num_generated: int = 0
     first_token_s: float | None = None
+    fingerprint: str = ""
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Prediction:

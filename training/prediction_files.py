@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,24 @@ class PredictionFiles:
             rows = _whole_rows(part)
             write_atomically(part, _lines(row for row in rows if not (retry_failed and row["error"])))
 
-    def done(self) -> dict[str, Prediction]:
-        """All predictions so far, of all ranks of this and earlier starts, by record id."""
+    def done(self, fingerprints: Mapping[str, str]) -> dict[str, Prediction]:
+        """Predictions so far, of all ranks of this and earlier starts, by record id.
+
+        fingerprints: record id -> what the record is now; answers to what it was before are left out.
+        """
         rows = (row for part in self._parts() for row in _whole_rows(part))
-        return {row["id"]: Prediction.from_dict(row) for row in rows}
+        return {
+            row["id"]: Prediction.from_dict(row) for row in rows if fingerprints.get(row["id"]) == row["fingerprint"]
+        }
 
     def append(self, rank: int, predictions: Iterable[Prediction]) -> None:
         with (self.folder / f"rank{rank:04d}.jsonl").open("ab") as file:
             file.write(_lines(map(to_row, predictions)))
 
-    def merge(self, order: Sequence[str]) -> list[Prediction]:
-        """The first rank calls this when all have finished: predictions.jsonl in the order of `order` (record ids)."""
-        done = self.done()
-        predictions = [done[record_id] for record_id in order]
+    def merge(self, fingerprints: Mapping[str, str]) -> list[Prediction]:
+        """The first rank calls this when all have finished: predictions.jsonl in the order of `fingerprints`."""
+        done = self.done(fingerprints)
+        predictions = [done[record_id] for record_id in fingerprints]
         write_atomically(self.folder / PREDICTIONS_FILE, _lines(map(to_row, predictions)))
         return predictions
 

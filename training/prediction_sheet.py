@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +15,29 @@ from training.answering import Task
 from training.data.images import read_image
 from training.grounding import Prediction
 
+logger = logging.getLogger(__name__)
+
 CELL_WIDTH, PICTURE_HEIGHT, CAPTION_HEIGHT, GAP = 420, 300, 62, 8
 HIT, MISS, BOX, POINT = (20, 130, 60), (200, 30, 40), (230, 20, 60), (20, 90, 255)
 
 
-def draw_sheet(pairs: Sequence[tuple[Task, Prediction]], path: Path, *, per_verdict: int = 12) -> Path | None:
+def draw_sheet(
+    pairs: Sequence[tuple[Task, Prediction]], path: Path, resize: ResizeSettings, *, per_verdict: int = 12
+) -> Path | None:
     """Write a PNG with up to `per_verdict` misses and as many hits, evenly spread; None when nothing can be drawn.
 
-    Records whose image cannot be read have no picture; they are in the predictions file with their error.
+    resize: whose limit of pixels the images were decoded with. Records whose image cannot be read have no picture; they
+    are in the predictions file with their error.
     """
     drawable = [(task, prediction) for task, prediction in pairs if prediction.full_blocks]
     misses = _spread([pair for pair in drawable if not pair[1].hit], per_verdict)
     hits = _spread([pair for pair in drawable if pair[1].hit], per_verdict)
-    cells = [_draw_cell(task, prediction) for task, prediction in [*misses, *hits]]
+    cells = []
+    for task, prediction in [*misses, *hits]:
+        try:
+            cells.append(_draw_cell(task, prediction, resize))
+        except ValueError as error:  # answered in an earlier start, unreadable or gone by now
+            logger.warning("%s: %s is left out: %s", path, task.id, error)
     if not cells:
         return None
     columns = min(4, len(cells))
@@ -45,8 +56,8 @@ def _spread(pairs: list[tuple[Task, Prediction]], count: int) -> list[tuple[Task
     return [pairs[int(i * step)] for i in range(min(count, len(pairs)))]
 
 
-def _draw_cell(task: Task, prediction: Prediction) -> Image.Image:
-    picture = decode_image(read_image(task.record.images[-1], task.root), ResizeSettings())
+def _draw_cell(task: Task, prediction: Prediction, resize: ResizeSettings) -> Image.Image:
+    picture = decode_image(read_image(task.record.images[-1], task.root), resize)
     view = _view(picture.size, prediction)
     scale = min(CELL_WIDTH / (view[2] - view[0]), PICTURE_HEIGHT / (view[3] - view[1]))
     size = (max(1, round((view[2] - view[0]) * scale)), max(1, round((view[3] - view[1]) * scale)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -12,17 +13,25 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from pixelprune.hf import generate, prepare
 from pixelprune.prompter import Prompter
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen
+from tests.kernels import needs_plain_layers
 from tests.ranks import ROOT
+from tests.training.test_qwen3_5 import REASONING_TEMPLATE
 from training import answering, evaluate
-from training.answering import AnswerSettings, predict, read_tasks
+from training.answering import AnswerSettings, predict, prepare_task, read_tasks
+from training.data.chat import ChatEncoder
 from training.data.settings import SourceSettings
+from training.errors import UserError
+from training.evaluation_inputs import default_out, name_sources
 from training.grounding import Prediction
 from training.prediction_files import PredictionFiles
+from training.prediction_sheet import draw_sheet
+from training.toy_model import CHAT_TEMPLATE, build_toy_model
 
 NUM_GOOD = 6
 SMALL = ["--min-pixels", "1024", "--max-new-tokens", "6"]
@@ -197,14 +206,147 @@ def test_other_settings_do_not_continue_a_pass(toy_folder, eval_path, tmp_path, 
 def test_failed_records_are_answered_again_when_asked(tmp_path):
     files = PredictionFiles(tmp_path, {"checkpoint": "a"})
     files.start()
-    facts = {"hit": True, "point": (1.0, 2.0), "problem": "", "box": (0, 0, 3, 3), "image_size": (9, 9)}
+    facts = {
+        "hit": True,
+        "point": (1.0, 2.0),
+        "problem": "",
+        "box": (0, 0, 3, 3),
+        "image_size": (9, 9),
+        "fingerprint": "1",
+    }
     good = Prediction(id="a", text="(1, 2)", error="", subset="", element="", **facts)
     bad = Prediction(id="b", text="", error="OutOfMemoryError", subset="", element="", **facts)
     files.append(3, [good, bad])
     files.start()
-    assert files.done() == {"a": good, "b": bad}
+    now = {"a": "1", "b": "1"}
+    assert files.done(now) == {"a": good, "b": bad}
+    assert files.done({"a": "2", "b": "1"}) == {"b": bad}, "a is another record now"
     files.start(retry_failed=True)
-    assert files.done() == {"a": good}
+    assert files.done(now) == {"a": good}
+
+
+def texts_of(folder: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in (folder / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def own(lively_folder, eval_path, tmp_path) -> tuple[list[str], Path, Path]:
+    """A command whose model and data may be changed, its results not yet there."""
+    shutil.copytree(lively_folder, tmp_path / "model")
+    shutil.copytree(eval_path.parent, tmp_path / "data")
+    command = [str(tmp_path / "model"), "--data", str(tmp_path / "data" / "eval.jsonl"), "--mode", "pruned", *SMALL]
+    return [*command, "--limit", "3"], tmp_path / "model", tmp_path / "data"
+
+
+def test_results_are_beside_the_model_folder(own):
+    command, model, _ = own
+    before = sorted(path.name for path in model.iterdir())
+    assert evaluate.main(command) == 0
+    assert sorted(path.name for path in model.iterdir()) == before
+    assert (model.parent / "model-evaluation" / "pruned" / "result.json").exists()
+    assert default_out("Qwen/Qwen3-VL-2B-Instruct") == Path("evaluation/Qwen--Qwen3-VL-2B-Instruct")
+
+
+def test_answers_of_other_weights_are_not_continued(own, toy_model, capsys):
+    command, model, _ = own
+    assert evaluate.main(command) == 0
+    toy_model.save_pretrained(model)  # the same names and sizes
+    assert evaluate.main(command) == 2
+    assert "holds predictions made with another weights" in " ".join(capsys.readouterr().err.split())
+
+
+def test_records_that_changed_are_answered_again_and_the_others_are_not(own):
+    command, model, data = own
+    assert evaluate.main(command) == 0
+    folder = model.parent / "model-evaluation" / "pruned"
+    stored = folder / "rank0000.jsonl"
+    stored.write_text(stored.read_text().replace('"text": "', '"text": "kept: '))
+    lines = (data / "eval.jsonl").read_text().splitlines()
+    lines[0] = lines[0].replace("Where is item 0, please?", "Open the menu.")
+    (data / "eval.jsonl").write_text("\n".join(lines) + "\n")
+    Image.fromarray(255 - screen(4, 5, seed=1)).save(data / "1.png")
+    assert evaluate.main(command) == 0
+    assert [text.startswith("kept: ") for text in texts_of(folder)] == [False, False, True]
+
+
+def test_data_of_one_stem_is_told_apart_by_its_folder(own):
+    command, model, data = own
+    shutil.copytree(data, data.parent / "other")
+    more = [str(data.parent / "other" / "eval.jsonl"), "--limit", "0"]
+    at = command.index("--data") + 2
+    assert evaluate.main([*command[:at], *more, *command[at:-2]]) == 0
+    rows = (model.parent / "model-evaluation" / "pruned" / "predictions.jsonl").read_text().splitlines()
+    ids = {json.loads(row)["id"] for row in rows}
+    assert ids == {f"{name}/eval:{row}" for name in ("data", "other") for row in range(NUM_GOOD + 2)}
+    assert [source.name for source in name_sources(["a/eval.jsonl", "b.jsonl"])] == ["eval", "b"]
+    with pytest.raises(UserError, match=r"--data: a\.jsonl is given twice"):
+        name_sources(["a.jsonl", "a.jsonl"])
+
+
+def test_reasoning_templates_are_asked_as_they_are_trained(toy_folder, eval_path):
+    """The prompt is what stands in front of the answer in training: an empty reasoning block, although this template
+    reasons unless it is told not to."""
+    macro = CHAT_TEMPLATE[: CHAT_TEMPLATE.index("{%- for message")]
+    template = REASONING_TEMPLATE.replace("message.content +", "render(message.content) +")
+    template = macro + template.replace("if enable_thinking", "if enable_thinking | default(true)")
+    task = read_tasks([SourceSettings(str(eval_path))])[0][0]
+    tokenizer = AutoTokenizer.from_pretrained(toy_folder)
+    tokenizer.chat_template = template
+    prompter = dataclasses.replace(Prompter.load(str(toy_folder)), tokenizer=tokenizer, chat_template=template)
+
+    def prompt(settings: AnswerSettings) -> str:
+        return prepare_task(task, prompter, settings.template_kwargs).texts[0]
+
+    trained, _ = ChatEncoder(tokenizer).render(task.record)
+    assert trained.startswith(prompt(AnswerSettings()) + "(1, 1)")
+    assert prompt(AnswerSettings(template_kwargs={"enable_thinking": True})).endswith("<think>\n")
+
+
+def test_template_kwargs_are_given_as_json_and_recorded(own, capsys):
+    command, model, _ = own
+    assert evaluate.main(command) == 0
+    result = json.loads((model.parent / "model-evaluation" / "pruned" / "result.json").read_text())
+    assert result["template_kwargs"] == {"enable_thinking": False}
+    assert evaluate.main([*command, "--template-kwargs", '{"enable_thinking": true}']) == 2
+    assert "made with another template_kwargs" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        evaluate.main([*command, "--template-kwargs", "[1]"])
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_results(own, caplog):
+    """Gone between two starts, or larger than the limit that others than this model's settings have."""
+    command, model, data = own
+    assert evaluate.main(command) == 0
+    tasks, _ = read_tasks([SourceSettings(str(data / "eval.jsonl"))])
+    rows = (model.parent / "model-evaluation" / "pruned" / "predictions.jsonl").read_text().splitlines()
+    pairs = list(zip(tasks, [Prediction.from_dict(json.loads(row)) for row in rows], strict=False))
+    (data / "0.png").write_bytes(b"\x89PNG, and then nothing")
+    assert draw_sheet(pairs, model / "sheet.png", ResizeSettings())
+    assert "eval:0 is left out" in caplog.text
+    assert draw_sheet(pairs, model / "none.png", ResizeSettings(max_decoded_pixels=100)) is None
+
+
+def test_a_hybrid_model_is_evaluated(eval_path, tmp_path):
+    needs_plain_layers("qwen3_5")
+    model = build_toy_model(tmp_path / "hybrid", family="qwen3_5")
+    command = [str(model), "--data", str(eval_path), "--mode", "pruned", "--limit", "4", "--batch-size", "3", *SMALL]
+    assert evaluate.main(command) == 0
+    result = json.loads((tmp_path / "hybrid-evaluation" / "pruned" / "result.json").read_text())
+    overall = result["overall"]["all"]
+    assert (overall["num"], overall["num_failed"]) == (4, 0)
+    assert overall["retain_ratio"] < 1
+
+
+@pytest.mark.ranks
+def test_an_error_of_one_rank_is_said_and_ends_all(toy_folder, eval_path, tmp_path):
+    for same, said in ((False, "error: rank 1: source no/such.jsonl"), (True, "error: source no/such.jsonl")):
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        command = [*start, "tests.training.evaluate_program", "same" if same else "other", str(toy_folder)]
+        command += ["--data", str(eval_path), "--out", str(tmp_path), *SMALL]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode != 0
+        assert said in done.stderr
+        assert done.stderr.count("no/such.jsonl: no such file") == 1
 
 
 @pytest.mark.parametrize(

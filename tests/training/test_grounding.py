@@ -61,6 +61,21 @@ def test_targets_come_from_the_metadata():
         target_of(record())
     with pytest.raises(GroundingError, match="x1 < x2 and y1 < y2"):
         target_of(record(bbox=[10, 10, 10, 20]))
+    with pytest.raises(GroundingError, match="holds 2 boxes"):
+        target_of(record(bbox=[[0, 0, 5, 5], [1, 1, 6, 6]]))
+
+
+NO_SIZES = [{"width": 9, "height": 9}, [9], 9, "99", [9, 0], [9, -9], [9.5, 9], [True, 9], [9, None], [], [9, 1e999]]
+
+
+@pytest.mark.parametrize("size", NO_SIZES, ids=str)
+def test_an_image_size_that_is_none_is_refused(size):
+    with pytest.raises(GroundingError, match=r"expected \[width, height\], two positive whole numbers"):
+        target_of(record(bbox=[0, 0, 5, 5], image_size=size))
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    assert target_of(record(bbox=[0, 0, 5, 5], image_size=[9.0, 8.0])).image_size == (9, 8)
 
 
 def predictions() -> list[Prediction]:
