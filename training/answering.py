@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import xxhash
-from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pixelprune.hf import PrunedInputs, generate, prepare
@@ -170,9 +169,8 @@ def _blocks(inputs: PrunedInputs) -> dict[str, int]:
 
 
 def _fingerprint(record: Record, target: Target, root: Path | None) -> str:
-    images: list[bytes | Image.Image] = []
-    for image in record.images:
-        images.append(_describe_file(image.source, root) if isinstance(image.source, str) else image.source)
+    sources = (image.source for image in record.images)
+    images = [_describe_file(source, root) if isinstance(source, str) else source for source in sources]
     return f"{hash_content(record, images):016x}{xxhash.xxh3_64(repr(target).encode()).hexdigest()}"
 
 

@@ -8,7 +8,8 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.convergence import Settings, best_constant, orders
+from benchmarks import convergence
+from benchmarks.convergence import MODES, Settings, best_constant, exit_code, orders
 from benchmarks.screens import CELL, COLOURS, draw_screen, write_screens
 from pixelprune.answers import parse_answer
 
@@ -63,3 +64,24 @@ def test_steps_use_every_record_once_per_pass():
     assert [len(step) for step in steps] == [4] * 5
     drawn = [i for step in steps for i in step]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+
+
+def test_a_missed_check_fails_unless_the_run_was_cut_short(capsys):
+    good, bad = {"train": True, "held-out": True}, {"train": True, "held-out": False}
+    assert exit_code({"Full": good, "PixelPrune": good}, Settings()) == 0
+    assert exit_code({"Full": good, "PixelPrune": bad}, Settings()) == 1
+    assert "missed: PixelPrune: held-out" in capsys.readouterr().err
+    assert exit_code({"Full": good, "PixelPrune": bad}, Settings(num_steps=Settings.num_steps - 1)) == 0
+
+
+def test_a_run_of_two_steps_reports_what_it_reached(tmp_path):
+    """All of it, through both training processes; two steps teach nothing."""
+    sizes = ["--pages", "2", "--held-out-pages", "1", "--steps", "2", "--every", "2"]
+    assert convergence.main([*sizes, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "convergence.json").read_text())
+    assert [row["step"] for row in record["evaluations"]] == [0, 2]
+    assert set(record["checks"]) == set(record["train_accuracy"]) == set(MODES)
+    assert not all(holds for checks in record["checks"].values() for holds in checks.values())
+    assert all(set(MODES) < set(row) for row in record["evaluations"])
+    assert 0 < record["retain_ratio"] < 1 < record["flops_ratio"]
+    assert (tmp_path / "convergence.png").exists()
