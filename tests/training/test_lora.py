@@ -8,7 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pixelprune.model_call import final_hidden
+from pixelprune.pack import pack_samples
+from tests.conftest import screen
+from tests.kernels import needs_plain_layers
+from tests.pixelprune.reference import make_sample
 from tests.training.debug_run import call, held_out_loss, overrides
+from training.config import Config, ModelSettings
+from training.export import export_model
+from training.lora import LoraSettings, add_adapters
+from training.loss import LossSettings
+from training.model import SupervisedModel, load_model, load_model_files
+from training.toy_model import build_toy_model
 from training.tracking import read_metrics
 
 
@@ -55,3 +66,39 @@ def test_exporting_nothing_ends_with_one_line(tmp_path):
     done = call("training.export", str(tmp_path), "-o", str(tmp_path / "out"))
     assert done.returncode == 2
     assert "expected a complete checkpoint" in done.stderr
+
+
+def test_adapters_of_a_hybrid_model_are_trained_merged_and_exported(tmp_path):
+    """Adapters sit on delta-net projections too; the exported folder has the logits of the adapted model."""
+    needs_plain_layers("qwen3_5")
+    settings = ModelSettings(path=str(build_toy_model(tmp_path / "toy", family="qwen3_5")), dtype="float32")
+    files, cpu = load_model_files(settings), torch.device("cpu")
+    model = load_model(settings, attention="sdpa", device=cpu)
+    lora = LoraSettings(rank=4, vit=True)
+    add_adapters(model, lora)
+    pack = pack_samples([make_sample(files.tokenizer, [screen(3, 5)], "Where?", "(512, 87)")], files.geometry)
+
+    @torch.no_grad()
+    def logits(model) -> torch.Tensor:
+        return model.lm_head(final_hidden(model.eval(), pack, files.geometry))
+
+    before = logits(model)
+    module = SupervisedModel(model, files.geometry, LossSettings()).train()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert any("linear_attn" in name for name in trained)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    for _ in range(2):  # in the first step one factor of each adapter is zero
+        (module(pack).total / pack.num_supervised).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for p in trained.values())
+    adapted = logits(model)
+    assert (adapted - before).abs().max() > 1e-2
+
+    exported = export_model(tmp_path / "export", model, files, Config(model=settings, lora=lora), {})
+    merged = load_file(exported / "model.safetensors")
+    base = load_file(tmp_path / "toy" / "model.safetensors")
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert any(name.endswith("linear_attn.in_proj_qkv.weight") for name in changed)
+    plain = load_model(ModelSettings(path=str(exported), dtype="float32"), attention="sdpa", device=cpu)
+    torch.testing.assert_close(logits(plain), adapted, atol=1e-4, rtol=1e-4)
