@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from data_tools.conversation import DropError
+from pixelprune.image import open_image
 
 
 class ImageFiles:
@@ -50,18 +51,20 @@ class ImageFiles:
 
     def _read_size(self, name: str) -> tuple[int, int, int] | str:
         """(width, height, EXIF orientation 1-8) of the upright image, or why there is none."""
-        path = (self.folder / name.lstrip("/")).resolve()
-        if not path.is_relative_to(self.folder):
-            return "image outside the image folder"
-        if not path.is_file():
-            return "image missing"
         try:
-            with Image.open(path) as image:
+            path = (self.folder / name.lstrip("/")).resolve()
+            if not path.is_relative_to(self.folder):
+                return "image outside the image folder"
+            if not path.is_file():
+                return "image missing"
+            with path.open("rb") as file:
+                image = open_image(file, name)
                 (width, height), orientation = image.size, _orientation(image)
                 if orientation >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
                     width, height = height, width
                 return width, height, orientation
-        except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, Image.DecompressionBombError):
+        except (OSError, ValueError, RuntimeError):
+            # ValueError: a NUL in the name, or no image; RuntimeError: a loop of symlinks.
             return "image unreadable"
 
     def relative(self, name: str) -> str:
@@ -98,6 +101,9 @@ class ImageFiles:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8; metadata behind a PNG's pixels is not looked for."""
-    # PNG's own getexif would decode all pixels to see what is behind them.
-    value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    try:
+        # PNG's own getexif would decode all pixels to see what is behind them.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - training, too, takes an image whose EXIF is damaged as it is stored
+        return 1
     return value if value in range(1, 9) else 1

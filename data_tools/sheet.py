@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.records import first_image
 from pixelprune.answers import parse_answer
+from pixelprune.image import open_image
 
 _CELL = (620, 420)
 _CAPTION = 74
@@ -27,8 +28,8 @@ def draw_record(record: dict[str, Any], folder: Path, point: tuple[float, float]
     name = first_image(record)
     if name is None:
         raise ValueError(f"record {record.get('id')!r} has no image")
-    with Image.open(folder / name) as file:
-        image = file.convert("RGB")
+    with (folder / name).open("rb") as file:
+        image = open_image(file, name).convert("RGB")
     box = record.get("metadata", {}).get("bbox")
     width, height = image.size
     scale = min(_CELL[0] / width, (_CELL[1] - _CAPTION) / height)
@@ -110,8 +111,8 @@ def make_sheet(
     for index, record in enumerate(chosen):
         name = first_image(record)
         assert name is not None
-        with Image.open(folder / name) as file:
-            size = file.size
+        with (folder / name).open("rb") as file:
+            size = open_image(file, name).size
         answer = parse_answer(_texts({"messages": record["messages"][1:]}).removeprefix("-> "), image_size=size)
         cell = draw_record(record, folder, answer.point)
         sheet.paste(cell, (8 + (index % columns) * (_CELL[0] + 8), 8 + (index // columns) * (_CELL[1] + 8)))

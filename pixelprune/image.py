@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Importing a plugin is what registers its reader; the others, Pillow has some 40, never see a byte of a data set.
+from PIL import (
+    BmpImagePlugin,  # noqa: F401
+    ExifTags,
+    GifImagePlugin,  # noqa: F401
+    Image,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
 
 from pixelprune.resample import resize_bicubic
 from pixelprune.selection import Selection, check_settings, select
@@ -15,6 +30,20 @@ from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 from pixelprune.sizing import fit_size
 
 ImageSource = Path | str | bytes | Image.Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""The file formats that are read, by Pillow's names (JPEG covers MPO, several JPEGs in one file)."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by its EXIF orientation (Exif 2.3, tag 0x0112)."""
 
 
 class ImageError(ValueError):
@@ -46,17 +75,51 @@ class PrunedImage:
         return self.unscaled_blocks or self.selection.num_blocks
 
 
+def open_image(file: BinaryIO, name: str) -> Image.Image:
+    """Read the header of an image file in one of FORMATS; no pixel is decoded.
+
+    The readers are called directly, not through `Image.open`: that would refuse, or warn of, large pictures by a limit
+    that is one global for the whole process, whatever ours is.
+    Raises ImageError (not_an_image, truncated_image, decompression_bomb).
+    """
+    prefix = file.read(16)
+    for image_format in FORMATS:
+        make, accepts = Image.OPEN[image_format]
+        if accepts is not None and accepts(prefix) is not True:
+            continue
+        file.seek(0)
+        with _as_image_error(name), suppress(SyntaxError, IndexError, TypeError, struct.error):
+            return make(file, "")  # those four mean "not mine" to Image.open, too
+    raise ImageError("not_an_image", f"{name}: not a readable image file, expected one of {', '.join(FORMATS)}")
+
+
+@contextmanager
+def _as_image_error(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        # The readers of WebP and TIFF hold pictures to Pillow's own limit (179 million pixels) in any case.
+        raise ImageError("decompression_bomb", f"{name}: {error} (PIL.Image.MAX_IMAGE_PIXELS)") from error
+    except Exception as error:
+        # Pillow's decoders and the libraries below them signal damaged files with whatever class comes up on the way
+        # (OSError, struct.error, KeyError, RuntimeError, ...), and one bad file must not end the pass over all.
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError("truncated_image", f"{name}: damaged or truncated image ({what})") from error
+
+
 def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
     """Decode to an RGB picture, upright.
 
     EXIF rotation is applied; transparency is laid on white (what a viewer of the screenshot sees); palette, grey and
     CMYK become RGB; 16-bit grey keeps its high byte. Of an animation the first frame is taken.
 
-    Raises ImageError with reason missing_file, empty_file, decompression_bomb, truncated_image, not_an_image or
-    unsupported_mode. The size is checked from the header, before any pixel is decoded.
+    Raises ImageError with reason missing_file, unreadable_file, empty_file, decompression_bomb, truncated_image,
+    not_an_image or unsupported_mode. The size is checked from the header, before any pixel is decoded.
     """
     name = _describe(source)
-    try:
+    with _as_image_error(name):
         picture = source if isinstance(source, Image.Image) else _open(source, name)
         width, height = picture.size
         if width * height > resize.max_decoded_pixels:
@@ -66,18 +129,7 @@ def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
                 "raise the limit if the image is meant to be that large",
             )
         picture.load()
-        # PNG, JPEG, WebP and TIFF keep their orientation in EXIF; exif_transpose returns a copy only when it turns.
-        return _to_rgb(ImageOps.exif_transpose(picture), name)
-    except ImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        limit = f"resize.max_decoded_pixels={resize.max_decoded_pixels}"
-        raise ImageError("decompression_bomb", f"{name}: {error} (our own limit is {limit})") from error
-    except UnidentifiedImageError as error:
-        raise ImageError("not_an_image", f"{name}: not a readable image file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError) as error:
-        # PIL's decoders signal damaged files with all of these.
-        raise ImageError("truncated_image", f"{name}: damaged or truncated image ({error})") from error
+        return _to_rgb(_set_upright(picture), name)
 
 
 def resize_image(picture: Image.Image, resize: ResizeSettings) -> np.ndarray:
@@ -153,7 +205,21 @@ def _open(source: Path | str | bytes, name: str) -> Image.Image:
             raise ImageError("unreadable_file", f"{name}: {error.strerror}") from error
     if not data:
         raise ImageError("empty_file", f"{name}: the file is empty")
-    return Image.open(io.BytesIO(data))
+    return open_image(io.BytesIO(data), name)
+
+
+def _set_upright(picture: Image.Image) -> Image.Image:
+    """The decoded picture turned as its EXIF says. A damaged EXIF says nothing: the pixels are whole."""
+    try:
+        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001 - the parser raises as many classes as the decoders
+        return picture
+    if turn is None:
+        return picture
+    turned = picture.transpose(turn)
+    # What stated the orientation goes, or decoding the result again would turn it again.
+    turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}
+    return turned
 
 
 def _to_rgb(picture: Image.Image, name: str) -> Image.Image:

@@ -30,4 +30,5 @@ class ResizeSettings:
     min_pixels: int = 256 * 256
     max_pixels: int = 4096 * 4096
     max_decoded_pixels: int = 100_000_000
-    """Images with more pixels than this are refused before decoding (decompression bombs)."""
+    """Images with more pixels than this are refused before decoding (decompression bombs). WebP and TIFF files of more
+    than 178,956,970 pixels are refused by Pillow in any case."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -194,10 +194,12 @@ def _metadata(row: dict) -> dict:
 
 
 def _check_boxes(key: str, value: Any) -> None:
-    nested = isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple)
-    for box in value if nested else [value]:
-        numbers = isinstance(box, list | tuple) and all(
-            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in box
-        )
-        if not numbers or len(box) != 4:
+    is_list = isinstance(value, list | tuple) and (key == "bboxes" if not value else isinstance(value[0], list | tuple))
+    for box in value if is_list else [value]:
+        if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_finite_number, box)):
             raise RecordError("bad_box", f"{key} {box!r:.80}, expected four finite numbers (left, top, right, bottom)")
+
+
+def _is_finite_number(value: Any) -> bool:
+    # Compared, not converted: JSON has integers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

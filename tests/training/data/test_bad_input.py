@@ -7,9 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 
-from pixelprune.image import decode_image, resize_image
+from pixelprune.image import ImageError, decode_image, resize_image
 from pixelprune.settings import ResizeSettings
 from training.data.index_builder import measure_row
 from training.data.settings import SourceSettings
@@ -32,6 +32,12 @@ def png_that_claims(width: int, height: int) -> bytes:
     )
 
 
+def dds_of_unknown_kind() -> bytes:
+    data = bytearray(encode(SCREEN, "DDS"))
+    data[80:84] = struct.pack("<I", 0)  # pixel format flags: none
+    return bytes(data)
+
+
 PNG, JPEG = encode(SCREEN), encode(SCREEN, "JPEG", quality=95)
 BAD_IMAGES = {
     "truncated PNG": (PNG[: len(PNG) // 2], "truncated_image"),
@@ -42,6 +48,8 @@ BAD_IMAGES = {
     "text": (b"this is no image", "not_an_image"),
     "HTML of an error page": (b"<!DOCTYPE html><html><body>404</body></html>", "not_an_image"),
     "header only": (PNG[:33], "not_an_image"),
+    "EPS, which Pillow hands to Ghostscript": (encode(SCREEN, "EPS"), "not_an_image"),
+    "DDS of a kind that its reader does not know": (dds_of_unknown_kind(), "not_an_image"),
 }
 
 
@@ -69,6 +77,72 @@ def test_bomb_is_refused_before_its_pixels_are_decoded(preparer, tmp_path, monke
     measured = measure(preparer, tmp_path, chat_row("a.png"))
     assert measured["reason"] == "decompression_bomb"
     assert "max_decoded_pixels" in measured["detail"]
+
+
+@pytest.mark.parametrize("picture_format", ["PNG", "JPEG", "GIF", "BMP"])
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_the_only_limit_on_size_is_ours(monkeypatch, picture_format):
+    """Pillow's own refuses at twice its value and warns above it: a host may have set it, and it is no knob of ours."""
+    data = encode(SCREEN, picture_format)
+    for limit in (SCREEN.width * SCREEN.height - 1, 100):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert decode_image(data, ResizeSettings()).size == SCREEN.size
+    with pytest.raises(ImageError, match="max_decoded_pixels=6143") as caught:
+        decode_image(data, ResizeSettings(max_decoded_pixels=SCREEN.width * SCREEN.height - 1))
+    assert caught.value.reason == "decompression_bomb"
+
+
+def test_refused_formats_are_told_the_accepted_ones():
+    for picture_format in ("EPS", "PPM", "TGA", "ICO"):
+        with pytest.raises(ImageError, match="PNG, JPEG, WEBP, GIF, BMP, TIFF"):
+            decode_image(encode(SCREEN, picture_format), ResizeSettings())
+    assert decode_image(encode(SCREEN, "MPO", quality=95), ResizeSettings()).size == SCREEN.size
+
+
+class BrokenDecoder(ImageFile.ImageFile):
+    """A picture whose pixels cannot be had, for a reason nobody listed."""
+
+    def __init__(self, error: Exception):
+        super().__init__(io.BytesIO(b"x"))
+        self.error = error
+
+    def _open(self):
+        self._size, self._mode = (32, 32), "RGB"
+
+    def load(self):
+        raise self.error
+
+
+def test_whatever_a_decoder_raises_is_the_image_s_fault():
+    for error in (RuntimeError("codec\nsays no"), NotImplementedError(), struct.error("short"), OverflowError("big")):
+        with pytest.raises(ImageError, match="damaged") as caught:
+            decode_image(BrokenDecoder(error), ResizeSettings())
+        assert caught.value.reason == "truncated_image"
+        assert "\n" not in str(caught.value)
+    with pytest.raises(MemoryError):  # the machine's, not the file's
+        decode_image(BrokenDecoder(MemoryError()), ResizeSettings())
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("picture_format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
+def test_a_damaged_exif_costs_the_orientation_not_the_image(picture_format, exif):
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(picture_format, {})
+    found = decode_image(encode(SCREEN, picture_format, exif=exif, **options), ResizeSettings())
+    expected = Image.open(io.BytesIO(encode(SCREEN, picture_format, **options))).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_orientations_are_applied_once(orientation):
+    """Pillow's own rule; decoding what was decoded (as for a teacher) turns nothing again."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(SCREEN, exif=exif.tobytes())
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    once = decode_image(data, ResizeSettings())
+    np.testing.assert_array_equal(np.asarray(once), expected)
+    np.testing.assert_array_equal(np.asarray(decode_image(once, ResizeSettings())), expected)
 
 
 def cmyk() -> tuple[bytes, Image.Image]:
@@ -150,6 +224,10 @@ BAD_RECORDS = {
     ),
     "unknown role": ({"messages": [{"role": "critic", "content": "q"}, *chat_row(None)["messages"]]}, "unknown_role"),
     "NaN box": ('{"metadata": {"bbox": [NaN, 0, 1, 1]}, ' + json.dumps(chat_row(None))[1:], "bad_box"),
+    "box beyond any float": (chat_row(None) | {"metadata": {"bbox": [10**400, 0, 1, 1]}}, "bad_box"),
+    "an empty box": (chat_row(None) | {"metadata": {"bbox": []}}, "bad_box"),
+    "a list of boxes, one of them empty": (chat_row(None) | {"bboxes": [[1, 2, 3, 4], []]}, "bad_box"),
+    "no boxes": (chat_row(None) | {"bboxes": []}, ""),
     "missing file": (chat_row("missing.png"), "missing_file"),
     "path out of the root by ..": (chat_row("../a.png"), "outside_root"),
     "absolute path": (chat_row("/etc/hostname"), "outside_root"),
@@ -172,4 +250,4 @@ def test_bad_records(preparer, tmp_path, name):
         assert measured["kept_blocks"] == []
         return
     assert measured["reason"] == reason, measured["detail"]
-    assert measured["detail"]
+    assert bool(measured["detail"]) == bool(reason)

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 
 import pytest
+from PIL import Image
 
 from pixelprune.pack import VisionGeometry
 from pixelprune.settings import PruneSettings, ResizeSettings
@@ -30,7 +31,7 @@ CODES = {
 VALUES = [
     None, True, 0, -1, 3.5, float("nan"), float("inf"), "", "x", "<image>", "<img></img>", "<|im_end|>", "\ud800", "\0",
     [], {}, [[]], [None], {"type": "image"}, {"type": "text"}, "../a", "https://a.b/c.png",
-    "data:image/png;base64,AAAA", "é🙂" * 50, "a" * 5000, 10**30,
+    "data:image/png;base64,AAAA", "é🙂" * 50, "a" * 5000, 10**30, 10**400,
 ]  # fmt: skip
 
 
@@ -77,6 +78,11 @@ def write_mutants(folder, seed: int) -> list[str]:
     rng = random.Random(seed)
     screens = [draw_screen(i) for i in range(4)]
     encoded = [encode(s, f) for s in screens for f in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded += [encode(s, f, exif=exif.tobytes()) for s in screens for f in ("PNG", "WEBP", "JPEG")]
+    # An EXIF that ends after its first four bytes.
+    encoded += [encode(screens[0], f, exif=b"Exif\0\0II*\0") for f in ("PNG", "WEBP")]
     for number, data in enumerate(encoded):
         (folder / f"good_{number}.img").write_bytes(data)
     lines = []
