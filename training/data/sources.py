@@ -160,10 +160,24 @@ def _open_folder(settings: SourceSettings, folder: Path) -> Source:
                 )
             dataset = dataset[settings.split]
         return Source(settings, ArrowRows(dataset, str(folder)), dataset._fingerprint)
-    for pattern in ("*.parquet", "*.jsonl", "*.json"):
-        if files := sorted(folder.glob(pattern)):
-            return _open_files(settings, files)
-    raise ValueError(f"source {folder}: no .parquet, .jsonl, .json or saved data set in this folder (sources[].path)")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and _is_data(path))
+    kinds = sorted({path.suffix.lower() for path in files})
+    if not files:
+        raise ValueError(
+            f"source {folder}: no .parquet, .jsonl, .json or saved data set in this folder (sources[].path)"
+        )
+    if ".parquet" in kinds and len(kinds) > 1:
+        raise ValueError(
+            f"source {folder}: holds {' and '.join(kinds)} files, expected Parquet or JSON alone; "
+            "give one of the files, or keep them in folders of their own (sources[].path)"
+        )
+    return _open_files(settings, files)
+
+
+def _is_data(path: Path) -> bool:
+    # data_tools writes its counts beside the records: report.json, NAME.report.json.
+    is_report = path.name == "report.json" or path.name.endswith(".report.json")
+    return path.suffix.lower() in (".parquet", ".jsonl", ".json") and not is_report
 
 
 def _open_files(settings: SourceSettings, files: list[Path]) -> Source:
@@ -207,14 +221,15 @@ def _line_spans(path: Path) -> np.ndarray:
 
 def _array_spans(path: Path) -> np.ndarray:
     """Byte ranges int64 (n, 2) of the elements of the JSON array in the file. Raises ValueError if it is damaged."""
+    data = path.read_bytes()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"source {path}: not UTF-8 text ({error}) (sources[].path)") from error
     decode, space = json.JSONDecoder().raw_decode, re.compile(r"\s*")
     spans: list[tuple[int, int]] = []
     place = space.match(text, text.index("[") + 1).end()  # type: ignore[union-attr]
-    at, at_byte = 0, 3 if path.read_bytes()[:3] == b"\xef\xbb\xbf" else 0
+    at, at_byte = 0, 3 if data.startswith(b"\xef\xbb\xbf") else 0
     try:
         while text[place] != "]":
             _, end = decode(text, place)

@@ -30,10 +30,11 @@ def write(kind: str, folder: Path) -> Path:
         path = folder / "d.jsonl"
         path.write_text("\n" + json.dumps(ROWS[0]) + "\r\n \n" + "\n".join(json.dumps(row) for row in ROWS[1:]))
         return path
-    if kind in ("json array", "json array with a BOM"):
+    if kind.startswith("json array"):
         path = folder / "d.json"
         text = json.dumps(ROWS, ensure_ascii=False, indent=2)
-        path.write_text(text, encoding="utf-8-sig" if "BOM" in kind else "utf-8")
+        newline = "\r\n" if "CRLF" in kind else "\r" if "CR" in kind else "\n"
+        path.write_text(text, encoding="utf-8-sig" if "BOM" in kind else "utf-8", newline=newline)
         return path
     if kind == "json with lines":
         return write_jsonl(folder / "d.json", ROWS)
@@ -41,6 +42,14 @@ def write(kind: str, folder: Path) -> Path:
         write_jsonl(folder / "1.jsonl", ROWS[:1])
         (folder / "2.jsonl").write_text("")
         write_jsonl(folder / "3.jsonl", ROWS[1:])
+        return folder
+    if kind == "folder of jsonl and json, named in capitals":
+        write_jsonl(folder / "1.JSONL", ROWS[:1])
+        (folder / "2.Json").write_text(json.dumps(ROWS[1:]))
+        (folder / "report.json").write_text('{"records": 3}')  # data_tools writes these beside records
+        (folder / "2.report.json").write_text('{"records": 2}')
+        (folder / "readme.txt").write_text("")
+        (folder / "1.jsonl.index").mkdir()
         return folder
     typed = [
         {"messages": [{**m, "content": c if isinstance(c := m["content"], list) else [{"type": "text", "text": c}]}
@@ -62,7 +71,8 @@ def write(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind",
     ["jsonl", "jsonl with blank lines and no last line break", "json array", "json array with a BOM",
-     "json with lines", "folder of jsonl", "parquet", "saved data set", "saved splits"],
+     "json array with CRLF", "json array with CR", "json array with CRLF and a BOM", "json with lines",
+     "folder of jsonl", "folder of jsonl and json, named in capitals", "parquet", "saved data set", "saved splits"],
 )  # fmt: skip
 def test_containers_give_the_same_records(kind, tmp_path):
     source = open_source(SourceSettings(str(write(kind, tmp_path))))
@@ -112,6 +122,14 @@ def test_unusable_files_are_refused(tmp_path, content, name, match):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=match):
         open_source(SourceSettings(str(tmp_path / name)))
+
+
+def test_a_folder_of_two_kinds_is_refused(tmp_path):
+    datasets.Dataset.from_list([{"a": 1}]).to_parquet(tmp_path / "d.PARQUET")
+    assert len(open_source(SourceSettings(str(tmp_path)))) == 1
+    write("jsonl", tmp_path)
+    with pytest.raises(ValueError, match=r"holds \.jsonl and \.parquet files"):
+        open_source(SourceSettings(str(tmp_path)))
 
 
 def test_refused_settings(tmp_path):
