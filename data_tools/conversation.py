@@ -7,7 +7,7 @@ that it refuses are understood.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,15 @@ Part = tuple[str, str]
 
 class DropError(ValueError):
     """A record or turn that is left out; the message is the reason it is counted under."""
+
+
+def check_unicode(texts: Iterable[str]) -> None:
+    """Raise DropError for texts that no UTF-8 file can hold: JSON may spell half of a surrogate pair."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise DropError("not valid Unicode") from error
 
 
 @dataclass(frozen=True)

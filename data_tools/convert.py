@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_tools.conversation import DropError, Turn, read_turns
+from data_tools.conversation import DropError, Turn, check_unicode, read_turns
 from data_tools.coordinates import read_place, write_place
 from data_tools.image_files import ImageFiles
 
@@ -57,6 +57,9 @@ class Converter:
 
     def _convert(self, record: Any, number: int) -> dict[str, Any]:
         turns = read_turns(record)
+        record_id = record.get("id")
+        written = f"{self.settings.source}-{number:08d}" if record_id is None else str(record_id)
+        check_unicode([written, *(value for turn in turns for _, value in turn.parts)])
         names = [name for turn in turns for name in turn.images]
         with_coordinates = self.settings.coordinates is not None
         sizes = [self.images.size(name, has_coordinates=with_coordinates) for name in names]
@@ -73,8 +76,6 @@ class Converter:
                 metadata.update(places[0])
         if not any(turn.role == "assistant" for turn in turns):
             raise DropError("no answer")
-        record_id = record.get("id")
-        written = f"{self.settings.source}-{number:08d}" if record_id is None else str(record_id)
         return {"id": written, "messages": [self._message(turn) for turn in turns], "metadata": metadata}
 
     def _relative(self, turns: list[Turn], size: tuple[int, int]) -> tuple[list[Turn], list[dict[str, Any]]]:

@@ -16,9 +16,10 @@ def iter_json(path: Path) -> Iterator[tuple[Any, int]]:
     """Yield (value, bytes read so far) for each element of a top-level array, or else for each line.
 
     A line that is no JSON is yielded as its text, for the caller to count. In an array nothing after such a place can
-    be trusted: raises ValueError with its character position. Memory: two chunks, or the longest value.
+    be trusted: raises ValueError with its character position. Bytes that are not UTF-8 come as lone surrogates, which
+    `data_tools.conversation.check_unicode` refuses. Memory: two chunks, or the longest value.
     """
-    with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as file:
+    with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape") as file:
         head = file.read(1)
         while head and head in _SPACE:
             head = file.read(1)

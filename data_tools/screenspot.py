@@ -7,11 +7,12 @@ application, platform, id; instruction_cn is the Chinese instruction.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_tools.conversation import DropError
+from data_tools.conversation import DropError, check_unicode
 from data_tools.image_files import ImageFiles
 from data_tools.records import grounding_record
 from pixelprune.answers import format_point
@@ -39,6 +40,8 @@ def box_of(entry: dict[str, Any], variant: str) -> tuple[float, float, float, fl
     box = entry.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
         raise DropError("bbox is not four numbers")
+    if not all(abs(side) <= 1e9 for side in box):  # NaN and integers beyond any float as well
+        raise DropError("bbox is not four numbers of pixels")
     a, b, c, d = (float(side) for side in box)
     x1, y1, x2, y2 = (a, b, a + c, b + d) if variant == "v2" else (a, b, c, d)
     if x2 <= x1 or y2 <= y1:
@@ -82,7 +85,7 @@ class ScreenSpotReader:
         x1, y1, x2, y2 = box_of(entry, variant)
         width, height = self.images.size(name, has_coordinates=True)
         stated = entry.get("img_size")
-        if stated is not None and list(stated) != [width, height]:
+        if stated is not None and stated != [width, height]:
             raise DropError("the stated image size is not the file's")
         if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
             raise DropError("box outside the image")
@@ -104,4 +107,6 @@ class ScreenSpotReader:
         centre = min(max((x1 + x2) / 2, 0), width), min(max((y1 + y2) / 2, 0), height)
         answer = format_point(*centre, (width, height))
         record_id = str(entry.get("id") or f"{file.stem}-{number:05d}")
-        return grounding_record(record_id, self.images.relative(name), instruction.strip(), answer, metadata)
+        record = grounding_record(record_id, self.images.relative(name), instruction.strip(), answer, metadata)
+        check_unicode([json.dumps(record, ensure_ascii=False)])
+        return record

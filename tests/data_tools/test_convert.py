@@ -24,6 +24,7 @@ SIZE = (2000, 1000)  # one relative unit is 2 pixels across and 1 pixel down
 def corpus(tmp_path: Path) -> Path:
     (tmp_path / "shots").mkdir()
     Image.new("RGB", SIZE, (200, 210, 220)).save(tmp_path / "shots" / "a.png")
+    Image.new("RGB", SIZE).save(tmp_path / "shots" / "drawing.eps")
     (tmp_path / "shots" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     return tmp_path
 
@@ -135,6 +136,13 @@ BAD = {
     ),
     "image missing": sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)", image="shots/gone.png"),
     "image unreadable": sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)", image="shots/broken.png"),
+    "image unreadable ": sharegpt("<image>\nClick", "(1, 2)", image="shots/a\0.png"),
+    "image unreadable  ": sharegpt("<image>\nClick", "(1, 2)", image="a" * 5000),
+    "image unreadable   ": sharegpt("<image>\nClick", "(1, 2)", image="shots/drawing.eps"),
+    "not valid Unicode": sharegpt("<image>\nClick \ud800", "(1, 2)"),
+    "not valid Unicode ": sharegpt("<image>\nClick", "(1, 2) \udfff"),
+    "not valid Unicode  ": sharegpt("<image>\nClick", "(1, 2)", image="shots/\ud800.png"),
+    "not valid Unicode   ": sharegpt("<image>\nClick", "(1, 2)", id="\ud800"),
     "image outside the image folder": sharegpt("<image>\nClick", "(1, 2)", image="../../../../etc/hostname"),
     "more image placeholders than images": sharegpt("<image><image>\nClick", "pyautogui.click(x=1, y=2)"),
     "no messages or conversations": {"image": "shots/a.png"},
@@ -150,8 +158,21 @@ def test_what_is_dropped_is_counted_under_its_reason(corpus: Path, reason: str) 
     good = sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)")
     assert len(run("jedi", corpus, [BAD[reason], good])) == 1
     report = json.loads((corpus / "out.report.json").read_text())
-    assert report["dropped"]["records"] == {reason: 1}
+    assert report["dropped"]["records"] == {reason.rstrip(): 1}  # spaces tell records of one reason apart
     assert (report["read"], report["written"]) == (2, 1)
+
+
+def test_bytes_that_are_no_text_cost_one_line(corpus: Path) -> None:
+    lines = [json.dumps(sharegpt(f"<image>\nClick {i}", "(1, 2)")).encode() for i in range(4)]
+    lines[1] = lines[1].replace(b"Click", b"Cl\xffck")
+    lines[2] = b"\xff\xfe"
+    (corpus / "in.jsonl").write_bytes(b"\n".join(lines))
+    out = corpus / "out.jsonl"
+    assert main(["jedi", str(corpus / "in.jsonl"), "--images", str(corpus), "--out", str(out), "--sheet", "0"]) == 0
+    texts = [json.loads(line)["messages"][0]["content"][1]["text"] for line in out.read_text().splitlines()]
+    assert texts == ["Click 0", "Click 3"]
+    report = json.loads((corpus / "out.report.json").read_text())
+    assert report["dropped"]["records"] == {"not valid Unicode": 1, "not a JSON object": 1}
 
 
 def test_nothing_written_is_an_error(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,6 +314,11 @@ def test_screenspot_pro_boxes_are_two_corners(corpus: Path) -> None:
         ({**PRO, "ui_type": "video"}, "element type is neither text nor icon"),
         ({**V2, "bbox": [1, 2]}, "bbox is not four numbers"),
         ({**V2, "img_filename": "gone.png"}, "image missing"),
+        ({**V2, "bbox": [10**400, 0, 1, 1]}, "bbox is not four numbers of pixels"),
+        ({**V2, "bbox": [float("nan"), 0, 1, 1]}, "bbox is not four numbers of pixels"),
+        ({**PRO, "img_size": 3}, "the stated image size is not the file's"),
+        ({**V2, "instruction": "Click \ud800"}, "not valid Unicode"),
+        ({**PRO, "application": "\udc00"}, "not valid Unicode"),
         ({"bbox": [1, 2, 3, 4]}, "neither data_type (v2) nor ui_type (pro)"),
     ],
 )
