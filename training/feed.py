@@ -13,6 +13,7 @@ import torch.distributed as dist
 import xxhash
 
 from pixelprune.flops import CostModel
+from training.checkpoint_files import complete_checkpoints
 from training.config import Config
 from training.data.index import Index
 from training.data.index_builder import build_index
@@ -116,6 +117,8 @@ def build_feed(
             world_size=ranks.world_size,
             barrier=dist.barrier,
             show_progress=ranks.is_first,
+            # A run that continues keeps its records: an image mended meanwhile would change the order of all samples.
+            recheck=not complete_checkpoints(folder / "checkpoints"),
         )
         report = folder / f"quarantine{'' if shuffle else '_eval'}.jsonl"
         index = index.checked(data, report, with_teacher=teaching is not None, write_report=ranks.is_first)

@@ -52,6 +52,8 @@ class Index:
     kept_blocks: np.ndarray
     full_blocks: np.ndarray
     quarantined: list[Quarantined] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    """The Parquet sidecar of each source."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -99,6 +101,7 @@ class Index:
             kept_blocks=self.kept_blocks[images],
             full_blocks=self.full_blocks[images],
             quarantined=self.quarantined + quarantined,
+            files=self.files,
         )
 
     def without_over_long(self, settings: DataSettings, *, with_teacher: bool = False) -> Index:
@@ -130,7 +133,9 @@ class Index:
         index = self.without_over_long(settings, with_teacher=with_teacher)
         if write_report:
             write_quarantine(report, index.quarantined)
-        refuse_above(settings.max_quarantined_share, index.quarantined, index.num_records, str(report))
+        folders = ", ".join(str(file.parent) for file in self.files)
+        where = f"{report}; indexed in {folders}"
+        refuse_above(settings.max_quarantined_share, index.quarantined, index.num_records, where)
         return index
 
     def summary(self) -> dict[str, int | float | dict[str, int]]:
@@ -220,4 +225,5 @@ def read_index(sources: list[Source], files: list[Path]) -> Index:
         kept_blocks=np.concatenate(images["kept_blocks"]),
         full_blocks=np.concatenate(images["full_blocks"]),
         quarantined=quarantined,
+        files=files,
     )

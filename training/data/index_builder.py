@@ -2,12 +2,13 @@
 
 Each source is cut into chunks of rows. A rank takes every world_size-th chunk, its processes write one Parquet part per
 chunk under a temporary name and rename it, so that a part is either whole or absent. After a barrier rank 0 joins the
-parts into `index.parquet`. A run that was killed finds its parts again.
+parts into `index.parquet`. A run that was killed finds its parts again. In an index that is reused, rank 0 measures
+again what was quarantined for an image file: the file may have been mended since.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import multiprocessing
 import secrets
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import xxhash
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from training.data.formats import parse_record
 from training.data.index import SCHEMA, Index, read_index
+from training.data.index_folder import IndexFolder, open_folder
 from training.data.prepare import Preparer, PrepareSettings
 from training.data.quarantine import write_quarantine
 from training.data.records import RecordError
@@ -31,31 +34,20 @@ from training.data.sources import Source, open_sources
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
-"""Raise when the meaning of a column changes: older indexes are then built anew."""
 CHUNK_ROWS = 128
-
-
-@dataclass(frozen=True)
-class IndexFolder:
-    """Where one source's index lives: its name holds everything the content depends on."""
-
-    path: Path
-
-    @property
-    def table(self) -> Path:
-        return self.path / "index.parquet"
-
-    def part(self, start: int) -> Path:
-        return self.path / f"part-{start:010d}.parquet"
+REPAIRABLE = (
+    "missing_file", "unreadable_file", "empty_file", "outside_root", "not_an_image", "truncated_image",
+    "unsupported_mode", "decompression_bomb", "aspect_ratio",
+)  # fmt: skip
+"""Reasons that lie in an image file, which may be mended while the data file and so the index folder stay the same."""
 
 
 @dataclass(frozen=True)
 class _Chunk:
     source: int
-    start: int
-    stop: int
-    part: Path
+    rows: Sequence[int]
+    part: Path | None = None
+    """The file that takes what was measured; without one it is handed back."""
 
 
 def build_index(
@@ -68,26 +60,44 @@ def build_index(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
     show_progress: bool = True,
+    recheck: bool = True,
 ) -> Index:
     """The index of all sources, built where it is missing. Every rank calls this and gets the same index.
 
     num_workers: processes of this rank; 0 measures in this process. barrier: waits for all ranks; called twice.
+    recheck: measure again what an index that is reused has quarantined for an image file.
     Raises ValueError for unusable sources, an index_dir that cannot be written, or one that is not shared by all ranks.
     """
     opened = open_sources(sources)
     preparer = prepare.build()
     fingerprint = prepare.fingerprint(preparer)
-    folders = [_folder(source, fingerprint, index_dir) for source in opened]
+    folders = [open_folder(source, fingerprint, index_dir) for source in opened]
     missing = [number for number, folder in enumerate(folders) if not folder.table.exists()]
-    chunks = [chunk for number in missing for chunk in _chunks(number, opened[number], folders[number])]
-    mine = [chunk for chunk in chunks[rank::world_size] if not chunk.part.exists()]
+    # Dealt source by source: a source that another run completes meanwhile is missing to some ranks only.
+    mine = [
+        chunk
+        for number in missing
+        for i, chunk in enumerate(_chunks(number, opened[number], folders[number]), start=number)
+        if i % world_size == rank and not (chunk.part and chunk.part.exists())
+    ]
     logger.info("index: %d of %d sources to measure, %d chunks on this rank", len(missing), len(opened), len(mine))
-    _measure_all(mine, opened, prepare, preparer, num_workers, show_progress and rank == 0)
+    pool = _Pool(opened, prepare, preparer, num_workers, show_progress and rank == 0)
+    pool.measure(mine)
     barrier()
-    if rank == 0:
-        for number in missing:
-            _join_parts(opened[number], folders[number])
-    barrier()
+    try:
+        if rank == 0:
+            for number in missing:
+                _join_parts(opened[number], folders[number])
+            if recheck:
+                _recheck([n for n in range(len(opened)) if n not in missing], folders, pool)
+    finally:
+        barrier()  # also when rank 0 failed: the others would wait here until their time is out
+    for folder in folders:
+        if not folder.table.exists():
+            raise ValueError(
+                f"parts of the index that other ranks measured are missing in {folder.path}; it must lie on a file "
+                "system that all ranks share (data.index_dir)"
+            )
     return read_index(opened, [folder.table for folder in folders])
 
 
@@ -123,67 +133,48 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
     }
 
 
-def _folder(source: Source, fingerprint: dict, index_dir: str) -> IndexFolder:
-    """The source's folder, made if need be, with the settings it stands for written into it."""
-    settings = source.settings
-    content = {
-        "version": INDEX_VERSION,
-        "data": source.fingerprint,
-        "num_records": len(source),
-        "root": settings.root,
-        "format": settings.format,
-        **fingerprint,
-    }
-    text = json.dumps(content, indent=2, sort_keys=True)
-    path = Path(settings.path)
-    beside = path.parent / f"{path.name}.index" if path.exists() else Path.home() / ".cache" / "pixelprune" / "index"
-    folder = (Path(index_dir) / path.name if index_dir else beside) / xxhash.xxh3_64(text.encode()).hexdigest()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / "settings.json", text + "\n")
-    except OSError as error:
-        raise ValueError(f"the index cannot be written to {folder}: {error.strerror} (data.index_dir)") from error
-    return IndexFolder(folder)
-
-
 def _chunks(number: int, source: Source, folder: IndexFolder) -> Iterator[_Chunk]:
     for start in range(0, len(source), CHUNK_ROWS):
-        yield _Chunk(number, start, min(start + CHUNK_ROWS, len(source)), folder.part(start))
+        yield _Chunk(number, range(start, min(start + CHUNK_ROWS, len(source))), folder.part(start))
 
 
-def _measure_all(
-    chunks: list[_Chunk],
-    sources: list[Source],
-    prepare: PrepareSettings,
-    preparer: Preparer,
-    num_workers: int,
-    show_progress: bool,
-) -> None:
-    columns = (TextColumn("index"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not show_progress or not chunks) as progress:
-        task = progress.add_task("index", total=sum(chunk.stop - chunk.start for chunk in chunks))
-        for num_rows in _measured(chunks, sources, prepare, preparer, num_workers):
-            progress.advance(task, num_rows)
+@dataclass(frozen=True)
+class _Pool:
+    """What measures chunks: this process, or several."""
 
+    sources: list[Source]
+    prepare: PrepareSettings
+    preparer: Preparer
+    num_workers: int
+    show_progress: bool
 
-def _measured(
-    chunks: list[_Chunk], sources: list[Source], prepare: PrepareSettings, preparer: Preparer, num_workers: int
-) -> Iterator[int]:
-    num_workers = min(num_workers, len(chunks))
-    if num_workers <= 1:
-        # A process more would cost its start (seconds) and save nothing.
-        yield from (_write_part(chunk, sources, preparer) for chunk in chunks)
-        return
-    # Spawned, not forked: the parent has threads (tokenizers, numba, CUDA) that a fork would leave locked.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, context, _start_worker, (sources, prepare)) as pool:
-        try:
-            yield from pool.map(_work, chunks)
-        except BrokenProcessPool as error:
-            raise ValueError(
-                "a process that measures records died, most likely for lack of memory: "
-                f"use fewer than data.index_workers={num_workers}"
-            ) from error
+    def measure(self, chunks: list[_Chunk]) -> list[dict]:
+        """Write the parts; returns the rows, in order, of the chunks that have none."""
+        columns = (TextColumn("index"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        rows = []
+        with Progress(*columns, disable=not self.show_progress or not chunks) as progress:
+            task = progress.add_task("index", total=sum(len(chunk.rows) for chunk in chunks))
+            for chunk, measured in zip(chunks, self._results(chunks), strict=True):
+                rows += measured
+                progress.advance(task, len(chunk.rows))
+        return rows
+
+    def _results(self, chunks: list[_Chunk]) -> Iterator[list[dict]]:
+        num_workers = min(self.num_workers, len(chunks))
+        if num_workers <= 1:
+            # A process more would cost its start (seconds) and save nothing.
+            yield from (_measure_chunk(chunk, self.sources, self.preparer) for chunk in chunks)
+            return
+        # Spawned, not forked: the parent has threads (tokenizers, numba, CUDA) that a fork would leave locked.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(num_workers, context, _start_worker, (self.sources, self.prepare)) as pool:
+            try:
+                yield from pool.map(_work, chunks)
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    "a process that measures records died, most likely for lack of memory: "
+                    f"use fewer than data.index_workers={num_workers}"
+                ) from error
 
 
 _worker: tuple[list[Source], Preparer] | None = None
@@ -194,42 +185,82 @@ def _start_worker(sources: list[Source], prepare: PrepareSettings) -> None:
     _worker = sources, prepare.build()
 
 
-def _work(chunk: _Chunk) -> int:
+def _work(chunk: _Chunk) -> list[dict]:
     assert _worker is not None, "worker not started"
-    return _write_part(chunk, *_worker)
+    return _measure_chunk(chunk, *_worker)
 
 
-def _write_part(chunk: _Chunk, sources: list[Source], preparer: Preparer) -> int:
+def _measure_chunk(chunk: _Chunk, sources: list[Source], preparer: Preparer) -> list[dict]:
     source = sources[chunk.source]
-    rows = [measure_row(preparer, source, row) for row in range(chunk.start, chunk.stop)]
-    partial = chunk.part.with_suffix(f".{secrets.token_hex(4)}.partial")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
-    partial.replace(chunk.part)
-    return len(rows)
+    rows = [measure_row(preparer, source, row) for row in chunk.rows]
+    if chunk.part is None:
+        return rows
+    _write_table(chunk.part, pa.Table.from_pylist(rows, schema=SCHEMA))
+    return []
 
 
 def _join_parts(source: Source, folder: IndexFolder) -> None:
-    """Rank 0: parts -> index.parquet, then away with the parts."""
+    """Rank 0: parts -> index.parquet, then away with the parts. Without all of them nothing is written."""
     parts = [folder.part(start) for start in range(0, len(source), CHUNK_ROWS)]
     try:
         table = pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts])
-    except FileNotFoundError as error:
-        if folder.table.exists():  # another run built the same index at the same time and was first
-            return
-        raise ValueError(
-            f"parts of the index that other ranks measured are missing in {folder.path}; it must lie on a file system "
-            "that all ranks share (data.index_dir)"
-        ) from error
-    assert len(table) == len(source), f"{len(table)} rows measured of {len(source)}"
-    partial = folder.table.with_suffix(f".{secrets.token_hex(4)}.partial")
-    pq.write_table(table, partial)
-    partial.replace(folder.table)
-    write_quarantine(folder.path / "quarantine.jsonl", read_index([source], [folder.table]).quarantined)
+    except FileNotFoundError:
+        # Another run built the same index at the same time and was first, or ranks do not share the folder.
+        return
+    _write_index(source, folder, table)
     for part in parts:
         part.unlink(missing_ok=True)
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def _recheck(numbers: Sequence[int], folders: list[IndexFolder], pool: _Pool) -> None:
+    """Rank 0: measure again what these sources' indexes refuse for an image file; replace the rows that changed."""
+    before: dict[int, dict[int, tuple[str, str]]] = {}
+    for number in numbers:
+        entries = pq.read_table(
+            folders[number].table, columns=["row", "reason", "detail"], filters=pc.field("reason").isin(REPAIRABLE)
+        ).to_pylist()
+        source = pool.sources[number]
+        before[number] = {e["row"]: (e["reason"], e["detail"]) for e in entries if _reads_files(source, e["row"])}
+    chunks = [
+        _Chunk(number, rows[start : start + CHUNK_ROWS])
+        for number, known in before.items()
+        for rows in [sorted(known)]
+        for start in range(0, len(rows), CHUNK_ROWS)
+    ]
+    measured = iter(pool.measure(chunks))
+    for number, known in before.items():
+        new = itertools.islice(measured, len(known))
+        changed = [row for row in new if (row["reason"], row["detail"]) != known[row["row"]]]
+        if changed:
+            _replace_rows(pool.sources[number], folders[number], changed)
+
+
+def _reads_files(source: Source, row: int) -> bool:
+    """Whether an image of the record is a file; one inside the data file cannot change without it."""
+    record = parse_record(source.rows[row], source.settings.format)
+    return any(isinstance(ref.source, str) for ref in record.images)
+
+
+def _replace_rows(source: Source, folder: IndexFolder, rows: list[dict]) -> None:
+    table = pq.read_table(folder.table, schema=SCHEMA)
+    others = table.filter(~pc.field("row").isin([row["row"] for row in rows]))
+    joined = pa.concat_tables([others, pa.Table.from_pylist(rows, schema=SCHEMA)]).sort_by("row")
+    mended = sum(not row["reason"] for row in rows)
+    try:
+        _write_index(source, folder, joined)
+    except OSError as error:
+        logger.warning("%d records that can be used now stay out: %s: %s", mended, folder.path, error.strerror)
+        return
+    logger.warning("%s: %d records whose images were mended can be used now", source.name, mended)
+
+
+def _write_index(source: Source, folder: IndexFolder, table: pa.Table) -> None:
+    assert len(table) == len(source), f"{len(table)} rows measured of {len(source)}"
+    _write_table(folder.table, table)
+    write_quarantine(folder.path / "quarantine.jsonl", read_index([source], [folder.table]).quarantined)
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
     partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
-    partial.write_text(text)
+    pq.write_table(table, partial)
     partial.replace(path)

@@ -1,6 +1,7 @@
 """The index against counts taken by hand, its reuse, its resume, and its quarantine."""
 
 import dataclasses
+import errno
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from training.data.prepare import PrepareSettings
 from training.data.quarantine import count_reasons, read_quarantine
 from training.data.settings import DataSettings, SourceSettings
 
-from .samples import chat_row, write_jsonl
+from .samples import chat_row, draw_screen, encode, write_jsonl
 
 
 @pytest.fixture
@@ -38,6 +39,35 @@ def measured(monkeypatch):
     original = index_builder.measure_row
     monkeypatch.setattr(index_builder, "measure_row", lambda *args: (rows.append(args[2]), original(*args))[1])
     return rows
+
+
+def on_ranks(world_size: int, work) -> list:
+    """What each rank's call of work(rank=, world_size=, barrier=) returned or raised; ranks are threads."""
+    barrier = threading.Barrier(world_size, timeout=60)
+
+    def one_rank(rank: int):
+        try:
+            return work(rank=rank, world_size=world_size, barrier=barrier.wait)
+        except (ValueError, OSError) as error:
+            return error
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(one_rank, range(world_size)))
+
+
+def read_only(monkeypatch, folder: Path) -> None:
+    """Refuse writes below the folder, as a mount does (permissions do not stop root)."""
+    refused = OSError(errno.EROFS, "Read-only file system", str(folder))
+    writers = {"replace": os.replace, "mkdir": os.mkdir}
+
+    for name, original in writers.items():
+
+        def guarded(path, *args, original=original, **kwargs):
+            if Path(path).is_relative_to(folder):
+                raise refused
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(os, name, guarded)
 
 
 def test_counts_are_those_of_the_images_and_the_text(screens, prepare, tokenizer):
@@ -90,19 +120,7 @@ def test_workers_and_ranks_give_the_same_index(screens, prepare, monkeypatch, tm
     monkeypatch.setattr(index_builder, "CHUNK_ROWS", 5)
     alone = build(screens, prepare, index_dir=str(tmp_path / "alone"))
     pooled = build(screens, prepare, index_dir=str(tmp_path / "pool"), num_workers=2)
-    barrier = threading.Barrier(3, timeout=60)
-
-    def one_rank(rank):
-        try:
-            return build(
-                screens, prepare, index_dir=str(tmp_path / "ranks"), rank=rank, world_size=3, barrier=barrier.wait
-            )
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(3) as pool:
-        ranks = list(pool.map(one_rank, range(3)))
+    ranks = on_ranks(3, lambda **group: build(screens, prepare, index_dir=str(tmp_path / "ranks"), **group))
     for other in (pooled, *ranks):
         assert other.content_hash.tolist() == alone.content_hash.tolist()
         assert other.text_tokens.tolist() == alone.text_tokens.tolist()
@@ -188,11 +206,108 @@ def test_quarantine_adds_up_and_is_written(screens, prepare, tmp_path):
     assert index.quarantined[0].file.endswith("train.jsonl, record 4")
     assert index.summary()["num_kept"] + index.summary()["num_quarantined"] == 7
     settings = DataSettings(max_quarantined_share=0.5)
-    with pytest.raises(ValueError, match=r"4 of 7 records cannot be used .*data\.max_quarantined_share"):
+    with pytest.raises(ValueError, match=r"4 of 7 records cannot be used .*data\.max_quarantined_share.*\.index"):
         index.checked(settings, tmp_path / "q.jsonl")
     settings.max_quarantined_share = 0.6
     assert len(index.checked(settings, tmp_path / "q.jsonl")) == 3
     assert read_quarantine(tmp_path / "q.jsonl") == index.quarantined
+
+
+def break_images(folder: Path) -> list[dict]:
+    """Every way in which an image file can be unusable, each in a record of its own."""
+    good = (folder / "screen_0.png").read_bytes()
+    files = {
+        "empty.png": b"", "text.png": b"no image", "half.png": good[: len(good) // 2],
+        "long.png": encode(Image.new("RGB", (8200, 40))), "bomb.png": encode(Image.new("L", (600, 600))),
+        "float.tiff": encode(Image.new("F", (64, 64)), "TIFF"),
+    }  # fmt: skip
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (folder / "folder.png").mkdir()
+    (folder / "link.png").symlink_to("/etc/hostname")
+    return [chat_row(name, answer=name) for name in (*files, "folder.png", "link.png", "missing.png")]
+
+
+def test_a_mended_image_is_used_by_the_next_run(screens, prepare, measured, caplog):
+    broken = break_images(screens)
+    embedded = chat_row("data:image/png;base64,AAAA")
+    write_jsonl(screens / "train.jsonl", [chat_row("screen_0.png"), *broken, embedded, "{no json", chat_row(None)])
+    limited = dataclasses.replace(prepare, resize=ResizeSettings(min_pixels=1024, max_decoded_pixels=350_000))
+    index = build(screens, limited)
+    reasons = count_reasons(index.quarantined)
+    assert set(reasons) - {"invalid_json"} == set(index_builder.REPAIRABLE), "each reason is tried here"
+    assert len(index) == 2
+
+    measured.clear()
+    assert build(screens, limited).quarantined == index.quarantined
+    assert measured == list(range(1, 10)), "nothing but records with image files is looked at again"
+    table = next(screens.rglob("index.parquet"))
+    written = table.stat().st_mtime_ns
+    build(screens, limited, recheck=False)
+    assert len(measured) == 9
+    assert table.stat().st_mtime_ns == written, "rewritten only for a change"
+
+    (screens / "folder.png").rmdir()
+    (screens / "link.png").unlink()
+    for row in broken:
+        name = row["messages"][0]["content"][0]["image"]
+        (screens / name).write_bytes((screens / "screen_1.png").read_bytes())
+    measured.clear()
+    with caplog.at_level("WARNING"):
+        mended = build(screens, limited, recheck=True)
+    assert "9 records whose images were mended" in caplog.text
+    assert len(mended) == 11
+    assert [entry.record for entry in mended.quarantined] == ["train:10", "train:11"]
+    fresh = build(screens, limited, index_dir=str(screens / "fresh"))
+    assert fresh.quarantined == mended.quarantined == read_quarantine(table.with_name("quarantine.jsonl"))
+    for name in ("row", "content_hash", "text_tokens", "num_supervised", "kept_blocks", "full_blocks", "image_starts"):
+        np.testing.assert_array_equal(getattr(mended, name), getattr(fresh, name))
+    measured.clear()
+    build(screens, limited)
+    assert measured == []
+
+
+def test_mending_is_measured_by_processes_and_seen_by_all_ranks(screens, prepare, monkeypatch):
+    monkeypatch.setattr(index_builder, "CHUNK_ROWS", 3)
+    write_jsonl(screens / "train.jsonl", [chat_row(f"late_{i}.png", answer=str(i)) for i in range(8)])
+    assert len(build(screens, prepare)) == 0
+    for i in range(0, 8, 2):
+        (screens / f"late_{i}.png").write_bytes((screens / "screen_0.png").read_bytes())
+    ranks = on_ranks(2, lambda **group: build(screens, prepare, num_workers=2, **group))
+    assert [index.row.tolist() for index in ranks] == [[0, 2, 4, 6]] * 2
+
+
+def test_an_index_on_a_read_only_file_system_is_used(screens, prepare, monkeypatch, caplog):
+    """Written nowhere while nothing changed; what could not be written down stays out, on every rank alike."""
+    write_jsonl(screens / "train.jsonl", [chat_row("screen_0.png"), chat_row("late.png")])
+    build(screens, prepare)
+    read_only(monkeypatch, screens / "train.jsonl.index")
+    assert len(build(screens, prepare)) == 1
+    (screens / "late.png").write_bytes((screens / "screen_1.png").read_bytes())
+    assert len(build(screens, prepare)) == 1
+    assert "1 records that can be used now stay out" in caplog.text
+
+
+def test_sources_of_one_name_size_and_time_have_their_own_index(screens, prepare, tmp_path):
+    """Two folders, equal data files, other images: kept together in one index_dir."""
+    for name, seed in (("a", 1), ("b", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_jsonl(folder / "train.jsonl", [chat_row("x.png")])
+        os.utime(folder / "train.jsonl", ns=(5, 5))
+        draw_screen(seed).save(folder / "x.png")
+    together = {"index_dir": str(tmp_path / "all")}
+    alone = [build(tmp_path / name, prepare).content_hash.tolist() for name in "ab"]
+    assert [build(tmp_path / name, prepare, **together).content_hash.tolist() for name in "ab"] == alone
+    # One data file over two roots; and one root written in two ways is one.
+    source = str(tmp_path / "a" / "train.jsonl")
+    roots = [tmp_path / "a", tmp_path / "b", tmp_path / "b" / ".." / "b"]
+    found = [
+        build_index([SourceSettings(source, root=str(root))], prepare, num_workers=0, show_progress=False, **together)
+        for root in roots
+    ]
+    assert [index.content_hash.tolist() for index in found] == [alone[0], alone[1], alone[1]]
+    assert found[1].files == found[2].files
 
 
 def test_a_source_with_nothing_usable_is_refused(screens, prepare, tmp_path):
@@ -240,7 +355,52 @@ def test_folder_that_cannot_be_written_names_the_knob(screens, prepare):
         build(screens, prepare, index_dir=str(screens / "file"))
 
 
-def test_ranks_without_a_shared_folder_are_told(screens, prepare, monkeypatch):
+@pytest.mark.parametrize("blind_rank", [0, 1])
+def test_a_source_that_another_run_completes_meanwhile_disturbs_no_rank(screens, prepare, monkeypatch, blind_rank):
+    """One rank finds the first of two sources still missing, the other finds it complete already."""
     monkeypatch.setattr(index_builder, "CHUNK_ROWS", 5)
-    with pytest.raises(ValueError, match="file system that all ranks share"):
-        build(screens, prepare, rank=0, world_size=2)
+    names = [str(screens / f"{name}.jsonl") for name in "ab"]
+    for name in names:
+        Path(name).write_bytes((screens / "train.jsonl").read_bytes())
+    sources = [SourceSettings(name) for name in names]
+    complete = build_index(sources[:1], prepare, num_workers=0, show_progress=False).files
+    blind, exists = set(), Path.exists
+
+    def not_yet(path):
+        return exists(path) and not (path in complete and threading.get_ident() in blind)
+
+    monkeypatch.setattr(Path, "exists", not_yet)
+
+    def work(rank, barrier, **group):
+        me = threading.get_ident()
+        if rank == blind_rank:
+            blind.add(me)
+
+        def wait():
+            blind.discard(me)
+            barrier()
+
+        return build_index(sources, prepare, num_workers=0, show_progress=False, rank=rank, barrier=wait, **group)
+
+    assert [getattr(index, "num_records", index) for index in on_ranks(2, work)] == [48, 48]
+
+
+def test_ranks_without_a_shared_folder_are_told(screens, prepare, monkeypatch, tmp_path):
+    """All of them, none waiting for another."""
+    monkeypatch.setattr(index_builder, "CHUNK_ROWS", 5)
+
+    def work(rank, **group):
+        return build(screens, prepare, index_dir=str(tmp_path / f"disk of {rank}"), rank=rank, **group)
+
+    for error in on_ranks(2, work):
+        assert "file system that all ranks share" in str(error)
+
+
+def test_a_failure_of_rank_0_leaves_no_rank_waiting(screens, prepare, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(index_builder, "_write_index", full)
+    failed, told = on_ranks(2, lambda **group: build(screens, prepare, **group))
+    assert failed.errno == errno.ENOSPC
+    assert "file system that all ranks share" in str(told)

@@ -1,0 +1,70 @@
+"""Where the index of a source lives: a folder whose name holds everything its content depends on."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from training.data.sources import Source
+
+INDEX_VERSION = 2
+"""Raise when the meaning of a column, or what can be used, changes: older indexes are then built anew."""
+
+
+@dataclass(frozen=True)
+class IndexFolder:
+    """One source's index."""
+
+    path: Path
+
+    @property
+    def table(self) -> Path:
+        return self.path / "index.parquet"
+
+    def part(self, start: int) -> Path:
+        return self.path / f"part-{start:010d}.parquet"
+
+
+def open_folder(source: Source, fingerprint: dict, index_dir: str) -> IndexFolder:
+    """The source's folder; where it has no index yet, made if need be, with the settings it stands for written into it.
+
+    fingerprint: what records are prepared with. index_dir: keeps the indexes of all sources; "" for beside each.
+    Raises ValueError when the folder cannot be written.
+    """
+    settings = source.settings
+    content = {
+        "version": INDEX_VERSION,
+        "data": source.fingerprint,
+        "num_records": len(source),
+        "root": settings.root,
+        "format": settings.format,
+        **fingerprint,
+    }
+    path = Path(settings.path)
+    if path.exists() and not index_dir:
+        parent = path.parent / f"{path.name}.index"
+    else:
+        # A folder for many sources: two data files of one name, size and time may have other images beside them.
+        content["path"] = str(path.resolve()) if path.exists() else settings.path
+        content["root"] = str(Path(settings.root).resolve()) if settings.root else ""
+        parent = Path(index_dir) / path.name if index_dir else Path.home() / ".cache" / "pixelprune" / "index"
+    text = json.dumps(content, indent=2, sort_keys=True)
+    folder = IndexFolder(parent / xxhash.xxh3_64(text.encode()).hexdigest())
+    if folder.table.exists():  # it may lie on a read-only file system
+        return folder
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        _write_atomically(folder.path / "settings.json", text + "\n")
+    except OSError as error:
+        raise ValueError(f"the index cannot be written to {folder.path}: {error.strerror} (data.index_dir)") from error
+    return folder
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
+    partial.write_text(text)
+    partial.replace(path)
