@@ -13,6 +13,9 @@ from pixelprune.selection import check_settings, select
 from pixelprune.settings import BLOCK, PruneSettings
 
 _FORMAT = "pixelprune-compressed-1"
+MAX_PIXELS = 100_000_000
+"""The largest image that `Compressed.load` takes unless told otherwise: the limit of decoding images, too."""
+_OTHER_BYTES = 1 << 16
 _FIELDS = {"format", "blocks", "keep", "strategy", "metric", "threshold"}
 
 
@@ -42,6 +45,8 @@ class Compressed:
             raise ValueError(f"keep: expected a non-empty bool array (rows, cols), got {keep.dtype} {keep.shape}")
         if blocks.dtype != np.uint8 or blocks.ndim != 4 or blocks.shape[1] != blocks.shape[2] or blocks.shape[3] != 3:
             raise ValueError(f"blocks: expected uint8 (K, side, side, 3), got {blocks.dtype} {blocks.shape}")
+        if blocks.shape[1] < 1:
+            raise ValueError(f"blocks: expected a side of at least one pixel, got {blocks.shape}")
         if len(blocks) != keep.sum():
             raise ValueError(f"blocks: the mask keeps {int(keep.sum())} blocks, but {len(blocks)} came")
         if not keep[0, 0]:
@@ -73,21 +78,34 @@ class Compressed:
         Path(path).write_bytes(buffer.getvalue())
 
     @classmethod
-    def load(cls, path: Path | str) -> Compressed:
-        """Read what `save` wrote. ValueError for any other or inconsistent content, OSError if unreadable."""
+    def load(cls, path: Path | str, max_pixels: int = MAX_PIXELS) -> Compressed:
+        """Read what `save` wrote. ValueError for any other or inconsistent content, OSError if unreadable.
+
+        max_pixels: refuse an image of more than this, before anything is inflated: a file of kilobytes can hold it.
+        """
         data = Path(path).read_bytes()
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-                fields = {name: archive[name] for name in archive.files}
-        except (ValueError, zipfile.BadZipFile, EOFError, TypeError, AttributeError) as error:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                num_bytes = sum(member.file_size for member in archive.infolist())
+            # Three bytes for a pixel, one for a block (at least a pixel) of the mask; then headers, texts and numbers.
+            if num_bytes <= 4 * max_pixels + _OTHER_BYTES:
+                with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                    fields = {name: arrays[name] for name in arrays.files}
+        except Exception as error:
+            # zipfile, zlib and numpy meet damage with a dozen classes; MemoryError is a header that lies about a shape.
             raise ValueError(f"{path}: not a compressed image ({error})") from error
+        if num_bytes > 4 * max_pixels + _OTHER_BYTES:
+            raise ValueError(f"{path}: {num_bytes} bytes of content, more than an image of max_pixels={max_pixels} has")
         if fields.keys() != _FIELDS or fields["format"].shape != () or str(fields["format"]) != _FORMAT:
             raise ValueError(f"{path}: expected the fields {sorted(_FIELDS)} of {_FORMAT}, got {sorted(fields)}")
         try:
             threshold = float(fields["threshold"])
-            return cls(fields["blocks"], fields["keep"], str(fields["strategy"]), str(fields["metric"]), threshold)
+            made = cls(fields["blocks"], fields["keep"], str(fields["strategy"]), str(fields["metric"]), threshold)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: inconsistent content: {error}") from error
+        if made.keep.size * made.block**2 > max_pixels:
+            raise ValueError(f"{path}: {made.keep.size} blocks of side {made.block} exceed max_pixels={max_pixels}")
+        return made
 
 
 def encode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,7 @@ def replaced(**changes) -> Compressed:
         (lambda: replaced(blocks=encode(page()).blocks[:-1]), "mask keeps .* blocks, but"),
         (lambda: replaced(blocks=encode(page()).blocks.astype(np.int16)), "expected uint8 .*got int16"),
         (lambda: replaced(blocks=encode(page()).blocks[:, :16]), "expected uint8"),
+        (lambda: replaced(blocks=np.zeros((1, 0, 0, 3), np.uint8), keep=np.ones((1, 1), bool)), "side of at least one"),
         (lambda: replaced(keep=np.ones(4, bool)), r"bool array \(rows, cols\)"),
         (lambda: replaced(keep=np.ones((0, 3), bool)), "non-empty"),
         (lambda: replaced(keep=np.roll(encode(page()).keep, 1, axis=1)), "first block is always kept"),
@@ -180,6 +182,50 @@ def test_inconsistent_files_are_refused(tmp_path: Path) -> None:
         Compressed.load(path)
     with pytest.raises(OSError, match="missing"):
         Compressed.load(tmp_path / "missing.npz")
+
+
+def test_no_flipped_byte_gives_another_image_or_another_error(tmp_path: Path) -> None:
+    path = tmp_path / "image.npz"
+    image = mosaic(np.random.default_rng(0), 3, 4, 2, 3, 3, 0)
+    encode(image, block=2).save(path)
+    data = path.read_bytes()
+    num_loaded = 0
+    for i in range(len(data)):
+        for flip in (0xFF, 1 << i % 8):
+            path.write_bytes(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
+            try:
+                found = Compressed.load(path)
+            except ValueError:
+                continue
+            np.testing.assert_array_equal(decode(found), image)
+            num_loaded += 1
+    assert 0 < num_loaded < len(data)  # dates and attributes of a member mean nothing
+
+
+def test_small_files_of_giant_content_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "image.npz"
+    good = encode(page())
+    rules = {"strategy": "pred2d", "metric": "max", "threshold": 0.0, "format": "pixelprune-compressed-1"}
+    keep = np.zeros((2000, 2000), bool)
+    keep[0, 0] = True
+    np.savez_compressed(path, blocks=good.blocks[:1], keep=keep, **rules)  # 12 GB once decoded
+    assert path.stat().st_size < 20_000
+    with pytest.raises(ValueError, match=r"image\.npz: 4000000 blocks of side 32 exceed max_pixels=100000000"):
+        Compressed.load(path)
+    np.savez_compressed(path, blocks=good.blocks, keep=good.keep, more=np.zeros(2**20, np.uint8), **rules)
+    with pytest.raises(ValueError, match="bytes of content, more than an image of max_pixels=60000 has"):
+        Compressed.load(path, max_pixels=60_000)
+
+    def npy(shape: str) -> bytes:
+        header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+        return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+    with zipfile.ZipFile(path, "w") as archive:  # a header that promises 3 petabytes, and nothing behind it
+        archive.writestr("blocks.npy", npy("(1000000000000, 32, 32, 3)"))
+    with pytest.raises(ValueError, match="not a compressed image"):
+        Compressed.load(path)
+    good.save(path)
+    assert Compressed.load(path, max_pixels=good.keep.size * 1024).keep.shape == good.keep.shape
 
 
 def test_a_mask_with_holes_cannot_be_replayed_as_full() -> None:
