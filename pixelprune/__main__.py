@@ -9,18 +9,19 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pixelprune.image import decode_image, resize_image
+from pixelprune.image import PrunedImage, decode_image, prune_pixels, resize_image
 from pixelprune.overlay import draw_overlay, side_by_side
-from pixelprune.selection import METRICS, check_settings, select
-from pixelprune.settings import PruneSettings, ResizeSettings
+from pixelprune.registry import strategy_names
+from pixelprune.selection import METRICS, check_settings
+from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 from pixelprune.stats import DatasetStats, ImageStats, find_images, measure_files
-
-STRATEGIES = ("pred2d", "raster", "serpentine", "random", "conncomp", "none")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,17 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except ValueError as error:  # ImageError included
+    except (ValueError, OSError) as error:  # ImageError included; a file that cannot be written
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    resize = ResizeSettings()
+    resize, names = ResizeSettings(), strategy_names()
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument(
-        "--strategies", nargs="+", choices=STRATEGIES, default=None, metavar="NAME", help=", ".join(STRATEGIES)
-    )
+    shared.add_argument("--strategies", nargs="+", choices=names, default=None, metavar="NAME", help=", ".join(names))
     shared.add_argument("--metric", choices=METRICS, default="max")
     shared.add_argument(
         "--thresholds", nargs="+", type=float, default=[0.0], metavar="T", help="0..1, default 0 (exact)"
@@ -139,13 +138,23 @@ def _show(options: argparse.Namespace) -> int:
     image = resize_image(decode_image(options.image, resize), resize)
     panels = []
     for label, rule in rules.items():
-        selection = select(image, strategy=rule.strategy, metric=rule.metric, threshold=rule.threshold)
-        caption = f"{label}: keeps {selection.num_kept} of {selection.num_blocks} blocks ({selection.retain_ratio:.1%})"
-        panels.append((caption, draw_overlay(image, selection)))
+        pruned = prune_pixels(image, rule, image.shape[:2])
+        kept, total = pruned.selection.num_kept, pruned.num_full_blocks
+        panels.append((f"{label}: keeps {kept} of {total} blocks ({kept / total:.1%})", _panel(image, pruned)))
     sheet = side_by_side(panels, options.panel_width)
     sheet.save(options.output, format="PNG")
     Console().print(f"wrote {options.output} ({sheet.width} x {sheet.height})", soft_wrap=True)
     return 0
+
+
+def _panel(image: np.ndarray, pruned: PrunedImage) -> np.ndarray:
+    """uint8, the shape of `image`: omitted blocks under a veil, or what "resize" leaves, enlarged again."""
+    if not pruned.unscaled_blocks:
+        return draw_overlay(image, pruned.selection)
+    rows, cols = pruned.selection.keep.shape
+    grid = pruned.blocks.reshape(rows, cols, BLOCK, BLOCK, 3)
+    scaled = Image.fromarray(grid.swapaxes(1, 2).reshape(rows * BLOCK, cols * BLOCK, 3))
+    return np.asarray(scaled.resize((image.shape[1], image.shape[0])))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pixelprune.image import ImageError, decode_image, resize_image
-from pixelprune.selection import select
+from pixelprune.image import ImageError, decode_image, prune_pixels, resize_image
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -114,15 +113,10 @@ def measure_image(path: Path, rules: Mapping[str, PruneSettings], resize: Resize
     """Decode, resize and measure one file under each of the labelled rules. Raises ImageError if it cannot be used."""
     picture = decode_image(path, resize)
     image = resize_image(picture, resize)
-    kept = {
-        label: select(
-            image, strategy=rule.strategy, metric=rule.metric, threshold=rule.threshold, seed=rule.seed
-        ).num_kept
-        for label, rule in rules.items()
-    }
+    original_size = (picture.height, picture.width)
+    kept = {label: prune_pixels(image, rule, original_size).selection.num_kept for label, rule in rules.items()}
     height, width = image.shape[:2]
     num_blocks = height * width // BLOCK**2
-    original_size = (picture.height, picture.width)
     return ImageStats(str(path), original_size, (height, width), num_blocks, num_unique_blocks(image), kept)
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixelprune import registry
 from pixelprune.__main__ import main
+from pixelprune.baselines import budget_size
 from pixelprune.overlay import draw_overlay
 from pixelprune.selection import select
 from tests.pixelprune.selection_reference import page
@@ -101,12 +103,47 @@ def test_show_draws_every_rule(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         assert any(np.array_equal(sheet[r : r + height, c : c + width], panel) for r, c in corners)
 
 
+def test_every_registered_strategy_is_offered(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that a file of its own adds; `resize`, which has no mask, keeps the blocks that fit pred2d's budget."""
+    registry.strategy_names()  # loads them, before the copy
+    monkeypatch.setattr(registry, "_STRATEGIES", {**registry._STRATEGIES})
+    registry.register("half")(lambda image, settings, block: select(image, strategy="none", block=block))
+    names = registry.strategy_names()
+    assert {"half", "resize", "pred2d"} <= set(names)
+    assert main(["stats", str(folder), "--json", "--strategies", *names]) == 0
+    for seed, image in enumerate(json.loads(capsys.readouterr().out)["images"]):
+        kept = image["kept_blocks"]
+        assert list(kept) == names
+        pixels = page(320, 640, seed=seed)
+        rows, cols = (side // 32 for side in budget_size(320, 640, select(pixels).num_kept))
+        assert kept["resize"] == rows * cols <= kept["pred2d"] < kept["none"] == kept["half"] == 200
+
+
+def test_show_draws_what_resize_leaves_at_the_size_of_the_others(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "sheet.png"
+    assert main(["show", str(folder / "page0.png"), "-o", str(output), "--strategies", "resize"]) == 0
+    plain = Image.fromarray(page(320, 640))
+    height, width = budget_size(320, 640, select(np.asarray(plain)).num_kept)
+    shrunk = plain.resize((width, height), Image.Resampling.BICUBIC).resize((640, 320), Image.Resampling.BICUBIC)
+    assert shrunk != plain
+    sheet, panel = np.asarray(Image.open(output)), np.asarray(shrunk)
+    corners = np.argwhere((sheet[: -320 + 1, : -640 + 1] == panel[0, 0]).all(axis=-1))
+    assert any(np.array_equal(sheet[r : r + 320, c : c + 640], panel) for r, c in corners)
+
+
 def test_show_refuses_what_it_cannot_read(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     output = str(tmp_path / "sheet.png")
     assert main(["show", str(folder / "gone.png"), "-o", output]) == 2
     assert "no such file" in capsys.readouterr().err
     assert main(["show", str(folder / "page0.png"), "-o", output, "--panel-width", "3"]) == 2
     assert not Path(output).exists()
+    capsys.readouterr()
+    assert main(["show", str(folder / "page0.png"), "-o", str(tmp_path / "nowhere" / "sheet.png")]) == 2
+    err = capsys.readouterr().err
+    assert "nowhere" in err
+    assert err.count("\n") == 1
 
 
 def test_the_module_runs_and_names_its_choices() -> None:
