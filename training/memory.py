@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 from pixelprune.family import family_of
 from pixelprune.flops import CostModel
 from training.config import AUTO, Config, ModelSettings
-from training.engine import Ranks
+from training.engine import Ranks, bucket_elements
 from training.parameters import part_of
 from training.teacher_files import Teaching
 
@@ -165,7 +165,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=b * num_weights,
         optimizer=12 * num_trained / world_size,
-        gradients=_gradient_bytes(config, num_trained, world_size, b),
+        gradients=_gradient_bytes(config, num_trained, bucket_elements(config, model), world_size, b),
         vit=vit.saved(policy.vit),
         llm=llm.saved(policy.llm),
         workspace=max(head, llm.workspace(policy.llm), vit.workspace(policy.vit) - llm.saved(policy.llm)),
@@ -173,9 +173,8 @@ def estimate_memory(
     )
 
 
-def _gradient_bytes(config: Config, num_trained: int, world_size: int, itemsize: int) -> float:
+def _gradient_bytes(config: Config, num_trained: int, bucket: int, world_size: int, itemsize: int) -> float:
     """ZeRO-2 keeps a rank's part in float32 and two buckets in the weights' dtype; ZeRO-1 all of them, in both."""
-    bucket = min(config.distributed.reduce_bucket_size, num_trained)
     if config.distributed.zero_stage == 2:
         return 4 * num_trained / world_size + 2 * itemsize * bucket
     return (4 + itemsize) * num_trained + 4 * num_trained / world_size + 2 * 4 * bucket

@@ -7,12 +7,18 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
+from benchmarks.shapes import shape_config
+from pixelprune.model_call import final_hidden
+from pixelprune.pack import pack_samples
+from tests.conftest import screen
+from tests.pixelprune.reference import make_sample
 from training.config import Config, ConfigError, GroupSettings, OptimSettings, ScheduleSettings
-from training.engine import deepspeed_json
+from training.engine import bucket_elements, deepspeed_json
 from training.parameters import count_parts, freeze_parts, lr_factor, parameter_groups
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def groups_by_name(model: nn.Module, optim: OptimSettings) -> dict[str, tuple[dict, set[str]]]:
@@ -35,8 +41,6 @@ def test_norms_biases_and_embeddings_are_not_decayed(toy_model):
 
 
 def test_parts_have_their_own_rates_and_freeze_alone(toy_folder):
-    from transformers import AutoModelForImageTextToText
-
     model = AutoModelForImageTextToText.from_pretrained(toy_folder)
     optim = OptimSettings(lr=1.0, vit=GroupSettings(freeze=True), merger=GroupSettings(lr=0.25))
     freeze_parts(model, optim)
@@ -52,8 +56,6 @@ def test_parts_have_their_own_rates_and_freeze_alone(toy_folder):
 
 
 def test_nothing_to_train_is_refused(toy_folder):
-    from transformers import AutoModelForImageTextToText
-
     model = AutoModelForImageTextToText.from_pretrained(toy_folder)
     frozen = GroupSettings(freeze=True)
     optim = OptimSettings(vit=frozen, merger=frozen, llm=frozen)
@@ -94,3 +96,34 @@ def test_passthrough_is_merged_and_may_not_contradict():
     config.distributed.deepspeed = {"zero_optimization": {"stage": 3}}
     with pytest.raises(ConfigError, match=r"distributed\.deepspeed\.zero_optimization\.stage: 3 contradicts 2"):
         deepspeed_json(config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("shape", "elements"), [("2b", 200_000_000), ("8b", 151_936 * 4_096)], ids=["tied head", "untied head"]
+)
+def test_a_gradient_that_others_follow_fits_the_bucket(shape, elements):
+    """DeepSpeed frees a gradient above the bucket's size before its reduction, beside backward, has read it."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(shape_config(shape), dtype=torch.bfloat16)
+    config = Config()
+    zero = deepspeed_json(config, GPU, bucket_elements(config, model))["zero_optimization"]
+    assert zero["overlap_comm"]
+    assert zero["contiguous_gradients"]
+    assert zero["reduce_bucket_size"] == elements
+    model.lm_head.requires_grad_(False)
+    assert bucket_elements(config, model) == 200_000_000
+    model.requires_grad_(False)
+    model.model.visual.merger.norm.requires_grad_(True)
+    assert bucket_elements(config, model) == 2 * model.config.vision_config.hidden_size
+
+
+def test_the_embeddings_gradient_is_the_last_of_backward(toy_folder, toy_tokenizer, geometry):
+    """That is why it may be larger than the bucket: nothing is computed between its reduction and the wait for it."""
+    model = AutoModelForImageTextToText.from_pretrained(toy_folder).train()
+    names: list[str] = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: names.append(name))
+    pack = pack_samples([make_sample(toy_tokenizer, [screen(3, 4)], "Where?", "there")], geometry)
+    model.lm_head(final_hidden(model, pack, geometry)).square().mean().backward()
+    assert any(".visual." in name for name in names)
+    assert names[-1] == "model.language_model.embed_tokens.weight"
