@@ -92,13 +92,21 @@ def _build_sharded(config: Config, files: ModelFiles, ranks: Ranks, attention: s
     dtype = teacher_dtype(config)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            # It would exchange torch's linear layer for the whole process, the student's too.
+            "memory_efficient_linear": False,
+        },
         "bf16": {"enabled": dtype == torch.bfloat16},
         "steps_per_print": 2**31,
     }
     head = load_head(files, dtype, ranks.device)
-    # In host memory first, whole: the device never holds more than its share and the layers in use.
+    # Whole in host memory, then divided tensor by tensor: the device never holds more than its share and the layers in
+    # use. Left to itself, `initialize` would move the whole model there first; buffers are not divided.
     model = _load_frozen(config, files, torch.device("cpu"), attention)
+    deepspeed.zero.Init(module=model.model, config_dict_or_path=settings)
+    model.model.to(ranks.device)
     model.model, *_ = deepspeed.initialize(model=model.model, config=settings)
     model.eval()
     return OnlineTeacher(model, head, files.geometry, is_sharded=True)

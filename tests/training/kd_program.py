@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import deepspeed
 import torch
 import xxhash
 from safetensors.torch import load_file
@@ -83,6 +84,26 @@ class Scenarios:
         return build_cache(self.config("cache", *overrides), self.ranks)
 
 
+def watch_initialize() -> list[dict]:
+    """What is on this rank's device of every model that is handed to ZeRO-3, at that moment; whole numbers."""
+    initialize, found = deepspeed.initialize, []
+
+    def watched(*, model, config, **rest):
+        if config["zero_optimization"]["stage"] == 3:
+            parameters = list(model.parameters())
+            found.append(
+                {
+                    "whole": sum(parameter.numel() for parameter in parameters),
+                    "shares": sum(parameter.ds_tensor.numel() for parameter in parameters),
+                    "all": sum(parameter.ds_numel for parameter in parameters),
+                }
+            )
+        return initialize(model=model, config=config, **rest)
+
+    deepspeed.initialize = watched
+    return found
+
+
 def weights_of(teacher) -> str:
     digest = xxhash.xxh3_64()
     for _, tensor in sorted(teacher.model.state_dict().items()):
@@ -155,7 +176,10 @@ def two_ranks(run: Scenarios) -> dict:
     folder = run.cache(*cached)
     results["cached, packed"] = run.train("cached", *cached)
     results["num_cached"] = len(TargetReader(folder))
+    handed_over, linear = watch_initialize(), torch.nn.functional.linear
     results["sharded"] = run.train("sharded", "kd.sharding=zero3", "optim.vit.freeze=true", "optim.merger.freeze=true")
+    results["handed over"] = handed_over
+    results["linear is torch's"] = torch.nn.functional.linear is linear
     results["replica, vision frozen"] = run.train("frozen", "optim.vit.freeze=true", "optim.merger.freeze=true")
     sharded = run.cache("kd.sharding=zero3", f"kd.cache_dir={run.folder}/sharded_cache")
     results["num_cached_sharded"] = len(TargetReader(sharded))

@@ -129,3 +129,11 @@ def test_a_teacher_spread_over_ranks_says_what_a_replica_says(results):
     """ZeRO-3 inference over gloo; with the vision part frozen, where packs would go without the dummy image."""
     assert_near(results[2]["sharded"], results[2]["replica, vision frozen"])
     assert results[2]["num_cached_sharded"] == NUM_RECORDS
+
+
+def test_a_spread_teacher_is_divided_before_deepspeed_moves_it(results):
+    """`deepspeed.initialize` moves what it gets to the device: by then a rank has half of every tensor (and padding)."""
+    (model,) = results[2]["handed over"]
+    assert model["whole"] == 0
+    assert model["all"] / 2 <= model["shares"] <= 1.001 * model["all"] / 2
+    assert results[2]["linear is torch's"], "ZeRO-3 of the teacher changed the linear layers of the student"
