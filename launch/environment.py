@@ -33,14 +33,32 @@ def rank_environment(num_ranks: int, threads_per_rank: int = 0) -> dict[str, str
     return environment
 
 
+def num_gpus() -> int:
+    """GPUs for ranks on this machine; none where DS_ACCELERATOR=cpu puts the ranks on the CPU."""
+    if _ranks_on_cpu():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _ranks_on_cpu() -> bool:
+    return os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
 def chosen_gpus(num_ranks: int) -> list[str] | None:
     """The GPUs that CUDA_VISIBLE_DEVICES leaves to this run, one per rank; None when it names none.
 
     DeepSpeed ignores the variable beside `--num_accelerators` and takes the first GPUs of the machine, somebody else's
     perhaps. Raises UserError when there are fewer than ranks, or when they are named other than by number.
     """
-    value = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    value = "" if _ranks_on_cpu() else os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if value in ("", "-1"):
+        available = num_gpus()
+        if 0 < available < num_ranks:
+            raise UserError(
+                f"--ranks {num_ranks}: this machine has {available} GPUs; lower --ranks, or set DS_ACCELERATOR=cpu"
+            )
         return None
     gpus = [name.strip() for name in value.split(",")]
     if not all(name.isdigit() for name in gpus):

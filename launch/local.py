@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from launch.environment import chosen_gpus, rank_environment
+from launch.environment import chosen_gpus, num_gpus, rank_environment
 from launch.restart import RestartPolicy
 from training.errors import UserError
 
@@ -16,9 +16,7 @@ TRAINER = "training.train"
 
 def default_num_ranks() -> int:
     """One rank per GPU; without a GPU two, so that the distributed path is the one that runs."""
-    import torch
-
-    return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    return num_gpus() or min(2, os.cpu_count() or 1)
 
 
 def find_deepspeed() -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+# Ranks of tests are CPU ranks over gloo on every machine, two of them on one GPU too. Tests of CUDA kernels use torch.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from deepspeed.accelerator import get_accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. User errors end with one line and exit code 2."""
     args = _parser().parse_args(argv)
     console = Console(stderr=True, highlight=False)
-    ranks = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+    ranks = PartialState(cpu=get_accelerator().device_name() == "cpu", timeout=timedelta(hours=12))
     try:
         results = evaluate(args, ranks, console)
     except UserError as error:  # agreed by all ranks: see _together

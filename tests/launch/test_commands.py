@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.__main__ import main
 from launch.environment import rank_environment
 from launch.hosts import read_hostfile
-from launch.local import local_command
+from launch.local import default_num_ranks, local_command
 from training.errors import UserError
 from training.folder_lock import FolderLock
 
@@ -50,6 +51,7 @@ def test_dry_run_prints_the_commands_of_several_hosts(capsys, tmp_path):
 
 
 def test_gpus_left_to_the_run_are_the_ones_it_takes(monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     assert local_command(Path(RECIPE), [], 2)[1:3] == ["--include", "localhost:2,5"]
     with pytest.raises(UserError, match="leaves 3 GPUs"):
@@ -57,6 +59,21 @@ def test_gpus_left_to_the_run_are_the_ones_it_takes(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     with pytest.raises(UserError, match="expected GPU numbers"):
         local_command(Path(RECIPE), [], 1)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local_command(Path(RECIPE), [], 4)[1:3] == ["--num_accelerators", "4"]
+
+
+def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert main([RECIPE, "--ranks", "3", "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert error == "error: --ranks 3: this machine has 2 GPUs; lower --ranks, or set DS_ACCELERATOR=cpu\n"
+    assert local_command(Path(RECIPE), [], 2)[1:3] == ["--num_accelerators", "2"]
+    assert default_num_ranks() == 2
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert local_command(Path(RECIPE), [], 3)[1:3] == ["--num_accelerators", "3"]
+    assert default_num_ranks() == min(2, os.cpu_count() or 1)
 
 
 def test_ranks_share_the_cores_unless_the_user_says_otherwise(monkeypatch):

@@ -75,3 +75,17 @@ def test_young_lock_without_a_process_is_given_time(lock, monkeypatch):
     prebuild.clear_stale_lock()
     assert not lock.exists()
     assert time.time() > began + 2.0
+
+
+def test_the_cpu_extension_is_built_on_gpu_machines_too(monkeypatch):
+    """Tests start CPU ranks there: a first start that compiles could be killed, and leave its lock."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    code = "\n".join(
+        [
+            "from launch.prebuild import prebuild; prebuild()",
+            "from deepspeed.accelerator import get_accelerator; from deepspeed.ops.op_builder.builder import OpBuilder",
+            "print(get_accelerator().device_name(), *OpBuilder._loaded_ops)",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["cuda deepspeed_shm_comm"], done.stderr
