@@ -132,7 +132,7 @@ def test_a_teacher_spread_over_ranks_says_what_a_replica_says(results):
 
 
 def test_a_spread_teacher_is_divided_before_deepspeed_moves_it(results):
-    """`deepspeed.initialize` moves what it gets to the device: by then a rank has half of every tensor (and padding)."""
+    """`deepspeed.initialize` moves what it gets to the device: a rank has half of every tensor by then, and padding."""
     (model,) = results[2]["handed over"]
     assert model["whole"] == 0
     assert model["all"] / 2 <= model["shares"] <= 1.001 * model["all"] / 2

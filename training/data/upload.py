@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -19,7 +20,7 @@ def upload_ahead(results: Iterable[PackResult], device: torch.device) -> Iterato
     if device.type != "cuda":
         yield from ((result.pack, result) for result in results)
         return
-    stream = torch.cuda.Stream(device)
+    stream = copy_stream(device)
     waiting: _Upload | None = None
     for result in results:
         upload = _Upload.begin(result, stream)
@@ -28,6 +29,16 @@ def upload_ahead(results: Iterable[PackResult], device: torch.device) -> Iterato
         waiting = upload
     if waiting is not None:
         yield waiting.finish()
+
+
+@lru_cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of all copies to this device.
+
+    torch keeps freed memory apart by stream: a stream for every step would reserve a pack's memory for each of the 32
+    that torch hands out in turn, and now and then be the one that DeepSpeed's reductions run on.
+    """
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)

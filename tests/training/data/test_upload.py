@@ -7,7 +7,7 @@ import torch
 
 from pixelprune.pack import VisionGeometry
 from training.data.collator import PixelPruneCollator
-from training.data.upload import upload_ahead
+from training.data.upload import copy_stream, upload_ahead
 from training.data.worker import PackResult
 from training.toy_model import toy_config
 
@@ -27,6 +27,29 @@ def test_on_the_cpu_packs_stay_as_they_are(results):
     uploaded = list(upload_ahead(results, torch.device("cpu")))
     assert [pack for pack, _ in uploaded] == [result.pack for result in results]
     assert [result for _, result in uploaded] == results
+
+
+def test_all_steps_copy_on_one_stream(monkeypatch):
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    copy_stream.cache_clear()
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert len({id(copy_stream(device)) for device in (first, second) * 40}) == 2
+    assert made == [first, second]
+    copy_stream.cache_clear()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_many_steps_reserve_no_more_memory_than_one(results):
+    device, reserved = torch.device("cuda", 0), []
+    pinned = [result.pin_memory() for result in results]
+    for _ in range(40):
+        for _pack, _result in upload_ahead(pinned, device):
+            pass
+        torch.cuda.synchronize(device)
+        reserved.append(torch.cuda.memory_reserved(device))
+    assert reserved[-1] == reserved[1]
 
 
 @pytest.mark.cuda
