@@ -16,6 +16,11 @@ from training.tracking import read_metrics
 RECIPE = Path("configs/demo.yaml")
 RUN = Path("runs/demo")
 SAMPLES = Path("data_tools/samples")
+NEXT_COMMAND = (
+    "launch configs/finetune.yaml run.name=mine model.path=/path/to/Qwen3-VL-2B-Instruct "
+    "data.sources.0.path=/path/to/train.jsonl data.eval_sources.0.path=/path/to/eval.jsonl"
+)
+"""What the demo ends with. Not its own recipe: a toy's learning rate and picture size would ruin a real model."""
 
 
 def main() -> int:
@@ -72,12 +77,7 @@ def _show_result(console: Console) -> None:
             expand=False,
         )
     )
-    console.print(
-        "The same on your own data and model:\n"
-        "  .venv/bin/python -m launch configs/demo.yaml run.name=mine model.path=/path/to/Qwen3-VL-2B-Instruct "
-        "data.sources.0.path=/path/to/train.jsonl data.eval_sources.0.path=/path/to/eval.jsonl",
-        soft_wrap=True,
-    )
+    console.print(f"Fine-tune a real model on your own data:\n  .venv/bin/python -m {NEXT_COMMAND}", soft_wrap=True)
 
 
 def _full_size_retain_ratio() -> float:

@@ -160,3 +160,18 @@ def test_second_run_in_a_folder_is_refused_with_pid_and_host(tmp_path):
         assert f"pid {os.getpid()} " in (tmp_path / "launch.lock").read_text()
     with FolderLock(tmp_path):
         pass
+
+
+def test_the_recipe_the_demo_ends_with_fits_a_published_model():
+    from launch.demo import NEXT_COMMAND
+    from training.recipe import load_recipe
+
+    module, recipe, *overrides = shlex.split(NEXT_COMMAND)
+    config = load_recipe(Path(recipe), overrides)
+    assert module == "launch"
+    assert config.optim.lr <= 1e-4
+    assert config.model.dtype == "bfloat16"
+    # Qwen3-VL's preprocessor_config.json: {"size": {"shortest_edge": 65536, "longest_edge": 16777216}}
+    assert (config.resize.min_pixels, config.resize.max_pixels) == (65536, 16777216)
+    assert config.schedule.max_steps == 0
+    assert config.schedule.epochs <= 3
