@@ -9,6 +9,7 @@ bandwidth is the node's whole, that of a link inside is one rank's. One rank mov
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -37,13 +38,14 @@ class Network:
         return (ranks - 1) / ranks * num_bytes / (bandwidth * self.reached) + latency
 
 
-def exposed_seconds(bucket_s: float, num_buckets: int, backward_s: float) -> float:
-    """Reduction that backward does not hide: all but the last bucket can go on beside it, in order.
+def exposed_seconds(reductions: Sequence[float], full_after: Sequence[float]) -> float:
+    """Seconds that the reductions of a backward add to it, with two buffers as in DeepSpeed 0.19.8.
 
-    bucket_s: one bucket's reduction. Gradients come evenly over `backward_s`, a bucket starts when it is full and the
-    one before it is done.
+    reductions: of every bucket in order. full_after: seconds of backward's compute after which the bucket is full; the
+    last is the whole backward. Compute waits with a full bucket until the one before is reduced, and at the end.
     """
-    filled_every, done = backward_s / num_buckets, 0.0
-    for bucket in range(1, num_buckets + 1):
-        done = max(done, bucket * filled_every) + bucket_s
-    return done - backward_s
+    full = done = before = 0.0
+    for seconds, after in zip(reductions, full_after, strict=True):
+        full = max(full + after - before, done)
+        done, before = full + seconds, after
+    return done - before

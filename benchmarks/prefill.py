@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers import DynamicCache
 
 from benchmarks.record import markdown_table, write_record
 from benchmarks.shapes import SHAPES, random_model
@@ -35,6 +35,9 @@ from pixelprune.image import decode_image, resize_image
 from pixelprune.prompter import Prompter
 from pixelprune.selection import select
 from pixelprune.settings import PruneSettings, ResizeSettings
+from training.attention import choose_attention, load_pretrained
+from training.config import ATTENTION_NAMES
+from training.model import DTYPES
 from training.toy_model import build_tokenizer
 
 SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples" / "images"
@@ -201,10 +204,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Prompter]]:
     pruned = PruneSettings(arguments.strategy, arguments.metric, arguments.threshold)
     modes = {"Full": PruneSettings("none"), "PixelPrune": pruned}
     if arguments.model:
-        model = AutoModelForImageTextToText.from_pretrained(
-            arguments.model, dtype=dtype, attn_implementation=arguments.attention
-        )
-        model = model.to(device).eval()
+        model = load_pretrained(arguments.model, attention=arguments.attention, dtype=dtype).to(device).eval()
         source: Any = arguments.model
     else:
         model = random_model(arguments.shapes, device=device, dtype=dtype, attention=arguments.attention)
@@ -226,7 +226,7 @@ def main() -> None:
     which.add_argument("--shapes", default="toy", choices=SHAPES, help="random weights of this size")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on cpu")
-    parser.add_argument("--attention", default="sdpa", help="sdpa, flash_attention_2, ...")
+    parser.add_argument("--attention", choices=ATTENTION_NAMES, default="auto", help="as model.attention of a recipe")
     parser.add_argument("--images", type=Path, default=SAMPLES, help="folder of .png screenshots; the largest are used")
     parser.add_argument("--num-images", type=int, nargs="+", default=[1, 4], help="one measurement for each number")
     parser.add_argument("--min-pixels", type=int, default=256 * 256)
@@ -239,6 +239,8 @@ def main() -> None:
     parser.add_argument("--name", help="name of the record under benchmarks/results")
     arguments = parser.parse_args()
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
+    device = torch.device(arguments.device)
+    arguments.attention = choose_attention(arguments.attention, device, DTYPES[arguments.dtype])
     torch.set_num_threads(arguments.threads)
     model, prompters = load(arguments)
     rows: list[dict[str, Any]] = []

@@ -5,8 +5,9 @@
 Nothing here is measured on ranks. Lengths are drawn as in `benchmarks.plan`; the plan of training cuts them into packs;
 FLOPs are the cost model's, recomputation included, over an assumed sustained rate; the network is a stated model
 (`benchmarks.network`). A micro-step takes its slowest pack's compute and the gradient reduction that its backward does
-not hide (ZeRO-2 reduces in every micro-step); an optimizer step adds the update of a rank's shard and the all-gather of
-weights. The loader's time is the measured one of `data_cpu`, and waits only where it exceeds the step.
+not hide: DeepSpeed's ZeRO-2 all-reduces every bucket (two passes of a ring) in every micro-step, and the embeddings,
+tied head included, come last. An optimizer step adds the update of a rank's shard and the all-gather of weights. The
+loader's time is the measured one of `data_cpu`, and waits only where it exceeds the step.
 
 Efficiency is the compute of the step spread evenly over all ranks, as a share of the step's time. weak: samples per
 rank and step are fixed. strong: samples per step are fixed.
@@ -15,6 +16,7 @@ rank and step are fixed. strong: samples per step are fixed.
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,9 +33,11 @@ from benchmarks.plan import PACK_TOKENS, SAMPLES_PER_RANK, Lengths, draw
 from benchmarks.record import markdown_table, write_record
 from benchmarks.shapes import TEXT, random_model
 from pixelprune.flops import CostModel
-from training.config import DistributedSettings
+from training.config import Config
 from training.data.balance import waste_bound
 from training.data.plan import PlanSettings, StepPlan, plan_epoch
+from training.engine import bucket_elements
+from training.parameters import part_of
 
 LOSSES = ("imbalance", "ragged", "communication", "optimizer", "data")
 COLOURS = {
@@ -64,6 +68,39 @@ class Fleet:
 
 
 @dataclass(frozen=True)
+class Gradients:
+    """Elements of the gradients, in the order in which backward makes them, and ZeRO's bucket."""
+
+    llm: float
+    vision: float
+    embeddings: float
+    bucket: float
+
+    @classmethod
+    def of(cls, model: Any, bucket: int) -> Gradients:
+        embeddings = float(model.get_input_embeddings().weight.numel())
+        sizes = [(part_of(name), float(parameter.numel())) for name, parameter in model.named_parameters()]
+        llm = sum(size for part, size in sizes if part == "llm")
+        return cls(llm - embeddings, sum(size for part, size in sizes if part != "llm"), embeddings, bucket)
+
+    @property
+    def total(self) -> float:
+        return self.llm + self.vision + self.embeddings
+
+    def buckets(self, vision_share: float) -> list[tuple[float, float]]:
+        """Elements of every bucket, and the share of backward's compute after which it is full.
+
+        vision_share: of that compute. Within the language model, and within the vision tower, gradients come evenly;
+        the embeddings' come with the end of it, in a bucket of their own.
+        """
+        llm_share, parts = 1 - vision_share, []
+        for elements, start, share in ((self.llm, 0.0, llm_share), (self.vision, llm_share, vision_share)):
+            number = math.ceil(elements / self.bucket)
+            parts += [(elements / number, start + share * (i + 1) / number) for i in range(number)]
+        return [*parts, (self.embeddings, 1.0)]
+
+
+@dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step: evenly spread compute, and what comes on top."""
 
@@ -81,11 +118,13 @@ class StepTime:
         return self.compute + sum(getattr(self, name) for name in LOSSES)
 
 
-def step_time(cost: np.ndarray, num_samples: int, num_weights: float, fleet: Fleet, network: Network) -> StepTime:
+def step_time(
+    cost: np.ndarray, num_samples: int, gradients: Gradients, vision_share: float, fleet: Fleet, network: Network
+) -> StepTime:
     """The time of one optimizer step whose packs cost these FLOPs (micro-steps, ranks).
 
-    imbalance: ranks that wait for the slowest pack of a micro-step. ragged: the same in the last micro-step, which
-    holds what was left over.
+    vision_share: of the FLOPs. imbalance: ranks that wait for the slowest pack of a micro-step. ragged: the same in the
+    last micro-step, which holds what was left over.
     """
     seconds = cost / fleet.flops_per_s
     ranks = cost.shape[1]
@@ -94,12 +133,13 @@ def step_time(cost: np.ndarray, num_samples: int, num_weights: float, fleet: Fle
     ragged = float(waits[-1]) if len(waits) > 1 else 0.0
     communication = 0.0
     if ranks > 1:
-        bucket = DistributedSettings().reduce_bucket_size
-        num_buckets = max(1, round(num_weights / bucket))
-        bucket_s = network.ring_seconds(num_weights / num_buckets * fleet.gradient_bytes, ranks)
-        communication = sum(exposed_seconds(bucket_s, num_buckets, fleet.backward_share * float(t)) for t in slowest)
-        communication += num_buckets * network.ring_seconds(num_weights / num_buckets * fleet.weight_bytes, ranks)
-    optimizer = num_weights / ranks * fleet.update_bytes_per_weight / fleet.memory_bytes_per_s
+        buckets = gradients.buckets(vision_share)
+        all_reduces = [2 * network.ring_seconds(fleet.gradient_bytes * elements, ranks) for elements, _ in buckets]
+        for backward_s in fleet.backward_share * slowest:
+            communication += exposed_seconds(all_reduces, [backward_s * share for _, share in buckets])
+        gathers = max(1, round(gradients.total / gradients.bucket))
+        communication += gathers * network.ring_seconds(fleet.weight_bytes * gradients.total / gathers, ranks)
+    optimizer = gradients.total / ranks * fleet.update_bytes_per_weight / fleet.memory_bytes_per_s
     busy = float(slowest.sum()) + communication + optimizer
     loader = num_samples / ranks * fleet.loader_s_per_sample / fleet.loader_workers
     return StepTime(
@@ -108,17 +148,19 @@ def step_time(cost: np.ndarray, num_samples: int, num_weights: float, fleet: Fle
 
 
 def simulate(
-    lengths: Lengths, cost: CostModel, ranks: int, samples: int, num_weights: float, fleet: Fleet, network: Network
+    lengths: Lengths, cost: CostModel, ranks: int, samples: int, gradients: Gradients, fleet: Fleet, network: Network
 ) -> StepTime:
     """The mean step of an epoch over these lengths."""
     inputs = lengths.plan_input(cost)
+    vision = lengths.plan_input(replace(cost, llm_linear=0.0, llm_attention=0.0, llm_delta=0.0, head=0.0))
+    vision_share = float(vision.cost.sum() / inputs.cost.sum())
     # What a layer computes a second time is a third of what the cost model counts; head and mergers are too small here.
     inputs = replace(inputs, cost=inputs.cost * 4 / 3)
     settings = PlanSettings(samples, PACK_TOKENS, 4 * PACK_TOKENS)
     steps: list[StepPlan] = list(plan_epoch(inputs, settings, epoch=0, world_size=ranks))
     times = []
     for step in steps:
-        time = step_time(step.cost, step.num_samples, num_weights, fleet, network)
+        time = step_time(step.cost, step.num_samples, gradients, vision_share, fleet, network)
         bound = waste_bound(inputs.cost[step.rows], ranks) / fleet.flops_per_s
         times.append(replace(time, unavoidable=max(0.0, bound - time.compute)))
     return StepTime(*(float(np.mean([getattr(time, name) for time in times])) for name in asdict(times[0])))
@@ -126,7 +168,7 @@ def simulate(
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     meta = random_model(arguments.shapes, device=torch.device("meta"), dtype=torch.bfloat16)
-    num_weights = float(sum(parameter.numel() for parameter in meta.parameters()))
+    gradients = Gradients.of(meta, bucket_elements(Config(), meta))
     cost = CostModel.from_config(meta.config)
     rows = []
     for scaling in ("weak", "strong"):
@@ -139,7 +181,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for node_bandwidth in arguments.node_gbytes:
                 network = Network(node_bytes_per_s=node_bandwidth * 1e9)
                 times = {
-                    mode: simulate(lengths, cost, ranks, samples, num_weights, Fleet(), network)
+                    mode: simulate(lengths, cost, ranks, samples, gradients, Fleet(), network)
                     for mode, lengths in (("Full", full), ("PixelPrune", pruned))
                 }
                 rows += [
@@ -239,8 +281,8 @@ def assumptions(arguments: argparse.Namespace) -> str:
     return (
         f"Simulated, not measured. Shape {arguments.shapes}, data as `benchmarks.plan` draws {arguments.data!r}, packs "
         f"of {PACK_TOKENS} tokens, {arguments.steps} optimizer steps each. Assumed: {fleet.flops_per_s / 1e12:.0f} "
-        f"TFLOP/s sustained per rank, every layer recomputed; ZeRO-2 reduces {fleet.gradient_bytes}-byte gradients in "
-        "every micro-step, in buckets, beside backward; "
+        f"TFLOP/s sustained per rank, every layer recomputed; ZeRO-2 all-reduces {fleet.gradient_bytes}-byte "
+        "gradients in every micro-step, in buckets, beside backward, the embeddings' after it; "
         f"{network.ranks_per_node} ranks per node, {network.link_bytes_per_s / 1e9:.0f} GB/s per rank inside a node, "
         f"{network.reached:.0%} of bandwidths reached, {1e6 * network.link_latency_s:g} us per hop inside and "
         f"{1e6 * network.node_latency_s:g} us between nodes; loader {1000 * fleet.loader_s_per_sample:g} ms per sample "

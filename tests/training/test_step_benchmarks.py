@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.network import Network, exposed_seconds
 from benchmarks.plan import draw
-from benchmarks.scaling import Fleet, simulate, step_time
+from benchmarks.scaling import Fleet, Gradients, simulate, step_time
 from benchmarks.shapes import random_model, shape_config
 from benchmarks.step_profile import PARTS, operations_by_part, profile_step
 from benchmarks.step_ways import executed_flops, recomputed_shares
@@ -25,6 +25,7 @@ from training.model import SupervisedModel, enable_recomputation
 from training.toy_model import build_tokenizer
 
 NO_LATENCY = Network(100e9, 50e9, 0.0, 0.0, ranks_per_node=8, reached=1.0)
+NOTHING = Gradients(0.0, 0.0, 0.0, 1.0)
 
 
 def test_a_ring_inside_a_node_moves_all_but_one_part_over_a_rank_s_link():
@@ -54,13 +55,37 @@ def test_one_rank_moves_nothing():
 )
 def test_backward_hides_all_but_what_comes_after_it(bucket_s, exposed):
     """Four buckets over four seconds of backward: filled at 1, 2, 3 and 4 s."""
-    assert exposed_seconds(bucket_s, 4, 4.0) == pytest.approx(exposed)
+    assert exposed_seconds([bucket_s] * 4, [1.0, 2.0, 3.0, 4.0]) == pytest.approx(exposed)
+
+
+def test_a_full_bucket_waits_for_the_reduction_before_it_however_long_the_rest_takes():
+    """The first is reduced from 1 to 4 s; the second, full at 2 s, waits: 2 s lost, though 8 s of backward follow."""
+    assert exposed_seconds([3.0, 3.0, 0.5], [1.0, 2.0, 10.0]) == pytest.approx(2.0 + 0.5)
+
+
+def test_gradients_come_in_the_order_of_backward(toy):
+    gradients = Gradients(llm=300.0, vision=100.0, embeddings=50.0, bucket=200.0)
+    assert gradients.buckets(vision_share=0.6) == [(150.0, 0.2), (150.0, 0.4), (100.0, 1.0), (50.0, 1.0)]
+    found = Gradients.of(toy, 200)
+    assert found.total == sum(parameter.numel() for parameter in toy.parameters())
+    assert found.embeddings == toy.lm_head.weight.numel(), "tied"
+    assert found.vision == sum(parameter.numel() for parameter in toy.model.visual.parameters())
+
+
+def test_a_bucket_is_all_reduced_in_every_micro_step():
+    """16 ranks on two nodes: 15/16 of 50 GB/s, twice for the all-reduce; 2 GB of gradients come at the end."""
+    fleet = Fleet(1.0, update_bytes_per_weight=0.0, loader_s_per_sample=0.0)
+    only_at_the_end = Gradients(0.0, 0.0, 1e9, 1e9)
+    packs = np.ones((3, 16))
+    one_pass = 15 / 16 * 2 / 50
+    time = step_time(packs, 48, only_at_the_end, 0.5, fleet, NO_LATENCY)
+    assert time.communication == pytest.approx(3 * 2 * one_pass + one_pass), "three all-reduces, one all-gather"
 
 
 def test_waits_are_split_into_imbalance_and_the_ragged_last_micro_step():
     fleet = Fleet(flops_per_s=1.0, memory_bytes_per_s=1.0, update_bytes_per_weight=0.0, loader_s_per_sample=0.0)
     cost = np.array([[4.0, 2.0], [3.0, 3.0], [1.0, 0.0]])
-    time = step_time(cost, 5, 0.0, fleet, NO_LATENCY)
+    time = step_time(cost, 5, NOTHING, 0.5, fleet, NO_LATENCY)
     assert (time.compute, time.imbalance, time.ragged) == pytest.approx((6.5, 1.0, 0.5))
     assert time.communication == time.optimizer == time.data == 0
     assert time.total == pytest.approx(8.0)
@@ -68,7 +93,9 @@ def test_waits_are_split_into_imbalance_and_the_ragged_last_micro_step():
 
 def test_a_loader_slower_than_the_step_is_waited_for():
     fleet = Fleet(1.0, memory_bytes_per_s=1.0, update_bytes_per_weight=0.0, loader_s_per_sample=1.0, loader_workers=2)
-    assert step_time(np.array([[3.0, 3.0]]), 16, 0.0, fleet, NO_LATENCY).data == pytest.approx(16 / 2 * 1.0 / 2 - 3)
+    assert step_time(np.array([[3.0, 3.0]]), 16, NOTHING, 0.5, fleet, NO_LATENCY).data == pytest.approx(
+        16 / 2 * 1.0 / 2 - 3
+    )
 
 
 def test_equal_packs_without_communication_lose_nothing():
@@ -77,7 +104,7 @@ def test_equal_packs_without_communication_lose_nothing():
     equal = type(one)(*(np.repeat(getattr(one, name), 32) for name in type(one).__annotations__))
     fleet = Fleet(update_bytes_per_weight=0.0, loader_s_per_sample=0.0)
     cost = CostModel.from_config(shape_config("2b"))
-    time = simulate(equal, cost, 4, 32, 0.0, fleet, NO_LATENCY)
+    time = simulate(equal, cost, 4, 32, NOTHING, fleet, NO_LATENCY)
     assert time.compute / time.total == pytest.approx(1.0)
     assert time.unavoidable == pytest.approx(0.0, abs=1e-12)
 
