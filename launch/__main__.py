@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 
 from launch.environment import rank_environment
-from launch.hosts import check_ssh_tools, hostfile_command, node_command, parse_master, read_hostfile
+from launch.hosts import (
+    check_ssh_tools,
+    hostfile_command,
+    node_command,
+    parse_master,
+    read_hostfile,
+    with_exports,
+)
 from launch.local import default_num_ranks, local_command, run_local
 from launch.ports import free_port
 from launch.restart import RestartPolicy
@@ -115,10 +122,13 @@ def _hosts(args: argparse.Namespace) -> int:
     if not is_node:
         check_ssh_tools()
     config = load_recipe(args.recipe, args.overrides)
+    environment = rank_environment(num_local, config.distributed.threads_per_rank)
+    if not is_node:
+        environment = with_exports(environment, Path(config.run.folder) / config.run.name)
     launch = Launch(
         config,
         make_command,
-        rank_environment(num_local, config.distributed.threads_per_rank),
+        environment,
         grace_seconds=args.grace,
         ranks_are_remote=not is_node,
         owns_folder=not args.node_rank,

@@ -13,6 +13,9 @@ _OF_A_RANK = (
 )
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
+OF_EVERY_RANK = (*_THREADS, "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR")
+"""What `rank_environment` sets."""
+
 
 def rank_environment(num_ranks: int, threads_per_rank: int = 0) -> dict[str, str]:
     """This environment for a launcher of `num_ranks` processes on this host.

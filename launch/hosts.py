@@ -6,9 +6,13 @@ import re
 import shutil
 from pathlib import Path
 
+from launch.environment import OF_EVERY_RANK
 from launch.local import TRAINER, find_deepspeed
 from training.errors import UserError
 
+_EXPORTED = ("GLOO_", "HF_", "WANDB_")
+"""Beginnings of the names that other hosts get beside what DeepSpeed hands over (NCCL, PYTHON and a few)."""
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASSW")
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*$")
 
 
@@ -36,6 +40,31 @@ def hostfile_command(recipe: Path, overrides: list[str], hostfile: Path, *, port
     """DeepSpeed starts the ranks of all hosts over ssh (pdsh)."""
     options = ["--hostfile", str(hostfile), "--launcher", "pdsh", "--master_port", str(port)]
     return [find_deepspeed(), *options, "--module", TRAINER, str(recipe), *overrides]
+
+
+def with_exports(environment: dict[str, str], folder: Path) -> dict[str, str]:
+    """`environment` with DS_ENV_FILE: a file in the run's folder of what the ranks of all hosts are to get of it.
+
+    DeepSpeed writes these variables into the remote command line, where every user of a host can read them, and into
+    its log: secrets stay here. What the user's own .deepspeed_env says comes last and wins.
+    """
+    lines = []
+    for name, value in environment.items():
+        if name in OF_EVERY_RANK or (name.startswith(_EXPORTED) and not _SECRET.search(name)):
+            # One line each, and pdsh fills in `%h` and its like.
+            if "\n" in value or "%" in value:
+                raise UserError(f"{name}: cannot be handed to other hosts with a line break or % in it: {value!r}")
+            # DeepSpeed puts double quotes around what the shell would split, but escapes nothing within.
+            lines.append(f"{name}=" + re.sub(r'([\\"$`])', r"\\\1", value))
+    own = environment.get("DS_ENV_FILE", ".deepspeed_env")
+    for place in (Path.home(), Path.cwd()):
+        if (place / own).is_file():
+            lines += (place / own).read_text().splitlines()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / "exported.env").resolve()
+    path.touch(mode=0o600)
+    path.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines) if line.strip()))
+    return environment | {"DS_ENV_FILE": str(path)}
 
 
 def check_ssh_tools() -> None:
