@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -75,6 +76,17 @@ def _unlink_shared_buffers() -> None:
         _, found, name = line.partition("/dev/shm/deepspeed_allreduce_buffer")
         if found:
             Path((found + name).removesuffix(" (deleted)")).unlink(missing_ok=True)
+
+
+def patient_barrier() -> Callable[[], None]:
+    """A barrier for work that takes ranks hours more or less, as indexing may. Every rank makes it, before that work.
+
+    On the group of training a rank that waits for longer than distributed.timeout_minutes is taken for hung.
+    """
+    if dist.get_world_size() == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return lambda: dist.barrier(group)
 
 
 def leave_ranks() -> None:

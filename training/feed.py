@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 import xxhash
 
 from pixelprune.flops import CostModel
@@ -22,7 +21,7 @@ from training.data.plan import PlanInput, PlanSettings, num_steps
 from training.data.prepare import PrepareSettings
 from training.data.settings import SourceSettings
 from training.data.targets import BUILD_ADVICE, TargetReader
-from training.engine import Ranks
+from training.engine import Ranks, patient_barrier
 from training.errors import UserError
 from training.model import ModelFiles
 from training.teacher_files import Teaching
@@ -115,7 +114,7 @@ def build_feed(
             num_workers=data.index_workers or ranks.cores_per_rank,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            barrier=dist.barrier,
+            barrier=patient_barrier(),
             show_progress=ranks.is_first,
             # A run that continues keeps its records: an image mended meanwhile would change the order of all samples.
             recheck=not complete_checkpoints(folder / "checkpoints"),
