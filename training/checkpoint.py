@@ -75,10 +75,10 @@ class Checkpointer:
         """The newest complete checkpoint, the same on all ranks; leftovers of killed saves are removed."""
         found: list[Path | None] = [None]
         if self.ranks.is_first and self.root.exists():
+            found = [*files.complete_checkpoints(self.root)[-1:], None][:1]
             for leftover in files.incomplete_checkpoints(self.root):
                 logger.warning("removing %s: its save was cut short", leftover)
-                files.delete_checkpoint(leftover)
-            found = [*files.complete_checkpoints(self.root)[-1:], None][:1]
+                self._delete(leftover, is_old=found[0] is not None and leftover < found[0])
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
@@ -182,7 +182,8 @@ class Checkpointer:
         except Exception as error:  # noqa: BLE001 - raised again by finish() in the training thread
             self._error = error
             if self.ranks.is_first:
-                shutil.rmtree(folder, ignore_errors=True)
+                if not (folder / files.MARKER).exists():
+                    shutil.rmtree(folder, ignore_errors=True)
             else:
                 # Spares the first rank the wait. An empty file needs no room, and where even that fails it times out.
                 with contextlib.suppress(OSError):
@@ -191,10 +192,7 @@ class Checkpointer:
     def _write(self, folder: Path, fragments: list[Fragment], generators: dict, content: dict) -> None:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         folder.mkdir(parents=True, exist_ok=True)
-        needed = sum(t.nbytes for f in fragments for t in f.tensors.values()) + _MARGIN_BYTES
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise OSError(f"{needed / 1e9:.2f} GB needed by rank {rank}, {free / 1e9:.2f} GB free")
+        self._require_space(folder, sum(t.nbytes for f in fragments for t in f.tensors.values()))
         files.write_tensors(files.random_file(folder, rank, world_size), generators, {})
         if rank == 0:
             for name, text in self.facts.items():
@@ -205,6 +203,15 @@ class Checkpointer:
             self._await_all_ranks(folder)
             files.write_atomically(folder / files.MARKER, b"")
             self._delete_old()
+
+    def _require_space(self, folder: Path, num_bytes: int) -> None:
+        """OSError unless what is still to be written by all ranks fits, each about as much as this one (`num_bytes`)."""
+        to_write = self.ranks.world_size * num_bytes - files.size_of(folder) + _MARGIN_BYTES
+        free = shutil.disk_usage(folder).free
+        if free < to_write:
+            raise OSError(
+                f"{to_write / 1e9:.2f} GB needed by {self.ranks.world_size} ranks together, {free / 1e9:.2f} GB free"
+            )
 
     def _await_all_ranks(self, folder: Path) -> None:
         deadline = time.monotonic() + 60 * self.settings.save_timeout_minutes
@@ -222,8 +229,20 @@ class Checkpointer:
         complete = files.complete_checkpoints(self.root)
         every = self.settings.keep_every_steps
         for folder in complete[: -max(1, self.settings.keep_last)]:
-            if not (every and files.step_of(folder) % every == 0):
-                files.delete_checkpoint(folder)
+            if every and files.step_of(folder) % every == 0:
+                continue
+            self._delete(folder, is_old=True)
+
+    @staticmethod
+    def _delete(folder: Path, *, is_old: bool) -> None:
+        """An old one that stays (on NFS, while a process has a file open) does no harm. RankError for a later one."""
+        try:
+            files.delete_checkpoint(folder)
+        except OSError as error:
+            if not is_old:
+                # Its parts would be taken for those of the next save of this step.
+                raise RankError(f"{folder}: cannot be removed ({error}); remove it and start again") from error
+            logger.warning("%s: an old checkpoint that could not be deleted (%s)", folder, error)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ checkpoints/step-00000120/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -125,6 +126,15 @@ class FragmentReader:
                 "of other frozen parts: use its own recipe or a new run.name"
             )
         return out
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the folder's files, also while other ranks write and rename them."""
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def delete_checkpoint(folder: Path) -> None:
