@@ -31,7 +31,6 @@ from training.engine import Ranks
 from training.errors import RankError, UserError
 from training.fragments import (
     Fragment,
-    create_moments,
     num_adam_steps,
     own_fragments,
     refresh_model_weights,
@@ -146,7 +145,6 @@ class Checkpointer:
         if content["format_version"] != FORMAT_VERSION:
             raise UserError(f"{folder}: format {content['format_version']}, expected {FORMAT_VERSION}")
         reader = files.FragmentReader(folder)
-        create_moments(engine)
         for fragment in own_fragments(engine):
             for kind, tensor in fragment.tensors.items():
                 tensor.copy_(reader.read(fragment.name, kind, fragment.start, tensor.numel()))
@@ -205,7 +203,7 @@ class Checkpointer:
             self._delete_old()
 
     def _require_space(self, folder: Path, num_bytes: int) -> None:
-        """OSError unless what is still to be written by all ranks fits, each about as much as this one (`num_bytes`)."""
+        """OSError unless what all ranks have yet to write fits; each writes about as much as this one, `num_bytes`."""
         to_write = self.ranks.world_size * num_bytes - files.size_of(folder) + _MARGIN_BYTES
         free = shutil.disk_usage(folder).free
         if free < to_write:

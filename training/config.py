@@ -1,6 +1,6 @@
 """The one typed tree behind every recipe. Sections live beside the code they steer; the rest is here.
 
-Defaults < recipe < command line. Cross-field rules are checked in `check_config`, which names the field to change.
+Defaults < recipe < command line. What values are allowed, alone and together, is in `training.config_rules`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class DistributedSettings:
     """How ranks share the work."""
 
     zero_stage: int = 2
-    """1 or 2: what ZeRO shards over ranks (optimizer states; also gradients)."""
+    """1 or 2: what ZeRO shards over ranks (optimizer states; also gradients). 1 needs model.dtype=float32."""
     threads_per_rank: int = 0
     """CPU threads of a rank; 0 shares the machine's cores evenly."""
     timeout_minutes: float = 30.0
@@ -118,7 +118,8 @@ class DistributedSettings:
     reduce_bucket_size: int = 200_000_000
     """Elements of gradients that ZeRO reduces at once (two such buffers on a GPU; why: training/engine.py)."""
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Further DeepSpeed settings, merged into the generated JSON; must not contradict the fields above."""
+    """Further DeepSpeed settings, merged into the generated JSON: those that observe a run or carry its gradients
+    (`training.config_rules` lists them). Others would change what is computed or what a checkpoint holds."""
 
 
 @dataclass
@@ -196,55 +197,3 @@ class Config:
 
 class ConfigError(UserError):
     """A recipe that cannot be run, in one line: which field, what was expected, what came."""
-
-
-def check_config(config: Config) -> None:
-    """Rules across fields. Raises ConfigError naming the field to change."""
-
-    def need(holds: bool, message: str) -> None:
-        if not holds:
-            raise ConfigError(message)
-
-    def one_of(name: str, value: Any, allowed: tuple) -> None:
-        need(value in allowed, f"{name}: expected one of {', '.join(map(str, allowed))}, got {value!r}")
-
-    need(bool(config.model.path), "model.path: expected a Hugging Face model folder or hub id, got nothing")
-    need(bool(config.data.sources), "data.sources: expected at least one data set, got none")
-    one_of("model.dtype", config.model.dtype, ("bfloat16", "float32"))
-    one_of("model.attention", config.model.attention, ATTENTION_NAMES)
-    for tower, every in (("vit", config.model.recompute_vit), ("llm", config.model.recompute_llm)):
-        need(
-            every >= AUTO,
-            f"model.recompute_{tower}: expected {AUTO} (chosen at the start), 0 (no layer), 1 (every layer) or k "
-            f"(every k-th), got {every}",
-        )
-    need(
-        config.model.compile_max_recompiles > 0,
-        f"model.compile_max_recompiles: expected at least 1, got {config.model.compile_max_recompiles}",
-    )
-    one_of("distributed.zero_stage", config.distributed.zero_stage, (1, 2))
-    one_of("checkpoint.on_error", config.checkpoint.on_error, ("stop", "continue"))
-    one_of("checkpoint.on_changed_data", config.checkpoint.on_changed_data, ("stop", "next_epoch"))
-    one_of("kd.source", config.kd.source, ("online", "cached"))
-    one_of("kd.sharding", config.kd.sharding, ("replica", "zero3"))
-    one_of("kd.dtype", config.kd.dtype, ("", "bfloat16", "float32"))
-    one_of("kd.cache_dtype", config.kd.cache_dtype, ("", "bfloat16", "float32"))
-    need(config.kd.cache_records > 0, f"kd.cache_records: expected at least 1, got {config.kd.cache_records}")
-    need(config.kd.top_k >= 0, f"kd.top_k: expected >= 0 (0 = hidden states), got {config.kd.top_k}")
-    need(
-        config.kd.top_k == 0 or config.kd.source == "cached",
-        f"kd.top_k: {config.kd.top_k} log-probabilities are kept in a cache; set kd.source=cached, or kd.top_k=0",
-    )
-    one_of("tracking.wandb", config.tracking.wandb, ("auto", "online", "offline", "disabled"))
-    need(config.optim.lr > 0, f"optim.lr: expected a positive learning rate, got {config.optim.lr}")
-    need(config.optim.max_grad_norm >= 0, f"optim.max_grad_norm: expected >= 0, got {config.optim.max_grad_norm}")
-    need(
-        config.schedule.max_steps > 0 or config.schedule.epochs > 0,
-        "schedule: expected max_steps > 0 or epochs > 0, got neither",
-    )
-    parts = (config.optim.vit, config.optim.merger, config.optim.llm)
-    need(not all(part.freeze for part in parts), "optim: vit, merger and llm are all frozen; nothing is left to train")
-    need(
-        "/" not in config.run.name and config.run.name != "",
-        f"run.name: expected a folder name, got {config.run.name!r}",
-    )

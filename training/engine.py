@@ -14,9 +14,13 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
-from training.config import Config, ConfigError
+from training.config import Config
+from training.config_rules import check_passthrough
+from training.errors import UserError
+from training.fragments import create_moments, own_fragments
 from training.parameters import parameter_groups
 
 
@@ -114,7 +118,7 @@ def bucket_elements(config: Config, model: nn.Module) -> int:
 
 
 def deepspeed_json(config: Config, device: torch.device, reduce_bucket_size: int = 0) -> dict[str, Any]:
-    """DeepSpeed's settings, generated. Raises ConfigError when the passthrough contradicts the config.
+    """DeepSpeed's settings, generated. Raises ConfigError for a passthrough that is not allowed.
 
     reduce_bucket_size: `bucket_elements` of the model, or what the config says.
 
@@ -131,6 +135,7 @@ def deepspeed_json(config: Config, device: torch.device, reduce_bucket_size: int
     queued, the compute stream waits for those queued before it, so that the buffer it fills next has been read; the
     float32 sums are made on the reduction stream, and the end of a backward waits. Others: `bucket_elements`.
     """
+    check_passthrough(config.distributed.deepspeed)
     on_cpu = device.type == "cpu"
     generated: dict[str, Any] = {
         # The loop decides where an optimizer step ends and scales losses itself: these two only satisfy DeepSpeed.
@@ -149,13 +154,17 @@ def deepspeed_json(config: Config, device: torch.device, reduce_bucket_size: int
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
-        "wall_clock_breakdown": False,
     }
-    return _merged(generated, config.distributed.deepspeed, "distributed.deepspeed")
+    passed_on = dict(config.distributed.deepspeed)
+    zero = generated["zero_optimization"] | passed_on.pop("zero_optimization", {})
+    return generated | {"zero_optimization": zero} | passed_on
 
 
 def build_engine(module: nn.Module, config: Config, device: torch.device):
-    """The engine around `module`, in training mode, with AdamW over the recipe's parameter groups."""
+    """The engine around `module`, in training mode, with AdamW over the recipe's parameter groups.
+
+    Every rank calls this. Raises UserError when a checkpoint of this engine would not hold its weights.
+    """
     # `from_pretrained` hands models out in evaluation mode, in which the stock layers silently skip recomputation.
     module.train()
     groups = parameter_groups(module, config.optim)
@@ -167,19 +176,34 @@ def build_engine(module: nn.Module, config: Config, device: torch.device):
     )
     settings = deepspeed_json(config, device, bucket_elements(config, module))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        raise UserError(
+            f"distributed.zero_stage: expected DeepSpeed to take its ZeRO-1/2 optimizer, got "
+            f"{type(engine.optimizer).__name__}, whose state cannot be saved by name; set distributed.zero_stage=2"
+        )
+    create_moments(engine)
+    _check_layout(engine)
     return engine
 
 
-def _merged(generated: dict[str, Any], extra: dict[str, Any], where: str) -> dict[str, Any]:
-    merged = dict(generated)
-    for key, value in extra.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merged(merged[key], value, f"{where}.{key}")
-        elif key in merged and merged[key] != value:
-            raise ConfigError(
-                f"{where}.{key}: {value!r} contradicts {merged[key]!r}, which is generated from the other sections; "
-                "change it there"
-            )
-        else:
-            merged[key] = value
-    return merged
+@torch.no_grad()
+def _check_layout(engine) -> None:
+    """Whether the pieces of all ranks are the trained parameters, each element once; every rank calls this.
+
+    Raises UserError: another layout than the one read in DeepSpeed would save weights under wrong names.
+    """
+    parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    num_right = 0
+    for fragment in own_fragments(engine):
+        weight = fragment.tensors["weight"]
+        own = parameters[fragment.name].flatten()[fragment.start : fragment.start + len(weight)]
+        if own.shape == weight.shape and ((own == weight) | own.isnan()).all():
+            num_right += len(weight)
+    total = torch.tensor(num_right, device=engine.device)
+    dist.all_reduce(total)
+    num_trained = sum(parameter.numel() for parameter in parameters.values())
+    if total.item() != num_trained:
+        raise UserError(
+            f"deepspeed {deepspeed.__version__}: only {total.item()} of {num_trained} trained weights lie where a "
+            "checkpoint would look for them; use a version that pyproject.toml allows"
+        )

@@ -30,7 +30,7 @@ class Fragment:
 def own_fragments(engine) -> Iterator[Fragment]:
     """This rank's pieces of every trained parameter of a ZeRO-1 or ZeRO-2 engine, in the model's order.
 
-    There are no moments before the optimizer's first step: see `create_moments`.
+    The moments are those of `create_moments`: AdamW makes its own in the first step that is not skipped.
     """
     zero = engine.optimizer
     for name, parameter in engine.module.named_parameters():
@@ -46,7 +46,7 @@ def own_fragments(engine) -> Iterator[Fragment]:
 
 
 def create_moments(engine) -> None:
-    """Give a fresh engine the zero moments that AdamW makes in its first step, so that they can be filled."""
+    """Give a fresh engine the zero moments that AdamW makes in its first step: they can be saved and filled before."""
     zero = engine.optimizer
     fused = bool(zero.optimizer.defaults.get("fused"))
     for flat in zero.single_partition_of_fp32_groups:

@@ -12,7 +12,8 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.config import Config, ConfigError, check_config
+from training.config import Config, ConfigError
+from training.config_rules import check_config
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -74,7 +74,7 @@ def test_a_failure_after_the_marker_leaves_the_checkpoint(alone, monkeypatch):
 def test_leftovers_that_cannot_be_removed_are_named(alone, monkeypatch):
     (alone.root / "step-00000004").mkdir(parents=True)
     fail_to_delete(monkeypatch, "step-00000004")
-    with pytest.raises(RankError, match="step-00000004: cannot be removed .*; remove it and start again"):
+    with pytest.raises(RankError, match=r"step-00000004: cannot be removed .*; remove it and start again"):
         alone.latest()
 
 

@@ -84,18 +84,37 @@ def test_gradients_accumulate_in_float32_and_nothing_is_clipped_behind_the_back(
     assert settings["gradient_clipping"] == 0.0  # absent, DeepSpeed would clip to 1
 
 
-def test_passthrough_is_merged_and_may_not_contradict():
+def test_passthrough_is_merged_when_it_only_observes_or_carries():
     config = Config()
     config.distributed.deepspeed = {
-        "zero_optimization": {"round_robin_gradients": True},
-        "comms_logger": {"enabled": True},
+        "zero_optimization": {"reduce_scatter": False},
+        "comms_logger": {"enabled": True, "verbose": True},
+        "communication_data_type": "fp32",
     }
     settings = deepspeed_json(config, CPU)
-    assert settings["zero_optimization"]["round_robin_gradients"] is True
+    assert settings["zero_optimization"]["reduce_scatter"] is False
     assert settings["zero_optimization"]["stage"] == 2
-    config.distributed.deepspeed = {"zero_optimization": {"stage": 3}}
-    with pytest.raises(ConfigError, match=r"distributed\.deepspeed\.zero_optimization\.stage: 3 contradicts 2"):
+    assert settings["comms_logger"] == {"enabled": True, "verbose": True}
+
+
+@pytest.mark.parametrize(
+    ("passed_on", "message"),
+    [
+        ({"zero_optimization": {"round_robin_gradients": True}}, "zero_optimization.round_robin_gradients: may change"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer: may"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: .*allowed here: reduce_scatter, allgather"),
+        ({"zero_optimization": 3}, "zero_optimization: may change"),
+        ({"fp16": {"enabled": True}}, "fp16: may change"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor: .*allowed here: comms_logger"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping: .*generated from other sections"),
+    ],
+)
+def test_passthrough_that_changes_results_or_checkpoints_is_refused(passed_on, message):
+    config = Config()
+    config.distributed.deepspeed = passed_on
+    with pytest.raises(ConfigError, match=r"distributed\.deepspeed\." + message) as caught:
         deepspeed_json(config, CPU)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -154,3 +154,62 @@ def test_whole_lists_and_sections_can_be_overridden(recipe):
     assert config.optim.lr == 0.5
     with pytest.raises(ConfigError, match=r"data\.sources\.0\.wieght.*did you mean"):
         load_recipe(recipe, ["data.sources=[{path: a.jsonl, wieght: 2}]"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tracking.log_every=0",
+        "optim.beta1=1.5",
+        "optim.beta2=-0.1",
+        "optim.lr=.nan",
+        "optim.vit.lr=-1",
+        "optim.weight_decay=-1",
+        "lora.rank=-3",
+        "lora.dropout=1",
+        "run.name=..",
+        "run.name=.",
+        "run.name=a/b",
+        "distributed.timeout_minutes=-1",
+        "schedule.warmup_steps=-3",
+        "schedule.max_steps=-5",
+        "data.samples_per_step=0",
+        "data.num_workers=-1",
+        "checkpoint.keep_last=-5",
+        "checkpoint.every_steps=-3",
+        "eval.grounding_batch_size=0",
+    ],
+)
+def test_a_value_out_of_range_names_field_and_range(recipe, override):
+    name, _, value = override.partition("=")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, [override])
+    assert str(caught.value).startswith(f"{name}: expected ")
+    assert value.removeprefix(".na") in str(caught.value) or "nan" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+ALL_FROZEN = ["optim.vit.freeze=true", "optim.merger.freeze=true", "optim.llm.freeze=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["schedule.max_steps=10", "schedule.warmup_steps=100"], "warmup_steps: expected at most .*=10, got 100"),
+        (["distributed.zero_stage=1"], "set distributed.zero_stage=2, or model.dtype=float32"),
+        (["lora.rank=4", "lora.llm=false"], "neither lora.llm nor lora.vit"),
+        (["lora.rank=4", "lora.train_merger=true", "optim.merger.freeze=true"], "contradicts optim.merger.freeze"),
+        (["distributed.deepspeed={fp16: {enabled: true}}"], r"distributed\.deepspeed\.fp16: may change"),
+        (ALL_FROZEN, "nothing is left to train"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(recipe, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(recipe, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides", [["lora.rank=4", *ALL_FROZEN], ["distributed.zero_stage=1", "model.dtype=float32"]]
+)
+def test_fields_that_go_together_are_allowed(recipe, overrides):
+    load_recipe(recipe, overrides)
