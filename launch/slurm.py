@@ -63,8 +63,14 @@ def slurm_script(
         resumable=RESUMABLE,
         final=f"{FINISHED}|{USER_ERROR}|{RESUMABLE}",
         num_restarts=settings.num_restarts,
+        wait_seconds=_WAIT_SECONDS,
     )
 
+
+# Why no kill on a bad exit: the first node that ends with 85 would have Slurm kill the others as they end, and the step
+# would report 137 in place of 85. Nodes that outlive another one, by more than an export at the end may take, are
+# killed: after a crash, ranks on other nodes may wait for it in a collective.
+_WAIT_SECONDS = 900
 
 # Why the script asks the step instead of letting Slurm signal it: B: sends the warning to this shell alone, and the
 # shell knows then that a later code 85 means "out of time" and not "somebody cancelled", which must not be requeued.
@@ -77,7 +83,7 @@ scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={slots}/' > "$ho
 master=$(head -n 1 "$hosts" | cut -d ' ' -f 1):$((20000 + SLURM_JOB_ID % 20000))
 
 # Every node: the front process, which hands signals to its ranks. No core binding: ranks and loaders share the node.
-srun --cpu-bind=none --kill-on-bad-exit=1 bash -c \\
+srun --cpu-bind=none --kill-on-bad-exit=0 --wait={wait_seconds} bash -c \\
   'exec "$@" --node-rank "$SLURM_NODEID"' front {front} --hostfile "$hosts" --master "$master" &
 step=$!
 

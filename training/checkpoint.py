@@ -114,14 +114,18 @@ class Checkpointer:
         """Whether the save in the background has met an error on this rank that was not raised yet."""
         return self._error is not None
 
+    def wait(self) -> None:
+        """Until the save under way is on disk or has failed, which `has_failed` tells; `finish` reports it."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
     def finish(self) -> bool:
         """Wait for the save under way and tell whether all went well; earlier checkpoints are intact if not.
 
         A failure is raised as RankError, once; with on_error=continue it is logged instead.
         """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
+        self.wait()
         error, self._error = self._error, None
         if error is None:
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import shutil
@@ -18,7 +19,7 @@ from pixelprune.prompter import PRUNE_FILE
 from training.config import Config
 from training.errors import UserError
 from training.exit_codes import USER_ERROR
-from training.lora import adapter_weights, add_adapters, export_weights
+from training.lora import adapter_weights, add_adapters, export_weights, trained_mergers
 from training.model import ModelFiles, load_model, load_model_files
 
 
@@ -26,16 +27,20 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config
     """Write weights, tokenizer, preprocessor, prune and resize settings and a model card; complete or not at all.
 
     The folder is written beside its final place and renamed when it is whole. With lora.merge_on_export off it holds
-    the adapters only, as peft loads them onto config.model.path.
+    the adapters (and a trained merger) only, as peft loads them onto config.model.path.
+    Raises UserError when something else than an earlier export is there.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    folder = folder.absolute()
+    _refuse_to_replace(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if config.lora.rank and not config.lora.merge_on_export:
         adapters = {name: tensor.contiguous().cpu() for name, tensor in adapter_weights(model).items()}
         save_file(adapters, partial / "adapter_model.safetensors")
-        peft_config = model.peft_config["default"]  # type: ignore[attr-defined,index]
+        peft_config = copy.copy(model.peft_config["default"])  # type: ignore[attr-defined,index]
         peft_config.base_model_name_or_path = config.model.path
+        peft_config.modules_to_save = trained_mergers(model) or None
         peft_config.save_pretrained(partial)
     else:
         model.save_pretrained(partial, state_dict=export_weights(model))
@@ -46,7 +51,7 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config
     (partial / PRUNE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     (partial / "README.md").write_text(_model_card(config, facts))
     if folder.exists():
-        old = folder.with_name(folder.name + ".old")
+        old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
         partial.rename(folder)
@@ -56,10 +61,19 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config
     return folder
 
 
-def export_checkpoint(path: Path, out: Path) -> Path:
+def _refuse_to_replace(folder: Path) -> None:
+    """UserError unless the place is free, or holds an earlier export."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / PRUNE_FILE).is_file() or (folder / "checkpoints").exists():
+        raise UserError(f"--out: {folder} exists and is not an export; name a new folder")
+
+
+def export_checkpoint(path: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
     """Export a checkpoint, or the newest complete one of a run's folder, on the CPU, from its own recipe.
 
-    Raises UserError when there is none, or when the model it was trained from is gone.
+    trust_remote_code: a checkpoint alone, which may come from anywhere, does not get to run a model folder's code.
+    Raises UserError when there is none, when the model it was trained from is gone, or when `out` is something else.
     """
     import torch
 
@@ -70,7 +84,13 @@ def export_checkpoint(path: Path, out: Path) -> Path:
         path = (complete_checkpoints(path / "checkpoints") or [path])[-1]
     if not (path / MARKER).exists():
         raise UserError(f"{path}: expected a complete checkpoint or a run's folder that holds one")
+    _refuse_to_replace(out)
     config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text()))
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{path}: its recipe has model.trust_remote_code=true; read the code in {config.model.path}, then give "
+            "--trust-remote-code"
+        )
     files = load_model_files(config.model)
     model = load_model(config.model, attention="sdpa", device=torch.device("cpu"))
     add_adapters(model, config.lora)
@@ -117,9 +137,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="training.export", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the Hugging Face folder to write")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model, if its recipe did"
+    )
     args = parser.parse_args(argv)
     try:
-        Console().print(f"model written to {export_checkpoint(args.checkpoint, args.out)}")
+        folder = export_checkpoint(args.checkpoint, args.out, trust_remote_code=args.trust_remote_code)
+        Console().print(f"model written to {folder}")
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True)
         return USER_ERROR

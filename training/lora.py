@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 
 from pixelprune.family import family_of, lora_targets
 from training.errors import UserError
+
+_MERGER = re.compile(r"\.(merger|deepstack_merger_list\.\d+)$")
 
 
 @dataclass
@@ -50,9 +53,9 @@ def add_adapters(model: nn.Module, lora: LoraSettings) -> None:
     # The wrapper is dropped: the stock model now holds the adapters, and its forward is still its own.
     get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     if lora.train_merger:
-        for name, parameter in model.named_parameters():
-            if ".merger." in name or ".deepstack_merger_list." in name:
-                parameter.requires_grad_(True)
+        for name, module in model.named_modules():
+            if _MERGER.search(name):
+                module.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -76,9 +79,19 @@ def export_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapters alone, under the names that peft loads onto a base model."""
+    """The adapters and trained mergers alone, under the names that peft loads onto a base model."""
+    mergers = tuple(f"{name}." for name in trained_mergers(model))
     return {
         f"base_model.model.{name.replace('.default.', '.')}": tensor
         for name, tensor in model.state_dict().items()
-        if ".lora_" in name
+        if ".lora_" in name or name.startswith(mergers)
     }
+
+
+def trained_mergers(model: nn.Module) -> list[str]:
+    """Modules trained beside the adapters, whole: peft's `modules_to_save`."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if _MERGER.search(name) and all(parameter.requires_grad for parameter in module.parameters())
+    ]

@@ -44,6 +44,11 @@ def freeze_parts(model: nn.Module, optim: OptimSettings) -> None:
             parameter.requires_grad_(False)
 
 
+def trains_vision(model: nn.Module) -> bool:
+    """Whether anything of the ViT or the mergers is trained, adapters included."""
+    return any(parameter.requires_grad and part_of(name) != "llm" for name, parameter in model.named_parameters())
+
+
 def parameter_groups(model: nn.Module, optim: OptimSettings) -> list[dict]:
     """AdamW groups: one per part and decay; norms, biases and embeddings are not decayed.
 

@@ -25,8 +25,8 @@ def plot_convergence(runs: dict[str, list[dict]], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
     for number, (name, rows) in enumerate(runs.items()):
         colour = f"C{number}"
-        train = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-        held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+        train = [(row["step"], loss) for row in rows if (loss := _cross_entropy(row)) is not None]
+        held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
         if train:
             steps, losses = zip(*train, strict=True)
             axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
@@ -75,15 +75,14 @@ def plot_metrics(runs: dict[str, list[dict]], metrics: dict[str, str], path: Pat
 
 
 def summarise(rows: list[dict]) -> dict[str, float]:
-    """First, last and best of a run; speeds are medians over its steps."""
+    """First and last of a run; speeds are medians over its steps. A skipped step has no loss."""
     train = [row for row in rows if "loss" in row]
-    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    losses = [row["loss"] for row in train if row["loss"] is not None]
+    held_out = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
     facts: dict[str, float] = {}
     if train:
         facts |= {
             "steps": train[-1]["step"],
-            "first loss": train[0]["loss"],
-            "last loss": train[-1]["loss"],
             "retain ratio": train[-1]["retain_ratio"],
             "samples/s": _median([row["samples_per_s"] for row in train]),
             "kept tokens/s": _median([row["kept_tokens_per_s"] for row in train]),
@@ -91,6 +90,10 @@ def summarise(rows: list[dict]) -> dict[str, float]:
             "data wait share": _median([row["data_wait_share"] for row in train]),
             "peak memory GB": max(row["peak_memory_gb"] for row in train),
         }
+    if losses:
+        facts |= {"first loss": losses[0], "last loss": losses[-1]}
+    if num_skipped := sum(row["loss"] is None for row in train):
+        facts["steps without a loss"] = num_skipped
     if held_out:
         facts |= {"held-out loss before": held_out[0], "held-out loss after": held_out[-1]}
     return facts
@@ -117,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (run / "metrics.jsonl").exists():
             Console(stderr=True).print(f"error: {run}: no metrics.jsonl; expected the folder of a run", style="red")
             return 2
-    runs = {run.name: read_metrics(run) for run in args.runs}
+    runs = {name: read_metrics(run) for name, run in _named(args.runs).items()}
     print_table(runs, console)
     out = args.out or args.runs[0]
     pictures = [
@@ -127,6 +130,20 @@ def main(argv: list[str] | None = None) -> int:
     ]
     console.print("pictures:", *(str(picture) for picture in pictures if picture), soft_wrap=True)
     return 0
+
+
+def _named(folders: list[Path]) -> dict[str, Path]:
+    """Folders by their last parts, as many as tell them apart."""
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    num_parts = 1
+    while len(names := {"/".join(folder.parts[-num_parts:]): folder for folder in folders}) < len(folders):
+        num_parts += 1
+    return names
+
+
+def _cross_entropy(row: dict) -> float | None:
+    """The training loss in nats per token: without the distillation term, which is in `loss`."""
+    return row.get("ce", row.get("loss"))
 
 
 def _running_mean(values: tuple[float, ...]) -> list[float]:

@@ -37,7 +37,7 @@ from training.model import (
     load_model_files,
     prepare_layers,
 )
-from training.parameters import freeze_parts, lr_factor, set_learning_rates
+from training.parameters import freeze_parts, lr_factor, set_learning_rates, trains_vision
 from training.provenance import describe_provenance
 from training.recipe import show
 from training.start_table import print_start_table
@@ -61,7 +61,7 @@ def run(config: Config) -> int:
 
 
 def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int:
-    agreement = Agreement(ranks)
+    agreement = Agreement(ranks, config.distributed.timeout_minutes)
     files = load_model_files(config.model)
     teaching = find_teaching(config, files, ranks)
     feed = build_feed(config, config.data.sources, files, ranks, folder, shuffle=True, teaching=teaching)
@@ -96,8 +96,19 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     meter = StepMeter(ranks, state.totals)
     evaluations.catch_up(engine, state.step, journal, agreement)
     if not newest and agreement.any(stop.is_asked)[0]:
+        journal.close()
         return RESUMABLE
-    loader = PackLoader.build(config, feed, files, ranks, num_steps=num_steps, cursor=cursor, first_step=state.step)
+    # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
+    loader = PackLoader.build(
+        config,
+        feed,
+        files,
+        ranks,
+        num_steps=num_steps,
+        cursor=cursor,
+        first_step=state.step,
+        dummy_image=trains_vision(model) or config.kd.sharding == "zero3",
+    )
     skips = _SkipCounter(config.optim.max_skipped_in_a_row, state.num_skipped)
     for step, batches in loader.steps():
         learning_rates = set_learning_rates(engine.optimizer, lr_factor(step, num_steps, config.schedule))
@@ -111,16 +122,14 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
 
         stopping, failed = agreement.any(stop.is_asked, checkpointer.has_failed)
         if failed:
-            checkpointer.finish()
-            if config.checkpoint.on_error == "stop":
-                raise UserError("saving a checkpoint failed on another rank, which says why (checkpoint.on_error)")
+            _report_failed_save(checkpointer, config)
         every = config.checkpoint.every_steps
         if stopping or num_done == num_steps or (every and num_done % every == 0):
             state = RunState(num_done, outcome.cursor, meter.totals, skips.total, state.tracker_id, feed.order)
             checkpointer.save(engine, dataclasses.replace(state, totals=dataclasses.replace(meter.totals)))
         if stopping:
-            saved = "saved" if checkpointer.finish() else "NOT saved"
             journal.close()
+            saved = "saved" if _is_saved_everywhere(checkpointer, agreement, config) else "NOT saved"
             logger.info("rank %d: stopped after step %d, %s; start again to continue", ranks.rank, num_done, saved)
             return RESUMABLE
         evaluations.after(engine, num_done, journal)
@@ -131,6 +140,23 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
         logger.info("model written to %s", path)
     journal.close()
     return FINISHED
+
+
+def _report_failed_save(checkpointer: Checkpointer, config: Config) -> None:
+    """End the run, or go on, on all ranks alike after a save that failed on one of them (checkpoint.on_error)."""
+    checkpointer.finish()
+    if config.checkpoint.on_error == "stop":
+        raise UserError("saving a checkpoint failed on another rank, which says why (checkpoint.on_error)")
+
+
+def _is_saved_everywhere(checkpointer: Checkpointer, agreement: Agreement, config: Config) -> bool:
+    """Wait for the save on all ranks: the launcher kills the others 30 s after the first that leaves with a code."""
+    checkpointer.wait()
+    agreement.meet(config.distributed.timeout_minutes + config.checkpoint.save_timeout_minutes)
+    (failed,) = agreement.any(checkpointer.has_failed)
+    if failed:
+        _report_failed_save(checkpointer, config)
+    return not failed
 
 
 class StepOutcome(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -39,8 +40,10 @@ class StopRequest:
 class Agreement:
     """Lets ranks agree on flags once per step, over gloo on the CPU: nothing waits for the device."""
 
-    def __init__(self, ranks: Ranks):
-        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
+    def __init__(self, ranks: Ranks, timeout_minutes: float):
+        """A rank that does not come within `timeout_minutes` ends the run."""
+        timeout = timedelta(minutes=timeout_minutes)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if ranks.world_size > 1 else None
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is set on any rank. Every rank must call this."""
@@ -49,3 +52,8 @@ class Agreement:
         votes = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         return tuple(bool(vote) for vote in votes.tolist())
+
+    def meet(self, timeout_minutes: float) -> None:
+        """Wait until every rank is here, for at most so long."""
+        if self._group is not None:
+            dist.monitored_barrier(self._group, timeout=timedelta(minutes=timeout_minutes))

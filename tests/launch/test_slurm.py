@@ -86,6 +86,8 @@ def test_every_node_starts_the_front_process_with_the_same_meeting_point(job, tm
     assert hosts.read_text() == "node01 slots=4\nnode02 slots=4\n"
     assert front[-4:] == ["--hostfile", str(hosts), "--master", f"node01:{20000 + 123456 % 20000}"]
     assert not (tmp_path / "log.scontrol").exists()
+    # Killed as they end with 85, the other nodes would make the step's code 137.
+    assert {"--kill-on-bad-exit=0", "--wait=900"} <= set((tmp_path / "log.options").read_text().split())
 
 
 def test_end_of_time_is_handed_on_and_the_job_goes_back_into_the_queue(job, tmp_path):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import json
 import os
+import signal
 import sys
+import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,15 +32,47 @@ def full_disk() -> None:
     checkpoint_files.save_file = save_file
 
 
-def on_second_forward(change) -> None:
-    """Let `change` have the loss sums of the second training forward of the second rank."""
+def slow_disk() -> None:
+    """A stop is asked of the second rank in its second step; the first rank's part of that save takes long.
+
+    What is complete when the second rank leaves goes to `second-rank-saw.json` in the run's folder.
+    """
+    write = checkpoint_files.save_file
+
+    def save_file(tensors, path, metadata):
+        if "fragments" in path.name:
+            if dist.get_rank() == 0:
+                time.sleep(5)
+            else:
+                atexit.register(note, path.parent.parent)
+        write(tensors, path, metadata=metadata)
+
+    def note(root: Path) -> None:
+        seen = [folder.name for folder in checkpoint_files.complete_checkpoints(root)]
+        (root.parent / "second-rank-saw.json").write_text(json.dumps(seen))
+
+    checkpoint_files.save_file = save_file
+    on_forward(2, ask_to_stop)
+
+
+def ask_to_stop(sums):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return sums
+
+
+def make_nan(sums):
+    return sums._replace(total=sums.total * torch.nan)
+
+
+def on_forward(number: int, change) -> None:
+    """Let `change` have the loss sums of that training forward of the second rank."""
     forward, count = SupervisedModel.forward, 0
 
     def changed(self, pack):
         nonlocal count
         sums = forward(self, pack)
         count += self.training
-        return change(sums) if self.training and count == 2 and dist.get_rank() == 1 else sums
+        return change(sums) if self.training and count == number and dist.get_rank() == 1 else sums
 
     SupervisedModel.forward = changed
 
@@ -46,8 +83,10 @@ def run_out_of_memory(sums):
 
 FAULTS = {
     "full-disk": full_disk,
-    "not-a-number": lambda: on_second_forward(lambda sums: sums._replace(total=sums.total * torch.nan)),
-    "out-of-memory": lambda: on_second_forward(run_out_of_memory),
+    "slow-disk": slow_disk,
+    "not-a-number": lambda: on_forward(2, make_nan),
+    "not-a-number-at-first": lambda: on_forward(1, make_nan),
+    "out-of-memory": lambda: on_forward(2, run_out_of_memory),
 }
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.ranks import start_ranks
 from tests.training.debug_run import call, overrides
 from training.checkpoint_files import complete_checkpoints
+from training.exit_codes import RESUMABLE
 from training.tracking import read_metrics
 
 pytestmark = pytest.mark.ranks
@@ -59,6 +60,26 @@ def test_a_loss_that_is_no_number_skips_one_step_on_all_ranks(run_with):
     assert "step 2 skipped: loss or gradient not finite; records on this rank" in done.stderr
     weights = load_file(folder / "export" / "model.safetensors")
     assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_a_skipped_first_step_is_saved(run_with):
+    done, folder = run_with("not-a-number-at-first", "schedule.max_steps=1", "schedule.warmup_steps=0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    assert complete_checkpoints(folder / "checkpoints") == [checkpoint]
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert (state["num_skipped"], state["num_adam_steps"]) == (1, 0)
+    moments = load_file(next(checkpoint.glob("fragments-000*")))
+    assert all(not tensor.any() for name, tensor in moments.items() if "exp_avg" in name)
+
+
+def test_no_rank_leaves_a_stop_before_all_have_saved(run_with):
+    """The launcher would kill the others 30 s later, also one that still writes."""
+    done, folder = run_with("slow-disk", "checkpoint.every_steps=0")
+    assert "stopped after step 2, saved" in done.stderr
+    assert done.returncode == RESUMABLE, done.stderr[-3000:]
+    assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == ["step-00000002"]
+    assert json.loads((folder / "second-rank-saw.json").read_text()) == ["step-00000002"]
 
 
 def test_too_little_memory_names_the_pack_and_the_settings(run_with):

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pixelprune.model_call import final_hidden
-from pixelprune.pack import pack_samples
+from pixelprune.pack import model_inputs, pack_samples
 from tests.conftest import screen
 from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
 from tests.training.debug_run import call, held_out_loss, overrides
-from training.config import Config, ModelSettings
-from training.export import export_model
+from training.config import Config, GroupSettings, ModelSettings, OptimSettings
+from training.errors import UserError
+from training.export import export_checkpoint, export_model
 from training.lora import LoraSettings, add_adapters
 from training.loss import LossSettings
 from training.model import SupervisedModel, load_model, load_model_files
+from training.parameters import freeze_parts, trains_vision
 from training.toy_model import build_toy_model
 from training.tracking import read_metrics
 
@@ -60,6 +63,69 @@ def test_exporting_the_checkpoint_gives_the_same_bits(lora_run, tmp_path):
     assert "| optimizer steps | 3 |" in card
     state = json.loads(next((lora_run / "checkpoints").glob("step-*/state.json")).read_text())
     assert state["totals"]["num_samples"] == 18
+
+
+def test_adapters_beside_the_base_bring_the_trained_merger(toy_folder, toy_tokenizer, geometry, tmp_path):
+    """What peft loads onto the base has the logits of the model that was trained."""
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    config = Config(model=ModelSettings(path=str(toy_folder)))
+    config.lora = LoraSettings(rank=4, vit=True, train_merger=True, merge_on_export=False)
+    model = AutoModelForImageTextToText.from_pretrained(toy_folder).eval()
+    add_adapters(model, config.lora)
+    torch.manual_seed(0)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("deepstack_merger_list" in name for name in trained)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter += 0.1 * torch.randn_like(parameter)
+    folder = export_model(tmp_path / "export", model, load_model_files(config.model), config, {})
+    base = AutoModelForImageTextToText.from_pretrained(toy_folder)
+    again = PeftModel.from_pretrained(base, folder).eval()
+    pack = pack_samples([make_sample(toy_tokenizer, [screen(3, 5)], "Where?", "(5, 8)")], geometry)
+    inputs = model_inputs(pack, geometry, torch.float32)
+    with torch.no_grad():
+        untrained = AutoModelForImageTextToText.from_pretrained(toy_folder).eval()(**inputs).logits
+        expected = model(**inputs).logits
+        assert torch.equal(again(**inputs).logits, expected)
+    assert not torch.allclose(untrained, expected, atol=1e-2)
+
+
+def test_only_an_earlier_export_is_replaced(lora_run, tmp_path):
+    before = sorted(path.relative_to(lora_run) for path in lora_run.rglob("*"))
+    for out in (lora_run, lora_run / "checkpoints"):
+        with pytest.raises(UserError, match="exists and is not an export; name a new folder"):
+            export_checkpoint(lora_run, out)
+    assert sorted(path.relative_to(lora_run) for path in lora_run.rglob("*")) == before
+    for kept in ("model.old", "model.partial"):
+        (tmp_path / kept).mkdir()
+        (tmp_path / kept / "mine").touch()
+    for _ in range(2):
+        export_checkpoint(lora_run, tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.old", "model.partial"]
+    assert (tmp_path / "model.old" / "mine").exists()
+
+
+def test_a_checkpoint_alone_does_not_run_a_model_folders_code(lora_run, tmp_path):
+    checkpoint = shutil.copytree(next((lora_run / "checkpoints").glob("step-*")), tmp_path / "step")
+    text = (checkpoint / "config.yaml").read_text()
+    (checkpoint / "config.yaml").write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"))
+    with pytest.raises(UserError, match=r"trust_remote_code=true; read the code in .*--trust-remote-code"):
+        export_checkpoint(checkpoint, tmp_path / "out")
+    export_checkpoint(checkpoint, tmp_path / "out", trust_remote_code=True)
+
+
+def test_adapters_on_the_vit_alone_need_an_image_in_every_pack(toy_folder):
+    from transformers import AutoModelForImageTextToText
+
+    frozen = GroupSettings(freeze=True)
+    optim = OptimSettings(vit=frozen, merger=frozen, llm=frozen)
+    for lora, expected in ((LoraSettings(rank=2), False), (LoraSettings(rank=2, llm=False, vit=True), True)):
+        model = AutoModelForImageTextToText.from_pretrained(toy_folder)
+        freeze_parts(model, optim)
+        add_adapters(model, lora)
+        assert trains_vision(model) == expected
 
 
 def test_exporting_nothing_ends_with_one_line(tmp_path):

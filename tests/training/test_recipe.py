@@ -181,11 +181,9 @@ def test_whole_lists_and_sections_can_be_overridden(recipe):
     ],
 )
 def test_a_value_out_of_range_names_field_and_range(recipe, override):
-    name, _, value = override.partition("=")
     with pytest.raises(ConfigError) as caught:
         load_recipe(recipe, [override])
-    assert str(caught.value).startswith(f"{name}: expected ")
-    assert value.removeprefix(".na") in str(caught.value) or "nan" in str(caught.value)
+    assert str(caught.value).startswith(f"{override.partition('=')[0]}: expected ")
     assert "\n" not in str(caught.value)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -131,25 +132,34 @@ class PackLoader:
 
     @classmethod
     def build(
-        cls, config, feed, files, ranks, *, num_steps: int, cursor: Cursor = START, first_step: int = 0
+        cls,
+        config,
+        feed,
+        files,
+        ranks,
+        *,
+        num_steps: int,
+        cursor: Cursor = START,
+        first_step: int = 0,
+        dummy_image: bool = True,
     ) -> PackLoader:
-        """The training loader of a run: Config, Feed, ModelFiles and Ranks of the packages above this one."""
-        vision_is_frozen = config.optim.vit.freeze and config.optim.merger.freeze
-        # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
-        needs_dummy = not vision_is_frozen or config.kd.sharding == "zero3"
+        """The training loader of a run: Config, Feed, ModelFiles and Ranks of the packages above this one.
+
+        dummy_image: needed unless all ranks run their backward, and a sharded teacher, without the vision tower.
+        """
         return cls(
             feed.index,
             feed.plan_input,
             feed.plan_settings,
             feed.prepare,
             files.geometry,
-            _loader_settings(config, ranks, "quarantine", dummy_image=needs_dummy),
+            _loader_settings(config, ranks, "quarantine", dummy_image=dummy_image),
             rank=ranks.rank,
             world_size=ranks.world_size,
             cursor=cursor,
             num_steps=num_steps,
             first_step=first_step,
-            sum_over_ranks=_sum_over_process_group(ranks.world_size),
+            sum_over_ranks=_sum_over_process_group(ranks.world_size, config.distributed.timeout_minutes),
             targets=feed.targets,
         )
 
@@ -166,7 +176,7 @@ class PackLoader:
             _loader_settings(config, ranks, "quarantine_eval", dummy_image=False),
             rank=ranks.rank,
             world_size=ranks.world_size,
-            sum_over_ranks=_sum_over_process_group(ranks.world_size),
+            sum_over_ranks=_sum_over_process_group(ranks.world_size, config.distributed.timeout_minutes),
         )
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -255,12 +265,16 @@ class PackLoader:
                 "worker_init_fn": start_worker,
                 "persistent_workers": True,
             }
+        # Its own generator: a DataLoader draws a seed with every iteration, from the global one by default, which a
+        # resumed run has just put back to where dropout was.
+        generator = torch.Generator().manual_seed(self.plan_settings.seed)
         return DataLoader(
             self._dataset,
             sampler=_Tasks(self),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers,
             pin_memory=self.settings.device.type == "cuda",
+            generator=generator,
             **options,
         )
 
@@ -308,14 +322,14 @@ def _loader_settings(config, ranks, report: str, *, dummy_image: bool) -> Loader
 
 
 @lru_cache(maxsize=4)
-def _sum_over_process_group(world_size: int) -> SumOverRanks:
+def _sum_over_process_group(world_size: int, timeout_minutes: float) -> SumOverRanks:
     """Over gloo on the CPU whatever the backend of training: nothing waits for the device.
 
     Every rank must build its loaders in the same order, as the group is made with the first one.
     """
     if world_size == 1:
         return lambda values: values
-    group = torch.distributed.new_group(backend="gloo")
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
     def sum_over_ranks(values: list[int]) -> list[int]:
         total = torch.tensor(values, dtype=torch.int64)
