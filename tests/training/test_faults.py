@@ -76,7 +76,6 @@ def test_a_skipped_first_step_is_saved(run_with):
 def test_no_rank_leaves_a_stop_before_all_have_saved(run_with):
     """The launcher would kill the others 30 s later, also one that still writes."""
     done, folder = run_with("slow-disk", "checkpoint.every_steps=0")
-    assert "stopped after step 2, saved" in done.stderr
     assert done.returncode == RESUMABLE, done.stderr[-3000:]
     assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == ["step-00000002"]
     assert json.loads((folder / "second-rank-saw.json").read_text()) == ["step-00000002"]

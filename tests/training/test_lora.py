@@ -52,6 +52,25 @@ def test_the_merged_export_has_the_reported_loss(lora_run, data):
     assert held_out_loss(lora_run / "export", data) == pytest.approx(reported, rel=1e-4)
 
 
+def test_a_resume_with_dropout_continues_bit_for_bit(data, toy_folder, tmp_path):
+    settings = ["lora.rank=4", "lora.dropout=0.5", "schedule.max_steps=4", "checkpoint.every_steps=2", "optim.lr=1e-2"]
+    settings += ["eval.every_steps=1", "checkpoint.export_at_end=false"]
+    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
+    for runs in (undisturbed, resumed):
+        if runs is resumed:
+            shutil.copytree(undisturbed, resumed)
+            shutil.rmtree(resumed / "debug" / "checkpoints" / "step-00000004")
+        done = call("launch", "configs/debug.yaml", *overrides(data, toy_folder, runs, *settings), "--ranks", "1")
+        assert done.returncode == 0, done.stderr[-4000:]
+    losses = [[row["loss"] for row in read_metrics(runs / "debug") if "loss" in row] for runs in (undisturbed, resumed)]
+    assert losses[0] == losses[1]
+    last = "debug/checkpoints/step-00000004"
+    for name in ("fragments-000-of-001.safetensors", "random-000-of-001.safetensors"):
+        theirs, ours = load_file(undisturbed / last / name), load_file(resumed / last / name)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[key], ours[key]) for key in theirs), name
+
+
 def test_exporting_the_checkpoint_gives_the_same_bits(lora_run, tmp_path):
     done = call("training.export", str(lora_run), "-o", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-2000:]
