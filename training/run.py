@@ -99,15 +99,9 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
         journal.close()
         return RESUMABLE
     # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
+    dummy = trains_vision(model) or config.kd.sharding == "zero3"
     loader = PackLoader.build(
-        config,
-        feed,
-        files,
-        ranks,
-        num_steps=num_steps,
-        cursor=cursor,
-        first_step=state.step,
-        dummy_image=trains_vision(model) or config.kd.sharding == "zero3",
+        config, feed, files, ranks, num_steps=num_steps, cursor=cursor, first_step=state.step, dummy_image=dummy
     )
     skips = _SkipCounter(config.optim.max_skipped_in_a_row, state.num_skipped)
     for step, batches in loader.steps():
