@@ -24,6 +24,7 @@ from training.data.targets import BUILD_ADVICE, TargetReader
 from training.engine import Ranks, patient_barrier
 from training.errors import UserError
 from training.model import ModelFiles
+from training.stopping import Agreement, StopRequest
 from training.teacher_files import Teaching
 
 logger = logging.getLogger(__name__)
@@ -97,12 +98,15 @@ def build_feed(
     *,
     shuffle: bool,
     teaching: Teaching | None = None,
+    stop: StopRequest | None = None,
+    agreement: Agreement | None = None,
 ) -> Feed:
     """Index the sources (all ranks together), refuse too much bad data, and set up the plan.
 
     teaching: packs bring the teacher's side with them. The records are then those that fit unpruned too, with a cached
     teacher as with an online one: the two train on the same samples.
-    Raises UserError for anything about the data that the user must mend.
+    stop, agreement: given together, a request to stop ends the index early on all ranks.
+    Raises StopAskedError then, and UserError for anything about the data that the user must mend.
     """
     data = config.data
     prepare = PrepareSettings(files.path, config.prune, config.resize, data.last_turn_only)
@@ -118,6 +122,8 @@ def build_feed(
             show_progress=ranks.is_first,
             # A run that continues keeps its records: an image mended meanwhile would change the order of all samples.
             recheck=not complete_checkpoints(folder / "checkpoints"),
+            is_stopped=lambda: stop is not None and stop.is_asked,
+            any_rank=agreement.any_rank if agreement else bool,
         )
         report = folder / f"quarantine{'' if shuffle else '_eval'}.jsonl"
         index = index.checked(data, report, with_teacher=teaching is not None, write_report=ranks.is_first)

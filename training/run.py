@@ -20,7 +20,7 @@ from training.checkpoint import Checkpointer, RunState
 from training.config import Config
 from training.data.loader import START, Cursor, MicroBatch, PackLoader
 from training.engine import Ranks, build_engine, join_ranks
-from training.errors import RankError, UserError
+from training.errors import RankError, StopAskedError, UserError
 from training.evaluations import Evaluations
 from training.exit_codes import FINISHED, RESUMABLE
 from training.export import export_model
@@ -57,14 +57,21 @@ def run(config: Config) -> int:
     stop = StopRequest(folder)
     ranks = join_ranks(config)
     with _settled(config, ranks, folder):
-        return _train(config, ranks, folder, stop)
+        try:
+            return _train(config, ranks, folder, stop)
+        except StopAskedError:
+            logger.info("rank %d: stopped before the first step; start again to continue", ranks.rank)
+            return RESUMABLE
 
 
 def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int:
     agreement = Agreement(ranks, config.distributed.timeout_minutes)
     files = load_model_files(config.model)
     teaching = find_teaching(config, files, ranks)
-    feed = build_feed(config, config.data.sources, files, ranks, folder, shuffle=True, teaching=teaching)
+    sources = config.data.sources
+    feed = build_feed(
+        config, sources, files, ranks, folder, shuffle=True, teaching=teaching, stop=stop, agreement=agreement
+    )
     num_steps = feed.num_steps(config)
     evaluations = Evaluations(config, files, ranks, folder, num_steps)
 
@@ -73,6 +80,8 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
             "training needs a launcher: `python -m launch RECIPE --ranks 1`, "
             "`deepspeed --module training.train RECIPE` or `torchrun -m training.train RECIPE`"
         )
+    if agreement.any_rank(stop.is_asked):
+        raise StopAskedError
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
     model = load_model(config.model, attention=attention, device=ranks.device)
     freeze_parts(model, config.optim)
@@ -95,7 +104,7 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
 
     meter = StepMeter(ranks, state.totals)
     evaluations.catch_up(engine, state.step, journal, agreement)
-    if not newest and agreement.any(stop.is_asked)[0]:
+    if not newest and agreement.any_rank(stop.is_asked):
         journal.close()
         return RESUMABLE
     # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.

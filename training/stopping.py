@@ -53,6 +53,10 @@ class Agreement:
         dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._group)
         return tuple(bool(vote) for vote in votes.tolist())
 
+    def any_rank(self, flag: bool) -> bool:
+        """The same for one flag."""
+        return self.any(flag)[0]
+
     def meet(self, timeout_minutes: float) -> None:
         """Wait until every rank is here, for at most so long."""
         if self._group is not None:

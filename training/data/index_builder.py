@@ -31,6 +31,7 @@ from training.data.quarantine import write_quarantine
 from training.data.records import RecordError
 from training.data.settings import SourceSettings
 from training.data.sources import Source, open_sources
+from training.errors import StopAskedError
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +62,14 @@ def build_index(
     barrier: Callable[[], None] = lambda: None,
     show_progress: bool = True,
     recheck: bool = True,
+    is_stopped: Callable[[], bool] = lambda: False,
+    any_rank: Callable[[bool], bool] = bool,
 ) -> Index:
     """The index of all sources, built where it is missing. Every rank calls this and gets the same index.
 
     num_workers: processes of this rank; 0 measures in this process. barrier: waits for all ranks; called twice.
     recheck: measure again what an index that is reused has quarantined for an image file.
+    is_stopped: asked after every chunk. any_rank: whether a flag is set on any rank; called once by every rank.
     Raises ValueError for unusable sources, an index_dir that cannot be written, or one that is not shared by all ranks.
     """
     opened = open_sources(sources)
@@ -81,9 +85,11 @@ def build_index(
         if i % world_size == rank and not (chunk.part and chunk.part.exists())
     ]
     logger.info("index: %d of %d sources to measure, %d chunks on this rank", len(missing), len(opened), len(mine))
-    pool = _Pool(opened, prepare, preparer, num_workers, show_progress and rank == 0)
+    pool = _Pool(opened, prepare, preparer, num_workers, show_progress and rank == 0, is_stopped)
     pool.measure(mine)
     barrier()
+    if any_rank(is_stopped()):
+        raise StopAskedError
     try:
         if rank == 0:
             for number in missing:
@@ -147,9 +153,10 @@ class _Pool:
     preparer: Preparer
     num_workers: int
     show_progress: bool
+    is_stopped: Callable[[], bool]
 
     def measure(self, chunks: list[_Chunk]) -> list[dict]:
-        """Write the parts; returns the rows, in order, of the chunks that have none."""
+        """Write the parts; returns the rows, in order, of the chunks that have none. Ends early when stopped."""
         columns = (TextColumn("index"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         rows = []
         with Progress(*columns, disable=not self.show_progress or not chunks) as progress:
@@ -157,6 +164,8 @@ class _Pool:
             for chunk, measured in zip(chunks, self._results(chunks), strict=True):
                 rows += measured
                 progress.advance(task, len(chunk.rows))
+                if self.is_stopped():
+                    break
         return rows
 
     def _results(self, chunks: list[_Chunk]) -> Iterator[list[dict]]:

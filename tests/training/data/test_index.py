@@ -18,6 +18,7 @@ from training.data.index_builder import build_index
 from training.data.prepare import PrepareSettings
 from training.data.quarantine import count_reasons, read_quarantine
 from training.data.settings import DataSettings, SourceSettings
+from training.errors import StopAskedError
 
 from .samples import chat_row, draw_screen, encode, write_jsonl
 
@@ -68,6 +69,24 @@ def read_only(monkeypatch, folder: Path) -> None:
             return original(path, *args, **kwargs)
 
         monkeypatch.setattr(os, name, guarded)
+
+
+@pytest.mark.parametrize("asked_here", [True, False])
+def test_a_stop_ends_the_index_after_a_chunk_on_all_ranks(screens, prepare, measured, monkeypatch, asked_here):
+    """Also a stop that only another rank has met; what was measured is found again."""
+    monkeypatch.setattr(index_builder, "CHUNK_ROWS", 8)
+    votes: list[bool] = []
+
+    def any_rank(flag: bool) -> bool:
+        votes.append(flag)
+        return True
+
+    with pytest.raises(StopAskedError):
+        build(screens, prepare, is_stopped=lambda: asked_here, any_rank=any_rank)
+    assert votes == [asked_here]
+    assert len(measured) == (8 if asked_here else 24)
+    assert len(build(screens, prepare)) == 24
+    assert sorted(measured) == list(range(24))
 
 
 def test_counts_are_those_of_the_images_and_the_text(screens, prepare, tokenizer):
