@@ -68,12 +68,15 @@ def draw_screen(seed: int, *, side: int, num_controls: int) -> tuple[Image.Image
 
 
 def write_screens(folder: Path, name: str, seeds: range, *, side: int, num_controls: int) -> Path:
-    """Pages as PNG and one record per control in folder/NAME.jsonl, in the training format; returns that path."""
+    """Pages as PNG and one record per control in folder/NAME.jsonl, in the training format; returns that path.
+
+    Pages have 1 to num_controls controls in turn: where a thing is can be learned before which of them is meant.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.jsonl"
     with path.open("w") as file:
         for seed in seeds:
-            image, controls = draw_screen(seed, side=side, num_controls=num_controls)
+            image, controls = draw_screen(seed, side=side, num_controls=1 + seed % num_controls)
             file_name = f"images/{name}-{seed:05d}.png"
             image.save(folder / file_name, compress_level=1)
             for number, (label, element, box) in enumerate(controls):

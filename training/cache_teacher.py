@@ -32,7 +32,7 @@ from training.data.loader import PackLoader
 from training.data.plan import plan_epoch
 from training.data.targets import TargetEntry, TargetReader, write_shard
 from training.divergence import tempered_log_softmax
-from training.engine import Ranks, join_ranks, leave_ranks
+from training.engine import Ranks, join_ranks, leave_ranks, patient_barrier
 from training.errors import UserError
 from training.feed import Feed, build_feed
 from training.folder_lock import FolderLock
@@ -71,14 +71,14 @@ def build_cache(config: Config, ranks: Ranks) -> Path:
     console.print(f"teacher {teacher_files.path}: {feed.index.describe()}", soft_wrap=True)
     num_missing = int(missing.sum())
     console.print(f"{len(feed.index)} records, {num_missing} of them to compute; targets in {folder}", soft_wrap=True)
+    meet = patient_barrier()
     if num_missing:
         todo = feed.index.subset(missing, [])
         _check_space(config, todo, teacher_files, folder, ranks, console)
         attention = choose_attention(config.model.attention, ranks.device, teacher_dtype(config))
         teacher = build_online_teacher(config, teacher_files, ranks, attention)
         _compute(config, todo, feed, student, teacher, folder, ranks, console)
-    if ranks.world_size > 1:
-        dist.barrier()
+    meet()
     if ranks.is_first:
         lock.release()
     console.print("all records have their targets: train with kd.source=cached", soft_wrap=True)

@@ -35,8 +35,8 @@ class RunTotals:
 class StepMeter:
     """Collects a step on this rank; `finish` reduces it over all ranks and empties the meter.
 
-    Loss sums stay on the device until `finish`, which is the step's one host synchronisation. Times are the host's on a
-    CPU; on a GPU, where the host only queues the work, they are the device's (but for data_wait, which is the host's).
+    Loss sums stay on the device until `finish`, the one place where this meter makes the host wait. Times are the
+    host's on a CPU; on a GPU, where the host only queues the work, they are the device's (but for data_wait).
     """
 
     def __init__(self, ranks: Ranks, totals: RunTotals | None = None):
