@@ -313,8 +313,8 @@ def report(
     ]
     retain = pruned["kept_blocks"] / pruned["full_blocks"]
     summary = (
-        f"{settings.num_pages} drawn screens of {settings.side}x{settings.side} pixels with 1 to {settings.num_controls} "
-        f"controls each (synthetic, see benchmarks/screens.py), {settings.num_steps} steps of "
+        f"{settings.num_pages} drawn screens of {settings.side}x{settings.side} pixels with 1 to "
+        f"{settings.num_controls} controls each (synthetic, see benchmarks/screens.py), {settings.num_steps} steps of "
         f"{settings.samples_per_step} records, {full['num_parameters']:,} parameters, retain ratio {retain:.1%}. Best "
         f"constant answer: {constant:.1%}. Step time Full / PixelPrune: {wall_ratio:.2f} (medians {median['Full']:.3f} "
         f"and {median['PixelPrune']:.3f} s, both training at once, one thread each); FLOPs ratio by the cost model: "
