@@ -20,7 +20,18 @@ from training.config import Config
 from training.errors import UserError
 from training.exit_codes import USER_ERROR
 from training.lora import adapter_weights, add_adapters, export_weights, trained_mergers
+from training.meter import RunTotals
 from training.model import ModelFiles, load_model, load_model_files
+from training.tracking import read_metrics
+
+CARD_METRICS = {
+    "ce": "training cross-entropy per token",
+    "eval_loss": "held-out cross-entropy per token",
+    "eval_token_accuracy": "held-out token accuracy",
+    "eval_accuracy": "grounding accuracy",
+    "eval_accuracy_full": "grounding accuracy on all tokens",
+}
+"""Metrics that go into the model card, and how it calls them."""
 
 
 def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config: Config, facts: dict) -> Path:
@@ -101,13 +112,20 @@ def export_checkpoint(path: Path, out: Path, *, trust_remote_code: bool = False)
             # The engine's module holds the stock model as `model`.
             parameters[name.removeprefix("model.")].copy_(reader.read(name, "weight").view(reader.shapes[name]))
     state = json.loads((path / "state.json").read_text())
-    facts = {"optimizer steps": state["step"], **_facts_of(state["totals"])}
+    facts = run_facts(path.parent.parent, state["step"], RunTotals(**state["totals"]))
     return export_model(out, model, files, config, facts)
 
 
-def _facts_of(totals: dict[str, int]) -> dict[str, str]:
-    ratio = totals["kept_blocks"] / totals["full_blocks"] if totals["full_blocks"] else 1.0
-    return {"samples seen": f"{totals['num_samples']:,}", "retain ratio": f"{ratio:.4f}"}
+def run_facts(run: Path, step: int, totals: RunTotals) -> dict[str, str]:
+    """What the model card says of a run after `step` steps, with the newest figures of its metrics.jsonl."""
+    ratio = totals.kept_blocks / totals.full_blocks if totals.full_blocks else 1.0
+    facts = {"optimizer steps": str(step), "samples seen": f"{totals.num_samples:,}", "retain ratio": f"{ratio:.4f}"}
+    rows = read_metrics(run)
+    for name, words in CARD_METRICS.items():
+        values = [row[name] for row in rows if row["step"] <= step and row.get(name) is not None]
+        if values:
+            facts[words] = f"{values[-1]:.4f}"
+    return facts
 
 
 def _model_card(config: Config, facts: dict) -> str:

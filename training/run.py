@@ -23,7 +23,7 @@ from training.engine import Ranks, build_engine, join_ranks
 from training.errors import RankError, StopAskedError, UserError
 from training.evaluations import Evaluations
 from training.exit_codes import FINISHED, RESUMABLE
-from training.export import export_model
+from training.export import export_model, run_facts
 from training.feed import build_feed
 from training.folder_lock import FolderLock
 from training.journal import Journal
@@ -138,8 +138,7 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
         evaluations.after(engine, num_done, journal)
     checkpointer.finish()
     if ranks.is_first and config.checkpoint.export_at_end:
-        end = {"optimizer steps": num_steps, "retain ratio": f"{meter.retain_ratio:.4f}"}
-        path = export_model(folder / "export", model, files, config, end)
+        path = export_model(folder / "export", model, files, config, run_facts(folder, num_steps, meter.totals))
         logger.info("model written to %s", path)
     journal.close()
     return FINISHED

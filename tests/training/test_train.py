@@ -59,6 +59,9 @@ def test_the_exported_folder_is_the_trained_model(finished_run, data):
 
     reported = [row["eval_loss"] for row in read_metrics(finished_run) if "eval_loss" in row][-1]
     assert held_out_loss(finished_run / "export", data) == pytest.approx(reported, rel=1e-5)
+    card = (finished_run / "export" / "README.md").read_text()
+    assert f"| held-out cross-entropy per token | {reported:.4f} |" in card
+    assert "| samples seen | 36 |" in card
     settings = json.loads((finished_run / "export" / "pixelprune.json").read_text())
     assert settings["prune"]["strategy"] == "pred2d"
     assert settings["resize"]["min_pixels"] == 1024
