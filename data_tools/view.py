@@ -232,7 +232,7 @@ class PageView:
     def capture(self, viewport: Viewport) -> tuple[np.ndarray, list[Element], Counter[str]]:
         """Screenshot, its elements (also those that are no targets), and how many were left out for which reason.
 
-        Boxes are read before and after the picture is taken; what moved meanwhile is left out.
+        Boxes are read before and after the picture is taken; what moved or was covered meanwhile is left out.
         """
         before, handle = self.boxes()
         image = self.screenshot()
@@ -246,15 +246,13 @@ class PageView:
         if after["href"].partition("#")[0] != self._wanted:
             raise PageError("the page went elsewhere while it was read")
         dropped = Counter(before["dropped"])
-        still = {tuple(entry["box"]) for entry in after["found"]}
+        still = {tuple(entry["box"]) for entry in after["found"] if not entry["reason"]}
         elements = []
         for entry, (name, role) in zip(before["found"], names, strict=True):
-            has_moved = tuple(entry["box"]) not in still
-            if has_moved and not entry["reason"]:
-                dropped["moved while it was read"] += 1
-            elements.append(
-                _element(entry, name, role, viewport.scale, is_clickable=not has_moved and not entry["reason"])
-            )
+            is_clickable = not entry["reason"] and tuple(entry["box"]) in still
+            if not is_clickable and not entry["reason"]:
+                dropped["moved or covered while it was read"] += 1
+            elements.append(_element(entry, name, role, viewport.scale, is_clickable=is_clickable))
         return image, elements, dropped
 
     def _names(self, handle: str, count: int) -> list[tuple[str, str]]:

@@ -312,3 +312,26 @@ def test_a_killed_run_leaves_no_file_that_looks_complete(tmp_path: Path, monkeyp
     assert not (out / "train.jsonl").exists()
     assert [json.loads(line)["metadata"]["name"] for line in (out / "train.jsonl.partial").open()] == ["Go a"]
     assert main(["render", str(tmp_path), "--out", str(out)]) == 1
+
+
+def test_what_is_covered_while_it_is_read_is_left_out(browser: Browser, tmp_path: Path, monkeypatch) -> None:
+    places = {"Open": 10, "Close": 250}
+    html = "".join(
+        f'<button style="left:{x}px;top:20px;width:110px;height:40px">{n}</button>' for n, x in places.items()
+    )
+    (tmp_path / "page.html").write_text(HEAD + html, encoding="utf-8")
+    view = PageView(browser.new_tab(), Site(tmp_path))
+    view.tab.start_clock(60)
+    view.show("page.html", SMALL, "light")
+    screenshot = view.screenshot
+
+    def covered_first() -> np.ndarray:
+        cover = '<div style="position:fixed;left:0;top:0;width:200px;height:100px;background:red"></div>'
+        view.tab.call("Runtime.evaluate", {"expression": f"document.body.insertAdjacentHTML('beforeend', '{cover}')"})
+        return screenshot()
+
+    monkeypatch.setattr(view, "screenshot", covered_first)
+    image, elements, dropped = view.capture(SMALL)
+    assert tuple(image[40, 60]) == (255, 0, 0), "the cover is in the picture"
+    assert [element.name for element in elements if element.is_clickable] == ["Close"]
+    assert dropped["moved or covered while it was read"] == 1
