@@ -94,13 +94,16 @@ class Run:
             if time.monotonic() > deadline:
                 raise DrillError(f"{self.folder.name} does not reach step {target}; see {self.log}")
             time.sleep(0.002)
-        if not kill.in_save:
-            time.sleep(chance.random() * 0.5)
+        delay = chance.random() * 0.5
+        if not kill.in_save and target < NUM_STEPS - 4:  # later the run could be over by then
+            time.sleep(delay)
         victims = {
-            "one rank": lambda: chance.sample(ranks_below(front.pid), 1),
+            "one rank": lambda: chance.sample(ranks := ranks_below(front.pid), min(1, len(ranks))),
             "every process": lambda: [*descendants(front.pid), _process(front.pid)],
             "front process": lambda: [_process(front.pid)],
         }[kill.victim]()
+        if not victims:
+            raise DrillError(f"{self.folder.name} was over before its kill; use another --seed")
         kill.in_save = bool(incomplete_checkpoints(self.folder / "checkpoints"))
         for victim in victims:
             send(victim, signal.SIGKILL)
