@@ -11,3 +11,9 @@ class StopAskedError(Exception):
 
 class RankError(UserError):
     """One that this rank alone may have met (out of memory, a disk): every rank prints its own."""
+
+
+def need(holds: bool, message: str) -> None:
+    """Raises UserError(message) unless `holds`."""
+    if not holds:
+        raise UserError(message)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from training import compose
-from training.compose import EMBEDDING, HEAD, plan_composition, write_composition, write_random
+from training.compose import write_composition, write_random
+from training.composition import EMBEDDING, HEAD, LANGUAGE, plan_composition
 from training.errors import UserError
 from training.tensor_files import TensorFiles, write_shards
+from training.toy_model import build_tokenizer, build_toy_model
 
 VISION_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
@@ -38,71 +49,194 @@ def write_language(folder: Path, tokenizer, *, tied: bool, seed: int = 7, **size
     return folder
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def parts(request, toy_folder, toy_tokenizer, tmp_path_factory):
-    """(vision folder, language folder, composed folder)."""
+def write_language_3_5(folder: Path, tokenizer, *, tied: bool, seed: int = 7, **sizes) -> Path:
+    """A text-only Qwen3.5 checkpoint with other sizes, layers and rope than the toy's."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 192,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 24,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "tie_word_embeddings": tied,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [4, 2, 2],
+        },
+    } | sizes
+    torch.manual_seed(seed)
+    Qwen3_5ForCausalLM(Qwen3_5TextConfig(**settings)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+WRITERS = {"qwen3_vl": write_language, "qwen3_5": write_language_3_5}
+TEXT_MODELS = {"qwen3_vl": Qwen3ForCausalLM, "qwen3_5": Qwen3_5ForCausalLM}
+
+
+@dataclass
+class Parts:
+    vision: Path
+    language: Path
+    out: Path
+    family: str
+
+    def stored(self) -> tuple[dict, dict, dict]:
+        """Tensors of (composed, vision, language), the last under their names in a multimodal model."""
+        out, ours, theirs = (load_file(one / "model.safetensors") for one in (self.out, self.vision, self.language))
+        if not any(name.startswith(LANGUAGE) for name in theirs):
+            theirs = {name.replace("model.", LANGUAGE, 1): tensor for name, tensor in theirs.items()}
+        return out, ours, theirs
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """Vision checkpoints of both families."""
+    return {family: build_toy_model(tmp_path_factory.mktemp(family) / "toy", family=family) for family in WRITERS}
+
+
+@pytest.fixture(scope="module", params=[(f, t) for f in WRITERS for t in (True, False)], ids=str)
+def parts(request, toys, toy_tokenizer, tmp_path_factory):
+    """A vision checkpoint, a text-only one, and what was composed of them."""
+    family, tied = request.param
     folder = tmp_path_factory.mktemp("compose")
-    language = write_language(folder / "language", toy_tokenizer, tied=request.param)
-    out = write_composition(plan_composition(toy_folder, language), toy_folder, language, folder / "out")
-    return toy_folder, language, out
+    language = WRITERS[family](folder / "language", toy_tokenizer, tied=tied)
+    out = write_composition(plan_composition(toys[family], language), toys[family], language, folder / "out")
+    return Parts(toys[family], language, out, family)
 
 
 @torch.no_grad()
 def test_on_text_the_composed_model_is_the_language_model(parts, toy_tokenizer):
-    _, language, out = parts
     ids = torch.tensor([toy_tokenizer("Open the menu and confirm with OK (512, 87).")["input_ids"]])
-    composed = AutoModelForImageTextToText.from_pretrained(out).eval()
-    text_only = Qwen3ForCausalLM.from_pretrained(language).eval()
+    composed = AutoModelForImageTextToText.from_pretrained(parts.out).eval()
+    text_only = TEXT_MODELS[parts.family].from_pretrained(parts.language).eval()
     logits, expected = composed(input_ids=ids).logits, text_only(input_ids=ids).logits
     # Vision tokens have other embeddings, and with a tied head other logits.
     is_text = torch.ones(expected.shape[-1], dtype=torch.bool)
     is_text[toy_tokenizer.convert_tokens_to_ids(VISION_TOKENS)] = False
     torch.testing.assert_close(logits[..., is_text], expected[..., is_text], rtol=1e-5, atol=1e-5)
-    with_old_theta = AutoModelForImageTextToText.from_pretrained(out)
-    assert with_old_theta.config.text_config.rope_parameters["rope_theta"] == 1e6
+    assert composed.config.text_config.rope_parameters["rope_theta"] == 1e6
+    # The comparison sees theta: with the vision checkpoint's, the logits are others.
+    config = AutoConfig.from_pretrained(parts.out)
+    config.text_config.rope_parameters["rope_theta"] = 5e2
+    other = AutoModelForImageTextToText.from_pretrained(parts.out, config=config).eval()(input_ids=ids).logits
+    assert (other - expected)[..., is_text].abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_image_features_are_those_of_the_vision_checkpoint(parts):
-    vision, _, out = parts
     arguments = {"pixel_values": torch.randn(16, 1536), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     features = [
         AutoModelForImageTextToText.from_pretrained(folder).eval().model.get_image_features(**arguments)
-        for folder in (vision, out)
+        for folder in (parts.vision, parts.out)
     ]
+    assert features[0].pooler_output[0].abs().sum() > 0
     assert torch.equal(features[0].pooler_output[0], features[1].pooler_output[0])
-    layers = [torch.cat([part for layer in one.deepstack_features for part in layer]) for one in features]
-    assert layers[0].abs().sum() > 0
-    assert torch.equal(*layers)
+    if parts.family == "qwen3_vl":
+        layers = [torch.cat([part for layer in one.deepstack_features for part in layer]) for one in features]
+        assert layers[0].abs().sum() > 0
+        assert torch.equal(*layers)
 
 
 def test_every_tensor_is_where_it_should_come_from(parts, toy_tokenizer):
-    vision, language, out = parts
-    stored, ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, vision, language))
+    stored, ours, theirs = parts.stored()
     rows = toy_tokenizer.convert_tokens_to_ids(VISION_TOKENS)
     for name, tensor in stored.items():
         if name.startswith("model.visual."):
             assert torch.equal(tensor, ours[name]), name
         elif name in (EMBEDDING, HEAD):
-            source = "model.embed_tokens.weight" if name == EMBEDDING else HEAD
-            expected = theirs[source].clone()
+            expected = theirs[name].clone()
             expected[rows] = ours[EMBEDDING][rows]
             assert torch.equal(tensor, expected), name
         else:
-            assert torch.equal(tensor, theirs[name.replace("model.language_model.", "model.")]), name
+            assert torch.equal(tensor, theirs[name]), name
     assert (HEAD in stored) == (HEAD in theirs)
-    assert AutoTokenizer.from_pretrained(out).chat_template == toy_tokenizer.chat_template
-    card = (out / "README.md").read_text()
-    assert str(language) in card
+    assert AutoTokenizer.from_pretrained(parts.out).chat_template == toy_tokenizer.chat_template
+    card = (parts.out / "README.md").read_text()
+    assert str(parts.language) in card
     assert "<|image_pad|>" in card
     assert "1e+06" in card
+    assert ("DeepStack" in card) == (parts.family == "qwen3_vl")
+    assert ("2 linear attention, 1 full attention" in card) == (parts.family == "qwen3_5")
 
 
 def test_the_composed_folder_loads_without_missing_or_unknown_weights(parts):
-    _, _, out = parts
-    _, report = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    _, report = AutoModelForImageTextToText.from_pretrained(parts.out, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("family", WRITERS)
+@torch.no_grad()
+def test_the_language_model_of_another_multimodal_checkpoint(family, toys, toy_tokenizer, tmp_path):
+    """All of it: its layers, its rope and its own rows of the vision tokens; its vision tower and its layers for
+    multi-token prediction stay out and are counted."""
+    language = build_toy_model(tmp_path / "language", family=family, seed=7)
+    tensors = load_file(language / "model.safetensors")
+    save_file(tensors | {"mtp.norm.weight": torch.ones(192)}, language / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((language / "config.json").read_text())
+    content["text_config"]["rope_parameters"]["rope_theta"] = 1e4
+    (language / "config.json").write_text(json.dumps(content))
+    composition = plan_composition(toys[family], language)
+    num_vision = sum(name.startswith("model.visual.") for name in tensors)
+    facts = composition.facts["left out of the language checkpoint"]
+    assert facts == f"multi-token prediction (1 tensors), vision tower ({num_vision} tensors)"
+    out = write_composition(composition, toys[family], language, tmp_path / "out")
+    stored, ours = load_file(out / "model.safetensors"), load_file(toys[family] / "model.safetensors")
+    assert stored.keys() == ours.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(tensor, (ours if name.startswith("model.visual.") else tensors)[name]), name
+    ids = torch.tensor([toy_tokenizer("Open the menu and confirm with OK (512, 87).")["input_ids"]])
+    logits = [AutoModelForImageTextToText.from_pretrained(one).eval()(input_ids=ids).logits for one in (out, language)]
+    assert torch.equal(*logits)
+
+
+def test_a_text_model_cut_out_of_a_multimodal_checkpoint(toys, tmp_path, toy_tokenizer):
+    """It keeps the multimodal names of its tensors under a text-only config."""
+    source = build_toy_model(tmp_path / "source", family="qwen3_5", seed=7)
+    language = tmp_path / "language"
+    Qwen3_5ForCausalLM.from_pretrained(source).save_pretrained(language)
+    toy_tokenizer.save_pretrained(language)
+    assert EMBEDDING in load_file(language / "model.safetensors")
+    out = write_composition(plan_composition(toys["qwen3_5"], language), toys["qwen3_5"], language, tmp_path / "out")
+    layer = "model.language_model.layers.2.linear_attn.A_log"
+    assert torch.equal(load_file(out / "model.safetensors")[layer], load_file(source / "model.safetensors")[layer])
+
+
+def test_language_tensors_keep_their_precision_unless_one_is_asked_for(toys, toy_tokenizer, tmp_path):
+    """A delta net's decay may be stored in float32 among bfloat16; rounding it in silence would change the model."""
+    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    tensors = load_file(language / "model.safetensors")
+    mixed = {name: tensor if name.endswith("A_log") else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(mixed, language / "model.safetensors", metadata={"format": "pt"})
+    composition = plan_composition(toys["qwen3_5"], language)
+    stored = load_file(write_composition(composition, toys["qwen3_5"], language, tmp_path / "a") / "model.safetensors")
+    for name, tensor in stored.items():
+        assert tensor.dtype == (torch.float32 if name.endswith("A_log") else torch.bfloat16), name
+    name = "model.language_model.layers.0.linear_attn.A_log"
+    assert torch.equal(stored[name], tensors["model.layers.0.linear_attn.A_log"])
+    assert composition.facts["precision"] == "bfloat16; 2 tensors float32, as the language model has them"
+    asked = write_composition(composition, toys["qwen3_5"], language, tmp_path / "b", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(asked / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_a_tied_config_with_another_head_in_its_files_is_refused(toy_folder, toy_tokenizer, tmp_path):
+    language = write_language(tmp_path / "language", toy_tokenizer, tied=True)
+    tensors = load_file(language / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {HEAD: embedding.clone()}, language / "model.safetensors", metadata={"format": "pt"})
+    assert HEAD not in plan_composition(toy_folder, language).sources
+    save_file(tensors | {HEAD: embedding + 1}, language / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="ties the output head to the embedding, its files hold another head"):
+        plan_composition(toy_folder, language)
 
 
 def test_a_longer_vision_vocabulary_brings_its_rows(toy_folder, toy_tokenizer, tmp_path):
@@ -145,12 +279,45 @@ def test_another_width_is_refused_unless_the_merger_may_start_anew(toy_folder, t
 
 BAD_PARTS = {
     "too few layers": ({"num_hidden_layers": 2}, "DeepStack feeds the first 3 layers, the language model has 2"),
-    "head_dim": ({"head_dim": 64}, r"mrope_section \[6, 5, 5\] sums to 16, expected head_dim / 2 = 32"),
+    "head_dim": ({"head_dim": 64}, r"mrope_section \[6, 5, 5\] sums to 16, expected .* = 32"),
     "rope": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}},
         "rope_type 'linear' cannot be carried over",
     ),
 }
+
+
+BAD_FAMILIES = {
+    ("qwen3_vl", "qwen3_5"): "expected a qwen3 or qwen3_vl checkpoint for a qwen3_vl vision tower, got qwen3_5_text",
+    ("qwen3_5", "qwen3_vl"): "expected a qwen3_5_text or qwen3_5 checkpoint for a qwen3_5 vision tower, got qwen3",
+}
+
+
+@pytest.mark.parametrize("families", BAD_FAMILIES, ids=" and ".join)
+def test_a_language_model_of_the_other_family_is_refused(families, toys, toy_tokenizer, tmp_path):
+    vision, text = families
+    language = WRITERS[text](tmp_path / "language", toy_tokenizer, tied=True)
+    with pytest.raises(UserError, match=BAD_FAMILIES[families]):
+        plan_composition(toys[vision], language)
+
+
+def test_experts_are_refused_by_name(toy_folder, toy_tokenizer, tmp_path):
+    experts = build_toy_model(tmp_path / "experts", family="qwen3_vl_moe")
+    with pytest.raises(UserError, match="--vision: expected a qwen3_vl or qwen3_5 checkpoint, got qwen3_vl_moe"):
+        plan_composition(experts, toy_folder)
+
+
+def test_mrope_sections_must_fill_the_rotated_part_of_a_head(toys, toy_tokenizer, tmp_path):
+    """A text-only config may leave the sections out; those of the vision checkpoint, [3, 3, 2], must fit then."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+    language = write_language_3_5(tmp_path / "a", toy_tokenizer, tied=True, rope_parameters=rope)
+    composition = plan_composition(toys["qwen3_5"], language)
+    assert composition.config.text_config.rope_parameters["mrope_section"] == [3, 3, 2]
+    assert composition.facts["mrope_section"] == "[3, 3, 2], of the vision checkpoint"
+    rope["partial_rotary_factor"] = 0.25
+    language = write_language_3_5(tmp_path / "b", toy_tokenizer, tied=True, rope_parameters=rope)
+    with pytest.raises(UserError, match=r"\[3, 3, 2\] sums to 8, expected head_dim \* partial_rotary_factor / 2 = 4"):
+        plan_composition(toys["qwen3_5"], language)
 
 
 @pytest.mark.parametrize("case", BAD_PARTS)
@@ -162,8 +329,6 @@ def test_parts_that_do_not_fit_are_refused(case, toy_folder, toy_tokenizer, tmp_
 
 
 def test_tokenizers_with_other_ids_are_refused(toy_folder, toy_tokenizer, tmp_path):
-    from training.toy_model import build_tokenizer
-
     other = build_tokenizer(["zebras jump over quiet hedges " * 3])
     language = write_language(tmp_path / "language", other, tied=True)
     with pytest.raises(UserError, match="the tokenizers disagree"):
@@ -178,7 +343,7 @@ def test_the_command_line_writes_a_model_and_refuses_in_one_line(toy_folder, toy
     assert compose.main(command) == 2
     assert "exists; name a new folder" in capsys.readouterr().err
     assert compose.main(["--vision", str(language), "--language", str(language), "--out", str(tmp_path / "b")]) == 2
-    assert "expected a qwen3_vl checkpoint, got qwen3" in " ".join(capsys.readouterr().err.split())
+    assert "expected a qwen3_vl or qwen3_5 checkpoint, got qwen3" in " ".join(capsys.readouterr().err.split())
     assert compose.main(["--vision", "no/folder/here", "--language", str(language), "--out", str(tmp_path / "b")]) == 2
 
 
