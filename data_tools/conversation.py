@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _IMAGE_MARK = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)
@@ -20,6 +20,12 @@ _ROLES = {
     "gpt": "assistant",
     "model": "assistant",
 }
+
+_SUPERVISION = ("loss", "train", "weight")
+_UNREAD = (
+    "tools", "functions", "tool_calls", "function_call", "reasoning_content", "videos", "video", "audios", "audio",
+)  # fmt: skip
+"""Keys of a record or a turn that belong to the conversation, but that neither this nor the trainer reads."""
 
 Part = tuple[str, str]
 """("text", text) or ("image", path)."""
@@ -40,10 +46,14 @@ def check_unicode(texts: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: role is system, user or assistant; parts are ("text", text) or ("image", path) in order."""
+    """One message: role is system, user or assistant; parts are ("text", text) or ("image", path) in order.
+
+    supervised: an answer is trained on.
+    """
 
     role: str
     parts: tuple[Part, ...]
+    supervised: bool = True
 
     @property
     def text(self) -> str:
@@ -70,9 +80,6 @@ def read_turns(record: Any) -> list[Turn]:
         raise DropError("no messages or conversations")
     pending = _image_list(record)
     turns = []
-    system = record.get("system")
-    if is_sharegpt and isinstance(system, str) and system:
-        turns.append(Turn("system", (("text", system),)))
     role_keys, content_keys = (("from", "role"), ("value", "content"))
     if not is_sharegpt:
         role_keys, content_keys = role_keys[::-1], content_keys[::-1]
@@ -84,19 +91,42 @@ def read_turns(record: Any) -> list[Turn]:
         role = _ROLES.get(name)
         if role is None:
             raise DropError(f"unknown role {name[:20]!r}")
-        turns.append(Turn(role, tuple(_parts(_first(message, content_keys), pending))))
+        turns.append(Turn(role, tuple(_parts(_first(message, content_keys), pending)), _is_supervised(message, role)))
+    turns = _system_turn(record.get("system", ""), turns) + turns
     if pending:
         first = next((index for index, turn in enumerate(turns) if turn.role == "user"), None)
         if first is None:
             raise DropError("no user turn")
         images = tuple(("image", path) for path in pending)
-        turns[first] = Turn("user", images + turns[first].parts)
+        turns[first] = replace(turns[first], parts=images + turns[first].parts)
     return turns
 
 
 def _present(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Rows from tables carry null for keys that other rows have."""
+    """Rows from tables carry null for keys that other rows have. Raises DropError for keys that would be lost."""
+    for key in _UNREAD:
+        if mapping.get(key) not in (None, "", "[]", [], {}):
+            raise DropError(f"{key!r}, which is not read")
     return {key: value for key, value in mapping.items() if value is not None}
+
+
+def _system_turn(system: Any, turns: list[Turn]) -> list[Turn]:
+    """The record's `system`, unless it is empty or repeats the first turn."""
+    if not isinstance(system, str):
+        raise DropError("system is no text")
+    if system and turns and turns[0].role == "system":
+        if turns[0].text != system:
+            raise DropError("two different system prompts")
+        return []
+    return [Turn("system", (("text", system),))] if system else []
+
+
+def _is_supervised(message: dict[str, Any], role: str) -> bool:
+    given = {key: message[key] for key in _SUPERVISION if key in message}
+    for key, value in given.items():
+        if isinstance(value, str) or value not in (0, 1) or (value and role != "assistant"):
+            raise DropError(f"{key!r} of a turn is not 0 or 1, or of a turn that is no answer")
+    return all(given.values())
 
 
 def _first(mapping: dict[str, Any], keys: tuple[str, ...]) -> Any:

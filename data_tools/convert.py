@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_tools.conversation import DropError, Turn, check_unicode, read_turns
@@ -63,7 +64,8 @@ class Converter:
         names = [name for turn in turns for name in turn.images]
         with_coordinates = self.settings.coordinates is not None
         sizes = [self.images.size(name, has_coordinates=with_coordinates) for name in names]
-        metadata: dict[str, Any] = {"source": self.settings.source, "image_sizes": [list(size) for size in sizes]}
+        metadata = _own_metadata(record)
+        metadata |= {"source": self.settings.source, "image_sizes": [list(size) for size in sizes]}
         if not self.settings.keep_system:
             turns = [turn for turn in turns if turn.role != "system"]
         if with_coordinates:
@@ -76,7 +78,8 @@ class Converter:
                 metadata.update(places[0])
         if not any(turn.role == "assistant" for turn in turns):
             raise DropError("no answer")
-        return {"id": written, "messages": [self._message(turn) for turn in turns], "metadata": metadata}
+        weight = {"weight": _weight(record)} if "weight" in record else {}
+        return {"id": written, "messages": [self._message(turn) for turn in turns], "metadata": metadata, **weight}
 
     def _relative(self, turns: list[Turn], size: tuple[int, int]) -> tuple[list[Turn], list[dict[str, Any]]]:
         """Keep the exchanges whose answer gives a place, and write it relative; the image stays in the first one."""
@@ -101,9 +104,9 @@ class Converter:
                     reasons[str(error)] += 1
                     lost_images += tuple(part for question in asked for part in question.parts if part[0] == "image")
                 else:
-                    asked[0] = Turn("user", lost_images + asked[0].parts)
+                    asked[0] = replace(asked[0], parts=lost_images + asked[0].parts)
                     lost_images = ()
-                    kept += [*asked, Turn("assistant", (("text", text),))]
+                    kept += [*asked, replace(turn, parts=(("text", text),))]
                     place: dict[str, Any] = {"point": [round(side, 3) for side in answer.point or ()]}
                     if answer.box is not None:
                         place["bbox"] = [round(side, 3) for side in answer.box]
@@ -122,7 +125,25 @@ class Converter:
             else {"type": "image", "image": self.images.relative(value)}
             for kind, value in turn.parts
         ]
-        return {"role": turn.role, "content": content}
+        # As the trainer reads it: an answer counts unless it says otherwise.
+        loss = {"loss": False} if turn.role == "assistant" and not turn.supervised else {}
+        return {"role": turn.role, "content": content, **loss}
+
+
+def _own_metadata(record: dict[str, Any]) -> dict[str, Any]:
+    metadata = record.get("metadata")
+    if not isinstance(metadata, dict):
+        return {}
+    check_unicode([json.dumps(metadata, ensure_ascii=False)])
+    return dict(metadata)
+
+
+def _weight(record: dict[str, Any]) -> float | None:
+    weight = record["weight"]
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 <= weight < 1e6):
+        raise DropError("its weight is no number from 0 to 1e6")
+    return weight
 
 
 def _check_stated_size(record: dict[str, Any], size: tuple[int, int]) -> None:

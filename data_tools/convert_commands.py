@@ -97,7 +97,7 @@ def _files(inputs: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
+            files += sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".jsonl"))
         elif path.is_file():
             files.append(path)
         else:

@@ -149,6 +149,21 @@ BAD = {
     "not a JSON object": "text",
     "no image": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "(1, 2)"}]},
     "unknown role 'robot'": {"image": "shots/a.png", "conversations": [{"from": "robot", "value": "x"}]},
+    "'tools', which is not read": sharegpt("<image>\nClick", "(1, 2)", tools=[{"name": "click"}]),
+    "two different system prompts": {
+        "system": "One.",
+        "conversations": [
+            {"from": "system", "value": "Two."},
+            {"from": "human", "value": "<image>"},
+            {"from": "gpt", "value": "(1, 2)"},
+        ],
+        "image": "shots/a.png",
+    },
+    "its weight is no number from 0 to 1e6": sharegpt("<image>\nClick", "(1, 2)", weight="high"),
+    "'loss' of a turn is not 0 or 1, or of a turn that is no answer": {
+        "image": "shots/a.png",
+        "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "(1, 2)", "loss": 0.5}],
+    },
     "the stated image size is not the file's": sharegpt("<image>\nClick", "(1, 2)", width=1920, height=1080),
 }
 
@@ -260,6 +275,43 @@ def test_converted_records_are_those_that_the_trainer_reads_directly(corpus: Pat
     record = AS_THE_TRAINER_READS[number]
     made = run("convert", corpus, [record])
     assert as_lists(parse_record(made[0]).messages) == as_lists(parse_record(record).messages)
+
+
+def test_what_a_record_says_of_itself_is_kept(corpus: Path) -> None:
+    """Its system prompt, weight, metadata, and which answers are not trained on; what the conversion knows wins."""
+    record = {
+        "system": "Be brief.",
+        "messages": [
+            {"role": "user", "content": "<image>Hi"},
+            {"role": "assistant", "content": "Ho", "weight": 0},
+            {"role": "user", "content": "And?"},
+            {"role": "assistant", "content": "So", "loss": True},
+        ],
+        "images": ["shots/a.png"],
+        "weight": 0.5,
+        "metadata": {"subset": "mail", "source": "theirs", "bbox": [1, 2, 3, 4]},
+    }
+    made = run("convert", corpus, [record])
+    read = parse_record(made[0])
+    assert as_lists(read.messages) == as_lists(parse_record(record).messages)
+    assert read.messages[0].text == "Be brief."
+    assert [message.supervised for message in read.messages if message.role == "assistant"] == [False, True]
+    assert read.weight == 0.5
+    assert {key: read.metadata[key] for key in ("subset", "source", "bbox")} == {
+        "subset": "mail", "source": "convert", "bbox": [1, 2, 3, 4],
+    }  # fmt: skip
+
+
+def test_folders_are_searched_for_json_in_any_case(corpus: Path) -> None:
+    folder = corpus / "parts"
+    folder.mkdir()
+    for name in ("a.JSON", "b.jsonl", "c.txt"):
+        text = json.dumps({"messages": [{"role": "user", "content": name}, {"role": "assistant", "content": "x"}]})
+        (folder / name).write_text(f"[{text}]" if name == "a.JSON" else text)
+    out = corpus / "out.jsonl"
+    assert main(["convert", str(folder), "--images", str(corpus), "--out", str(out), "--sheet", "0"]) == 0
+    asked = [json.loads(line)["messages"][0]["content"][0]["text"] for line in out.read_text().splitlines()]
+    assert asked == ["a.JSON", "b.jsonl"]
 
 
 def test_a_table_s_nulls_do_not_hide_a_path_under_another_key(corpus: Path) -> None:

@@ -59,11 +59,25 @@ class ChatEncoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
         supervised = np.zeros(len(starts), dtype=bool)
-        for start, end in spans[-1:] if self.last_turn_only else spans:
+        for start, end in self._supervised(spans, record):
             supervised |= (starts >= start) & (ends <= end) & (ends > starts)
         if not supervised.any():
-            raise RecordError("no_supervised_token", "no assistant turn, so there is nothing to train on")
+            raise RecordError("no_supervised_token", "no assistant turn to be trained on, so there is nothing to learn")
         return ChatTokens(np.array(encoded["input_ids"], dtype=np.int64), supervised)
+
+    def _supervised(self, spans: list[Span], record: Record) -> list[Span]:
+        """The answers to be trained on, out of all of them."""
+        wanted = [message.supervised for message in record.messages if message.role == "assistant"]
+        if all(wanted):
+            return spans[-1:] if self.last_turn_only else spans
+        if len(wanted) != len(spans):
+            raise RecordError(
+                "template",
+                f"the chat template marks {len(spans)} answers in a conversation of {len(wanted)}, so which of them "
+                "is not to be trained on cannot be told",
+            )
+        pairs = list(zip(spans, wanted, strict=True))
+        return [span for span, is_wanted in pairs[-1 if self.last_turn_only else 0 :] if is_wanted]
 
     def render(self, record: Record) -> tuple[str, list[Span]]:
         """The conversation as text, and the characters of every assistant turn in it."""

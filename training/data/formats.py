@@ -6,6 +6,9 @@ messages   {"messages": [{"role": "user", "content": [{"type": "image", "image":
                                                       {"type": "text", "text": "What is it?"}]}, ...]}
            with `image_url` parts (OpenAI), parts without a source that take the next of `images`, or plain strings.
 
+In both, `system` beside the turns is a system turn in front of them, and `loss`, `train` or `weight` of an assistant
+turn (0 or 1) says whether it is trained on. What other readers would train on and this one does not know (tools and
+calls of them, reasoning apart from the answer, videos) is refused: without it one would train on something else.
 Rows from Arrow and Parquet carry None for keys another row has: None always means absent.
 """
 
@@ -26,6 +29,16 @@ FORMATS = ("auto", "sharegpt", "messages")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)
 BOX_KEYS = ("bbox", "bboxes")
+SUPERVISION_KEYS = ("loss", "train", "weight")
+UNREAD_KEYS = {
+    "tools": "describe them in a system turn",
+    "functions": "describe them in a system turn",
+    "tool_calls": "write the call into the turn's text",
+    "function_call": "write the call into the turn's text",
+    "reasoning_content": "write it into the turn's text as the chat template would",
+    **dict.fromkeys(("videos", "video", "audios", "audio"), "only images are supported"),
+}
+"""Keys of a record or a turn that belong to the conversation elsewhere, and what to do about them here."""
 RESERVED = ("conversations", "messages", "images", "image", "system", "metadata", "weight")
 
 
@@ -33,11 +46,12 @@ def parse_record(row: Any, record_format: str = "auto") -> Record:
     """One row (a mapping) as a Record.
 
     Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
-    empty_turn, image_count, remote_image, bad_image, image_in_answer, bad_box or bad_weight.
+    empty_turn, image_count, remote_image, bad_image, image_in_answer, two_systems, unread_key, bad_box or bad_weight.
     """
     if not isinstance(row, dict):
         raise RecordError("not_an_object", f"expected an object with messages, got {type(row).__name__}")
     row = {key: value for key, value in row.items() if value is not None}
+    _refuse_unread(row, "a record")
     supply = _ImageSupply(row)
     if record_format not in FORMATS:
         raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")
@@ -51,8 +65,7 @@ def parse_record(row: Any, record_format: str = "auto") -> Record:
         raise RecordError("bad_content", f"{key!r} is {type(turns).__name__}, expected a list of turns")
     read = _sharegpt_turn if record_format == "sharegpt" else _messages_turn
     messages = [read(turn, supply) for turn in turns]
-    if record_format == "sharegpt" and isinstance(row.get("system"), str) and row["system"]:
-        messages.insert(0, Message("system", (row["system"],)))
+    messages = [*_system_turn(row.get("system", ""), messages), *messages]
     supply.check_all_used()
     _check_turns(messages)
     return Record(tuple(messages), _metadata(row), _weight(row))
@@ -113,7 +126,8 @@ def _sharegpt_turn(turn: Any, supply: _ImageSupply) -> Message:
     value = turn.get("value", turn.get("content"))
     if not isinstance(value, str):
         raise RecordError("bad_content", f"{role} turn: text is {type(value).__name__}, expected a string")
-    return Message(SHAREGPT_ROLES[role], tuple(_split_text(value, supply)))
+    role = SHAREGPT_ROLES[role]
+    return Message(role, tuple(_split_text(value, supply)), _is_supervised(turn, role))
 
 
 def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
@@ -122,16 +136,47 @@ def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise RecordError("unknown_role", f"role {role!r}, expected one of {', '.join(ROLES)}")
     if isinstance(content, str):
-        return Message(role, tuple(_split_text(content, supply)))
+        return Message(role, tuple(_split_text(content, supply)), _is_supervised(turn, role))
     if not isinstance(content, list | tuple):
         raise RecordError("bad_content", f"{role} turn: content is {type(content).__name__}, expected text or parts")
-    return Message(role, tuple(_typed_part(part, role, supply) for part in content))
+    return Message(role, tuple(_typed_part(part, role, supply) for part in content), _is_supervised(turn, role))
 
 
 def _turn_object(turn: Any) -> dict:
     if not isinstance(turn, dict):
         raise RecordError("bad_content", f"a turn is {type(turn).__name__}, expected an object")
-    return {key: value for key, value in turn.items() if value is not None}
+    turn = {key: value for key, value in turn.items() if value is not None}
+    _refuse_unread(turn, "a turn")
+    return turn
+
+
+def _refuse_unread(mapping: dict, what: str) -> None:
+    for key, advice in UNREAD_KEYS.items():
+        # Tables have an empty value where other rows have tools; written out as JSON it is a string of two brackets.
+        if mapping.get(key) not in (None, "", "[]", [], {}):
+            raise RecordError("unread_key", f"{what} has {key!r}, which is not read: {advice}, or remove the key")
+
+
+def _system_turn(system: Any, messages: list[Message]) -> list[Message]:
+    """The record's `system`, unless it is empty or repeats the first turn."""
+    if not isinstance(system, str):
+        raise RecordError("bad_content", f"system is {type(system).__name__}, expected a string")
+    if system and messages and messages[0].role == "system":
+        if messages[0].text != system:
+            raise RecordError("two_systems", "the record's system and its first turn are different system prompts")
+        return []
+    return [Message("system", (system,))] if system else []
+
+
+def _is_supervised(turn: dict, role: str) -> bool:
+    """Whether an answer is trained on; other turns never are."""
+    given = {key: turn[key] for key in SUPERVISION_KEYS if key in turn}
+    for key, value in given.items():
+        if isinstance(value, str) or value not in (0, 1):
+            raise RecordError("bad_weight", f"{role} turn: {key} {value!r:.40}, expected 0 or 1 (false or true)")
+        if value and role != "assistant":
+            raise RecordError("bad_weight", f"{role} turn: {key} is {value!r}; only assistant turns are trained on")
+    return role == "assistant" and all(given.values())
 
 
 def _split_text(text: str, supply: _ImageSupply) -> Iterator[Part]:

@@ -11,7 +11,7 @@ import xxhash
 
 from training.data.sources import Source
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 """Raise when the meaning of a column, or what can be used, changes: older indexes are then built anew."""
 
 

@@ -34,10 +34,14 @@ Part = str | ImageRef
 
 @dataclass(frozen=True)
 class Message:
-    """One turn: `role` is one of ROLES, `parts` are text and images in order."""
+    """One turn: `role` is one of ROLES, `parts` are text and images in order.
+
+    supervised: an assistant turn is trained on; without meaning in other turns.
+    """
 
     role: str
     parts: tuple[Part, ...]
+    supervised: bool = True
 
     @property
     def text(self) -> str:

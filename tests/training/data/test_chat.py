@@ -52,6 +52,36 @@ def test_last_turn_only(tokenizer):
     assert chat.supervised.tolist() == by_hand(tokenizer, turns, lambda i, _: i == 3)[1]
 
 
+def without_loss(turns, *numbers):
+    messages = [{"role": role, "content": text} for role, text in turns]
+    for i in numbers:
+        messages[i]["loss"] = False
+    return parse_record({"messages": messages})
+
+
+def test_answers_that_say_so_are_not_supervised(tokenizer):
+    turns = TURNS["many turns"]
+    chat = ChatEncoder(tokenizer).encode(without_loss(turns, 1))
+    ids, supervised = by_hand(tokenizer, turns, lambda i, _: i == 3)
+    assert chat.input_ids.tolist() == ids
+    assert chat.supervised.tolist() == supervised
+    for encoder, numbers in ((ChatEncoder(tokenizer), (1, 3)), (ChatEncoder(tokenizer, last_turn_only=True), (3,))):
+        with pytest.raises(RecordError) as caught:
+            encoder.encode(without_loss(turns, *numbers))
+        assert caught.value.reason == "no_supervised_token"
+
+
+def test_templates_with_marks_leave_answers_out_too():
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = MARKED
+    turns = [("user", "x"), ("assistant", "y"), ("user", "x"), ("assistant", "z")]
+    chat = ChatEncoder(tokenizer).encode(without_loss(turns, 1))
+    assert tokenizer.decode(chat.input_ids[chat.supervised]) == "z<|im_end|>"
+    tokenizer.chat_template = MARKED.replace("m.role == 'assistant'", "m.role == 'assistant' and not loop.last")
+    with pytest.raises(RecordError, match="marks 1 answers in a conversation of 2"):
+        ChatEncoder(tokenizer).encode(without_loss(turns, 1))
+
+
 def test_user_text_cannot_move_the_mask(tokenizer):
     """The same answer behind different questions is supervised alike, whatever the question says."""
     encoder = ChatEncoder(tokenizer)

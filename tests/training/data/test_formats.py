@@ -106,6 +106,58 @@ def test_order_of_images_turns_and_system():
     assert record.weight == 2.0
 
 
+TURNS = {
+    "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+}
+
+
+@pytest.mark.parametrize("key", TURNS)
+def test_a_system_prompt_beside_the_turns_is_the_first_turn(key):
+    """In every format: a prompt that is left out in silence trains another task."""
+    with_prompt = [("system", ("Be brief.",)), ("user", ("q",)), ("assistant", ("a",))]
+    assert shape(parse_record({key: TURNS[key], "system": "Be brief."})) == with_prompt
+    assert shape(parse_record({key: TURNS[key], "system": ""})) == with_prompt[1:]
+    first = {"role": "system", "content": "Be brief.", "from": "system", "value": "Be brief."}
+    assert shape(parse_record({key: [first, *TURNS[key]], "system": "Be brief."})) == with_prompt
+    for system, reason in (("Be long.", "two_systems"), (["Be brief."], "bad_content")):
+        with pytest.raises(RecordError) as caught:
+            parse_record({key: [first, *TURNS[key]], "system": system})
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("name", ["loss", "train", "weight"])
+@pytest.mark.parametrize("key", TURNS)
+def test_an_answer_may_be_left_out_of_training(key, name):
+    user, answer = TURNS[key]
+    for value, supervised in ((0, False), (False, False), (0.0, False), (1, True), (True, True), (None, True)):
+        record = parse_record({key: [user, answer, user, answer | {name: value}]})
+        answers = [message.supervised for message in record.messages if message.role == "assistant"]
+        assert answers == [True, supervised], value
+    parse_record({key: [user | {name: 0}, answer]})
+    for turns in ([user, answer | {name: 0.5}], [user, answer | {name: "no"}], [user | {name: 1}, answer]):
+        with pytest.raises(RecordError) as caught:
+            parse_record({key: turns})
+        assert caught.value.reason == "bad_weight"
+
+
+def test_what_only_other_readers_know_is_refused_unless_empty():
+    user, answer = TURNS["messages"]
+    full = {"messages": [user, answer]}
+    call = [{"function": {"name": "click", "arguments": "{}"}}]
+    refused = [
+        full | {"tools": call}, full | {"tools": '[{"name": "click"}]'}, full | {"videos": ["a.mp4"]},
+        {"messages": [user, answer | {"tool_calls": call}]},
+        {"messages": [user, answer | {"reasoning_content": "Let me see."}]},
+    ]  # fmt: skip
+    for row in refused:
+        with pytest.raises(RecordError, match="which is not read") as caught:
+            parse_record(row)
+        assert caught.value.reason == "unread_key"
+    for empty in ("", "[]", [], None):
+        parse_record({"messages": [user, answer | {"tool_calls": empty}], "tools": empty, "videos": empty})
+
+
 def test_image_forms():
     picture = Image.new("RGB", (4, 4))
     url = "data:image/png;base64," + base64.b64encode(b"bytes").decode()

@@ -24,6 +24,7 @@ NUM_RECORDS = 1000
 CODES = {
     "ok", "invalid_json", "not_an_object", "unknown_format", "empty_conversation", "unknown_role", "bad_content",
     "empty_turn", "image_count", "remote_image", "bad_image", "image_in_answer", "bad_box", "bad_weight",
+    "two_systems", "unread_key",
     "special_token", "bad_text", "template", "no_supervised_token", "outside_root", "missing_file", "unreadable_file",
     "empty_file", "decompression_bomb", "truncated_image", "not_an_image", "unsupported_mode", "aspect_ratio",
     "over_long",
