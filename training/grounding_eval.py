@@ -21,6 +21,7 @@ from training.engine import Ranks
 from training.errors import UserError
 from training.grounding import Prediction, summarise, to_row
 from training.model import ModelFiles
+from training.stopping import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,10 @@ class GroundingEvaluator:
     Predictions of every evaluation are kept in runs/NAME/grounding/, the state in grounding.json.
     """
 
-    def __init__(self, config: Config, files: ModelFiles, ranks: Ranks, folder: Path, tasks: list[Task]):
-        self.config, self.ranks, self.folder, self.tasks = config, ranks, folder, tasks
+    def __init__(
+        self, config: Config, files: ModelFiles, ranks: Ranks, folder: Path, tasks: list[Task], stop: StopRequest
+    ):
+        self.config, self.ranks, self.folder, self.tasks, self.stop = config, ranks, folder, tasks, stop
         settings = config.eval
         self.answers = AnswerSettings(settings.grounding_max_new_tokens, "auto", settings.grounding_batch_size)
         prunes = {"": config.prune}
@@ -46,7 +49,9 @@ class GroundingEvaluator:
         self.state: dict[str, Any] = {"best_step": None, "best_accuracy": None, "evaluated_steps": []}
 
     @classmethod
-    def build(cls, config: Config, files: ModelFiles, ranks: Ranks, folder: Path) -> GroundingEvaluator | None:
+    def build(
+        cls, config: Config, files: ModelFiles, ranks: Ranks, folder: Path, stop: StopRequest
+    ) -> GroundingEvaluator | None:
         """None when eval.grounding_every_steps is 0. Raises UserError when no eval source has records with boxes."""
         if not config.eval.grounding_every_steps:
             return None
@@ -60,7 +65,7 @@ class GroundingEvaluator:
         if 0 < wanted < len(tasks):
             chosen = np.random.default_rng(config.run.seed).choice(len(tasks), wanted, replace=False)
             tasks = [tasks[i] for i in sorted(chosen.tolist())]
-        return cls(config, files, ranks, folder, tasks)
+        return cls(config, files, ranks, folder, tasks, stop)
 
     def restore(self, step: int) -> None:
         """Read what an earlier start of the run found, unless the run begins anew."""
@@ -76,10 +81,11 @@ class GroundingEvaluator:
         every = self.config.eval.grounding_every_steps
         return step > 0 and (step % every == 0 or step == num_steps) and step not in self.state["evaluated_steps"]
 
-    def evaluate(self, model: Any, step: int, export: Callable[[Path, dict], Any]) -> dict[str, float]:
+    def evaluate(self, model: Any, step: int, export: Callable[[Path, dict], Any]) -> dict[str, float] | None:
         """Metrics over all ranks; the model's mode is as before afterwards. The first rank exports a new best.
 
         export: writes the model to a folder with facts for its card. Every rank calls this.
+        None, on all ranks and with nothing remembered, when one of them was asked to stop meanwhile.
         """
         metrics: dict[str, float] = {}
         was_training = model.training
@@ -87,6 +93,8 @@ class GroundingEvaluator:
         try:
             for suffix, prompter in self.prompters.items():
                 predictions = self._predictions(model, prompter)
+                if predictions is None:
+                    return None
                 metrics |= _metrics(predictions, suffix)
                 if self.ranks.is_first:
                     self._keep(predictions, f"step-{step:08d}{suffix}.jsonl")
@@ -102,12 +110,18 @@ class GroundingEvaluator:
             write_atomically(self.folder / STATE_FILE, (json.dumps(self.state, indent=2) + "\n").encode())
         return metrics
 
-    def _predictions(self, model: Any, prompter: Prompter) -> list[Prediction]:
+    def _predictions(self, model: Any, prompter: Prompter) -> list[Prediction] | None:
         mine = self.tasks[self.ranks.rank :: self.ranks.world_size]
+        rows: list[dict] = []
         with torch.random.fork_rng(devices=[]):  # answers are greedy; whatever draws numbers leaves training's alone
-            rows = [to_row(one) for batch in predict(model, prompter, mine, self.answers) for one in batch]
+            for batch in predict(model, prompter, mine, self.answers):
+                rows += [to_row(one) for one in batch]
+                if self.stop.is_asked:
+                    break
         gathered: list[list[dict]] = [[] for _ in range(self.ranks.world_size)]
         dist.all_gather_object(gathered, rows)
+        if sum(map(len, gathered)) < len(self.tasks):
+            return None
         by_id = {row["id"]: Prediction.from_dict(row) for part in gathered for row in part}
         return [by_id[task.id] for task in self.tasks]
 

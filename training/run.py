@@ -73,7 +73,7 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
         config, sources, files, ranks, folder, shuffle=True, teaching=teaching, stop=stop, agreement=agreement
     )
     num_steps = feed.num_steps(config)
-    evaluations = Evaluations(config, files, ranks, folder, num_steps)
+    evaluations = Evaluations(config, files, ranks, folder, num_steps, stop, agreement)
 
     if not ranks.has_launcher:
         raise UserError(
@@ -103,8 +103,8 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
         print_start_table(config, ranks, files, feed, model, attention, memory, num_steps, state.step)
 
     meter = StepMeter(ranks, state.totals)
-    evaluations.catch_up(engine, state.step, journal, agreement)
-    if not newest and agreement.any_rank(stop.is_asked):
+    broken_off = evaluations.catch_up(engine, state.step, journal)
+    if broken_off or (not newest and agreement.any_rank(stop.is_asked)):
         journal.close()
         return RESUMABLE
     # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
@@ -126,16 +126,21 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
         stopping, failed = agreement.any(stop.is_asked, checkpointer.has_failed)
         if failed:
             _report_failed_save(checkpointer, config)
+        totals = dataclasses.replace(meter.totals)
+        state = RunState(num_done, outcome.cursor, totals, skips.total, state.tracker_id, feed.order)
         every = config.checkpoint.every_steps
-        if stopping or num_done == num_steps or (every and num_done % every == 0):
-            state = RunState(num_done, outcome.cursor, meter.totals, skips.total, state.tracker_id, feed.order)
-            checkpointer.save(engine, dataclasses.replace(state, totals=dataclasses.replace(meter.totals)))
+        is_due = num_done == num_steps or bool(every and num_done % every == 0)
+        if is_due or stopping:
+            checkpointer.save(engine, state)
+        if not stopping:
+            stopping = evaluations.after(engine, num_done, journal)
+            if stopping and not is_due:
+                checkpointer.save(engine, state)
         if stopping:
             journal.close()
             saved = "saved" if _is_saved_everywhere(checkpointer, agreement, config) else "NOT saved"
             logger.info("rank %d: stopped after step %d, %s; start again to continue", ranks.rank, num_done, saved)
             return RESUMABLE
-        evaluations.after(engine, num_done, journal)
     checkpointer.finish()
     if ranks.is_first and config.checkpoint.export_at_end:
         path = export_model(folder / "export", model, files, config, run_facts(folder, num_steps, meter.totals))

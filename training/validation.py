@@ -12,39 +12,50 @@ from training.data.loader import PackLoader
 from training.engine import Ranks
 from training.feed import Feed, build_feed
 from training.model import ModelFiles
+from training.stopping import Agreement, StopRequest
 
 
 class Validator:
     """Evaluates the mean cross-entropy per supervised token and the token accuracy on held-out records."""
 
-    def __init__(self, config: Config, feed: Feed, files: ModelFiles, ranks: Ranks):
-        self.ranks = ranks
+    def __init__(self, config: Config, feed: Feed, files: ModelFiles, ranks: Ranks, stop: StopRequest):
+        self.ranks, self.stop = ranks, stop
         # Made once: its worker processes stay for the next validation.
         self.loader = PackLoader.build_eval(config, feed, files, ranks)
 
     @classmethod
-    def build(cls, config: Config, files: ModelFiles, ranks: Ranks, folder: Path) -> Validator | None:
-        """None when the recipe has no data.eval_sources."""
-        if not config.data.eval_sources:
+    def build(
+        cls, config: Config, files: ModelFiles, ranks: Ranks, folder: Path, stop: StopRequest, agreement: Agreement
+    ) -> Validator | None:
+        """None when the recipe has no data.eval_sources. Raises what `build_feed` raises."""
+        sources = config.data.eval_sources
+        if not sources:
             return None
-        return cls(
-            config, build_feed(config, config.data.eval_sources, files, ranks, folder, shuffle=False), files, ranks
-        )
+        feed = build_feed(config, sources, files, ranks, folder, shuffle=False, stop=stop, agreement=agreement)
+        return cls(config, feed, files, ranks, stop)
 
     @torch.no_grad()
-    def evaluate(self, engine) -> dict[str, float]:
-        """Sums over all ranks divided by the global count; dropout off; ranks need no equal number of packs."""
+    def evaluate(self, engine) -> dict[str, float] | None:
+        """Sums over all ranks divided by the global count; dropout off; ranks need no equal number of packs.
+
+        None, on all ranks, when one of them was asked to stop meanwhile.
+        """
         was_training = engine.module.training
         engine.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         for batch in self.loader:
+            if self.stop.is_asked:
+                sums[3] = 1
+                break
             if batch.is_dummy:
                 continue
             loss = engine(batch.pack.to(self.ranks.device))
-            sums += torch.stack(
+            sums[:3] += torch.stack(
                 [loss.ce, loss.num_correct, torch.full_like(loss.ce, batch.pack.num_supervised)]
             ).double()
         dist.all_reduce(sums)
         engine.train(was_training)
-        ce, num_correct, num_supervised = sums.tolist()
+        ce, num_correct, num_supervised, num_broken_off = sums.tolist()
+        if num_broken_off:
+            return None
         return {"eval_loss": ce / num_supervised, "eval_token_accuracy": num_correct / num_supervised}

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training import checkpoint_files
+from training import checkpoint_files, grounding_eval
 from training.model import SupervisedModel
 from training.train import main
 
@@ -55,6 +55,30 @@ def slow_disk() -> None:
     on_forward(2, ask_to_stop)
 
 
+def stop_in_validation() -> None:
+    """Both ranks are asked to stop as the first held-out pack has been through the model."""
+    forward = SupervisedModel.forward
+
+    def changed(self, pack):
+        sums = forward(self, pack)
+        return sums if self.training else ask_to_stop(sums)
+
+    SupervisedModel.forward = changed
+
+
+def stop_in_answers() -> None:
+    """The second rank is asked to stop while it generates answers to the held-out records."""
+    predict = grounding_eval.predict
+
+    def changed(*arguments):
+        for batch in predict(*arguments):
+            if dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    grounding_eval.predict = changed
+
+
 def ask_to_stop(sums):
     os.kill(os.getpid(), signal.SIGTERM)
     return sums
@@ -86,6 +110,8 @@ FAULTS = {
     "slow-disk": slow_disk,
     "not-a-number": lambda: on_forward(2, make_nan),
     "not-a-number-at-first": lambda: on_forward(1, make_nan),
+    "stop-in-validation": stop_in_validation,
+    "stop-in-answers": stop_in_answers,
     "out-of-memory": lambda: on_forward(2, run_out_of_memory),
 }
 

@@ -81,6 +81,40 @@ def test_no_rank_leaves_a_stop_before_all_have_saved(run_with):
     assert json.loads((folder / "second-rank-saw.json").read_text()) == ["step-00000002"]
 
 
+INTERRUPTED = {
+    "stop-in-validation": ("eval.every_steps=2", "data.pack_tokens=80"),  # several packs on each rank
+    "stop-in-answers": (
+        "eval.grounding_every_steps=2",
+        "eval.grounding_batch_size=1",
+        "eval.grounding_max_new_tokens=4",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", INTERRUPTED)
+def test_a_stop_breaks_an_evaluation_off_and_the_next_start_makes_it_up(fault, data, toy_folder, tmp_path):
+    """Schedulers leave seconds: they go to the checkpoint of the last step, not to the rest of an evaluation."""
+    rows = [json.loads(line) for line in (data / "eval.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"metadata": {"bbox": [0, 0, 32, 32]}}) for row in rows]
+    (tmp_path / "eval.jsonl").write_text("\n".join(lines))
+    settings = ["schedule.max_steps=3", "checkpoint.every_steps=0", "eval.at_start=false", *INTERRUPTED[fault]]
+    arguments = ["configs/debug.yaml", *overrides(data, toy_folder, tmp_path, *settings)]
+    arguments += [f"data.eval_sources.0.path={tmp_path / 'eval.jsonl'}", f"data.eval_sources.0.root={data}"]
+    folder = tmp_path / "debug"
+
+    done = start_ranks("tests.training.fault_program", 2, fault, *arguments)
+    assert done.returncode == RESUMABLE, done.stderr[-3000:]
+    assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == ["step-00000002"]
+    name = "eval_loss" if fault == "stop-in-validation" else "eval_accuracy"
+    assert not [row for row in read_metrics(folder) if name in row]
+
+    done = call("launch", *arguments, "--ranks", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert [row["step"] for row in rows if name in row] == [2, 3]
+
+
 def test_too_little_memory_names_the_pack_and_the_settings(run_with):
     done, _ = run_with("out-of-memory")
     assert done.returncode == 2, done.stderr[-3000:]
