@@ -44,9 +44,7 @@ def family_of(config) -> Family:
         return FAMILIES[config.model_type]
     except KeyError:
         supported = ", ".join(sorted(FAMILIES))
-        raise ValueError(
-            f"model type {config.model_type!r} is not supported; expected one of: {supported} (model.path)"
-        ) from None
+        raise ValueError(f"model type {config.model_type!r} is not supported; expected one of: {supported}") from None
 
 
 _LORA_ATTENTION = r"self_attn\.[qkvo]_proj"

@@ -193,6 +193,16 @@ def read_prune_file(content: str, name: str = PRUNE_FILE) -> tuple[PruneSettings
         raise ValueError(f"{name}: expected the objects 'prune' and 'resize' with known settings: {error}") from error
 
 
+def check_image_token(tokenizer: Any, config: Any, path: str) -> None:
+    """Raises ValueError for a tokenizer without the config's image token, such as the one of a single token that
+    transformers makes, in silence, out of a folder without tokenizer files."""
+    if tokenizer.convert_ids_to_tokens(config.image_token_id) is None:
+        raise ValueError(
+            f"{path}: its tokenizer has {len(tokenizer)} tokens and no image token (id {config.image_token_id}); save "
+            "the model's tokenizer beside the weights"
+        )
+
+
 def _from_folder(path: str) -> dict:
     from transformers import AutoConfig, AutoTokenizer
 
@@ -203,6 +213,7 @@ def _from_folder(path: str) -> dict:
         raise ValueError(f"{path} is not a loadable model folder: {str(error).splitlines()[0]}") from error
     if getattr(config, "image_token_id", None) is None:
         raise ValueError(f"{path}: a {config.model_type} model takes no images (no image_token_id in its config)")
+    check_image_token(tokenizer, config, path)
     preprocessor = json.loads(_read_model_file(path, PREPROCESSOR_FILE) or "{}")
     return _parts(tokenizer, None, config.image_token_id, preprocessor)
 

@@ -10,21 +10,23 @@ memory. `--random FOLDER` instead writes random weights for a model folder's con
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText
 
-from training.composition import EMBEDDING, HEAD, Composition, plan_composition
+from training.composition import EMBEDDING, HEAD, Composition, plan_composition, read_config, read_vocabulary
 from training.errors import UserError, need
 from training.exit_codes import USER_ERROR
-from training.model import DTYPES
+from training.model import DTYPES, without_prediction_layers
 from training.tensor_files import TensorFiles, write_shards
 
 SIDE_FILES = (
@@ -42,12 +44,10 @@ def write_composition(
     dtype: bfloat16 or float32. When empty, the language model's tensors keep theirs (a delta net's `A_log` may be
     float32 among bfloat16), and the vision checkpoint's take that of the embedding. Raises UserError when `out` exists.
     """
-    partial = _new_folder(out)
     generator = torch.Generator().manual_seed(seed)
-    with TensorFiles(vision) as from_vision, TensorFiles(language) as from_language:
+    with _new_folder(out) as partial, TensorFiles(vision) as from_vision, TensorFiles(language) as from_language:
         files = {"vision": from_vision, "language": from_language}
         kind = DTYPES[dtype] if dtype else from_language.rows(composition.sources[EMBEDDING][1], [0]).dtype
-
         kept = Counter[str]()
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -66,14 +66,14 @@ def write_composition(
                 yield name, weight.to(kind)
 
         write_shards(partial, tensors(), SHARD_BYTES)
-    for config in (composition.config, composition.config.text_config, composition.config.vision_config):
-        config.dtype = str(kind).removeprefix("torch.")
-    others = "".join(f"; {number} tensors {name}, as the language model has them" for name, number in kept.items())
-    composition.facts["precision"] = composition.config.dtype + others
-    composition.config.save_pretrained(partial)
-    _copy_side_files(vision, partial)
-    (partial / "README.md").write_text(_card("Composed model", composition.facts))
-    return partial.rename(out)
+        for config in (composition.config, composition.config.text_config, composition.config.vision_config):
+            config.dtype = str(kind).removeprefix("torch.")
+        others = "".join(f"; {number} tensors {name}, as the language model has them" for name, number in kept.items())
+        composition.facts["precision"] = composition.config.dtype + others
+        composition.config.save_pretrained(partial)
+        _copy_side_files(vision, partial)
+        (partial / "README.md").write_text(_card("Composed model", composition.facts))
+    return out
 
 
 def _with_vision_rows(
@@ -93,28 +93,36 @@ def write_random(folder: Path, out: Path, *, dtype: str = "", seed: int = 0) -> 
 
     Raises UserError when `folder` has no image-text configuration or `out` exists.
     """
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--random: {folder}: {str(error).splitlines()[0]}") from error
-    partial = _new_folder(out)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[dtype or "float32"])
-    model.save_pretrained(partial)
-    _copy_side_files(folder, partial)
-    facts = {"configuration": f"`{folder}`", "weights": f"random, seed {seed}", "precision": dtype or "float32"}
-    (partial / "README.md").write_text(_card("Randomly initialised model", facts))
-    return partial.rename(out)
+    config = read_config(folder, "--random")
+    need(
+        hasattr(config, "vision_config"),
+        f"--random: {folder} holds a {config.model_type} config, expected one of an image-text model",
+    )
+    read_vocabulary(folder, "--random")
+    with _new_folder(out) as partial:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[dtype or "float32"])
+        without_prediction_layers(model.config)
+        model.save_pretrained(partial)
+        _copy_side_files(folder, partial)
+        facts = {"configuration": f"`{folder}`", "weights": f"random, seed {seed}", "precision": dtype or "float32"}
+        (partial / "README.md").write_text(_card("Randomly initialised model", facts))
+    return out
 
 
-def _new_folder(out: Path) -> Path:
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes it when the block ends well, and goes when it does not."""
     need(not out.exists(), f"--out: {out} exists; name a new folder")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
-    return partial
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
 
 
 def _copy_side_files(source: Path, out: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 
-from training.errors import need
+from training.errors import UserError, need
+from training.model import without_prediction_layers
 from training.tensor_files import TensorFiles
 
 VISION, LANGUAGE = "model.visual.", "model.language_model."
@@ -22,6 +23,7 @@ PREDICTION = "mtp."
 LANGUAGES = {"qwen3_vl": ("qwen3", "qwen3_vl"), "qwen3_5": ("qwen3_5_text", "qwen3_5")}
 """Model types of a vision checkpoint, and of the language models that its architecture can hold."""
 VISION_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+MROPE_FIELDS = ("mrope_section", "mrope_interleaved")
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TEXT_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -61,7 +63,7 @@ def plan_composition(
     vision_name, language_name: what the facts call the folders, such as hub ids; their paths by default.
     Raises UserError for checkpoints that do not fit together, saying what was expected and what came.
     """
-    ours, theirs = AutoConfig.from_pretrained(vision), AutoConfig.from_pretrained(language)
+    ours, theirs = read_config(vision, "--vision"), read_config(language, "--language")
     _check_types(ours, theirs)
     text = theirs.get_text_config()
     merged, width = ours.vision_config.out_hidden_size, text.hidden_size
@@ -92,6 +94,33 @@ def plan_composition(
     return composition
 
 
+def read_config(folder: Path, flag: str) -> Any:
+    """A model folder's config, of weights that are not quantised. Raises UserError that names `flag`."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: {folder} has no usable config.json: {str(error).splitlines()[0]}") from error
+    need(
+        not any(getattr(one, "quantization_config", None) for one in (config, config.get_text_config())),
+        f"{flag}: {folder} holds quantised weights (quantization_config); take the checkpoint in bfloat16",
+    )
+    return config
+
+
+def read_vocabulary(folder: Path, flag: str) -> dict[str, int]:
+    """Token -> id of a model folder's tokenizer. Raises UserError that names `flag`."""
+    # transformers makes a tokenizer of one token out of a folder that has none, in silence.
+    files = ("tokenizer.json", "vocab.json")
+    need(
+        any((folder / name).is_file() for name in files),
+        f"{flag}: {folder} holds no tokenizer (tokenizer.json, or vocab.json with merges.txt); save it there",
+    )
+    try:
+        return AutoTokenizer.from_pretrained(folder).get_vocab()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag}: {folder}: its tokenizer cannot be read: {str(error).splitlines()[0]}") from error
+
+
 def _check_types(ours: Any, theirs: Any) -> None:
     need(
         ours.model_type in LANGUAGES, f"--vision: expected a {' or '.join(LANGUAGES)} checkpoint, got {ours.model_type}"
@@ -115,6 +144,7 @@ def _composed_config(ours: Any, theirs: Any, facts: dict[str, str]) -> Any:
         config.text_config = copy.deepcopy(text)
         for name in TOKEN_FIELDS:  # the tokenizer is the vision checkpoint's
             setattr(config.text_config, name, getattr(ours.text_config, name))
+        config.text_config._name_or_path, config.text_config.architectures = "", None  # a local path, another class
         facts["layers"] = ", ".join(
             f"{number} {kind.replace('_', ' ')}" for kind, number in Counter(_layer_types(text)).items()
         )
@@ -125,6 +155,7 @@ def _composed_config(ours: Any, theirs: Any, facts: dict[str, str]) -> Any:
     tied = bool(theirs.tie_word_embeddings)
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     config.vision_config.out_hidden_size = text.hidden_size
+    without_prediction_layers(config)
     facts["output head"] = "tied to the embedding" if tied else "of its own, from the language model"
     config.text_config.rope_parameters = _composed_rope(ours.text_config.rope_parameters, text, same_class, facts)
     return config
@@ -141,7 +172,9 @@ def _composed_rope(ours: dict[str, Any], text: Any, same_class: bool, facts: dic
     theirs = dict(text.rope_parameters)
     kind = theirs.get("rope_type", "default")
     need(same_class or kind == "default", f"--language: rope_type {kind!r} cannot be carried over, expected 'default'")
-    rope = dict(ours) | theirs
+    # Nothing else of it: what scales the vision checkpoint's rope would scale the language model's.
+    rope = theirs | {name: ours[name] for name in MROPE_FIELDS if name in ours and name not in theirs}
+    need("mrope_section" in rope, "--vision: expected rope_parameters with mrope_section in its text_config")
     factor = rope.get("partial_rotary_factor", 1.0)
     sections, half = rope["mrope_section"], int(text.head_dim * factor) // 2
     need(
@@ -187,7 +220,7 @@ def _language_names(files: TensorFiles, composition: Composition) -> dict[str, s
 
 def _vocabularies(vision: Path, language: Path) -> tuple[dict[str, int], dict[str, int]]:
     """Token -> id of both tokenizers, of which the second must be part of the first."""
-    ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (vision, language))
+    ours, theirs = read_vocabulary(vision, "--vision"), read_vocabulary(language, "--language")
     moved = [token for token, number in theirs.items() if ours.get(token, number) != number]
     need(
         not moved,

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from pixelprune.family import family_of
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry
+from pixelprune.prompter import check_image_token
 from training.attention import load_pretrained
 from training.compiled import compile_layers
 from training.config import AUTO, ConfigError, ModelSettings
@@ -49,20 +50,39 @@ def load_model_files(settings: ModelSettings) -> ModelFiles:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {path} is not a loadable model folder: {str(error).splitlines()[0]}") from error
-    family_of(config)
+    try:
+        family_of(config)
+        check_image_token(tokenizer, config, path)
+    except ValueError as error:
+        raise ConfigError(f"model.path: {error}") from error
     preprocessor = _read_preprocessor(path)
     geometry = VisionGeometry.from_config(config, preprocessor)
     return ModelFiles(path, config, tokenizer, preprocessor, geometry)
 
 
 def load_model(settings: ModelSettings, *, attention: str, device: torch.device) -> PreTrainedModel:
-    """The stock model with its weights on `device`; attention as `training.attention.choose_attention` gave it."""
-    return load_pretrained(
+    """The stock model with its weights on `device`; attention as `training.attention.choose_attention` gave it.
+
+    Raises ConfigError for quantised weights.
+    """
+    config = AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"model.path: {settings.path} holds quantised weights; take the checkpoint in bfloat16")
+    model = load_pretrained(
         settings.path,
         attention=attention,
         dtype=DTYPES[settings.dtype],
         trust_remote_code=settings.trust_remote_code,
     ).to(device)
+    without_prediction_layers(model.config)
+    return model
+
+
+def without_prediction_layers(config: Any) -> None:
+    """Layers for multi-token prediction (published with Qwen3.5) are not loaded by the stock model, so neither trained
+    nor written: what reads the config must not look for them."""
+    if getattr(config.text_config, "mtp_num_hidden_layers", 0):
+        config.text_config.mtp_num_hidden_layers = 0
 
 
 def enable_recomputation(model: PreTrainedModel, settings: ModelSettings) -> None:

@@ -18,7 +18,9 @@ from training.config import Config, ConfigError
 from training.data.prepare import PrepareSettings
 from training.data.targets import TargetReader
 from training.engine import Ranks
+from training.errors import UserError
 from training.model import DTYPES, ModelFiles, load_model_files
+from training.tensor_files import weight_paths
 
 FORMAT_VERSION = 1
 """Raise when the meaning of a cached value changes: older caches are then foreign."""
@@ -119,28 +121,32 @@ def hash_weights(path: str) -> str:
 
 def weight_files(path: str) -> list[Path]:
     """The safetensors files of a model folder or of a hub id that was downloaded. Raises ConfigError if it has none."""
-    files = sorted(_folder_of(path).glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"kd.path: {path} holds no *.safetensors; save the teacher with save_pretrained")
-    return files
+    try:
+        return weight_paths(_folder_of(path))
+    except UserError as error:
+        raise ConfigError(f"kd.path: {error}; save the teacher with save_pretrained") from error
 
 
 def load_head(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> nn.Linear:
-    """The output head alone, frozen: one tensor is read from the files, the embedding where the two are tied.
+    """The output head alone, frozen: one tensor is read from the files, the embedding where they hold no other head.
 
     Raises ConfigError when there is no such tensor.
     """
     is_tied = bool(getattr(files.config, "tie_word_embeddings", False))
-    ending = "language_model.embed_tokens.weight" if is_tied else "lm_head.weight"
+    # A head in the files of a tied model is used by the stock model too: it is the same, or the config is wrong.
+    endings = ["lm_head.weight"] + (["language_model.embed_tokens.weight"] if is_tied else [])
+    names: dict[str, Path] = {}
     for path in weight_files(files.path):
         with safe_open(path, framework="pt") as tensors:
-            name = next((key for key in tensors.keys() if key.endswith(ending)), None)  # noqa: SIM118 (no iterator)
-            if name is not None:
+            names |= dict.fromkeys(tensors.keys(), path)
+    for ending in endings:
+        if name := next((name for name in names if name.endswith(ending)), None):
+            with safe_open(names[name], framework="pt") as tensors:
                 weight = tensors.get_tensor(name).to(device, dtype)
-                head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-                head.weight = nn.Parameter(weight, requires_grad=False)
-                return head
-    raise ConfigError(f"kd.path: the files of {files.path} hold no tensor {ending!r}, the output head")
+            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            head.weight = nn.Parameter(weight, requires_grad=False)
+            return head
+    raise ConfigError(f"kd.path: the files of {files.path} hold no tensor {endings[-1]!r}, the output head")
 
 
 def _vocab_size(files: ModelFiles) -> int:

@@ -9,29 +9,41 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from training.errors import UserError
 
+WHOLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The safetensors files that `from_pretrained` would read: one file before shards, whatever else lies there.
+
+    Saving one file over shards leaves the old index, and saving shards over one file leaves that. Raises UserError.
+    """
+    whole, index = folder / WHOLE_FILE, folder / INDEX_FILE
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        raise UserError(f"{folder}: expected weights in {WHOLE_FILE} or shards named by {INDEX_FILE}, found neither")
+    paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if missing := [path.name for path in paths if not path.exists()]:
+        raise UserError(f"{folder}: {INDEX_FILE} names {missing[0]}, which is not there")
+    return paths
 
 
 class TensorFiles:
     """The tensors of a model folder; each is read when it is asked for. A context manager."""
 
     def __init__(self, folder: Path):
-        """Raises UserError when the folder holds no safetensors."""
+        """Raises UserError when the folder holds no safetensors, or damaged ones."""
         self.folder = folder
-        paths = sorted(folder.glob("*.safetensors"))
-        if (folder / INDEX_FILE).exists():
-            named = json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()
-            paths = [folder / name for name in sorted(set(named))]
-        if not paths:
-            raise UserError(f"{folder}: expected weights in *.safetensors, found none")
-        if missing := [path.name for path in paths if not path.exists()]:
-            raise UserError(f"{folder}: {INDEX_FILE} names {missing[0]}, which is not there")
-        self._files = [safe_open(path, "pt") for path in paths]
+        try:
+            self._files = [safe_open(path, "pt") for path in weight_paths(folder)]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{folder}: its weights cannot be read: {error}") from error
         self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def __enter__(self) -> TensorFiles:
@@ -81,7 +93,7 @@ def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_
     flush()
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else WHOLE_FILE
         (folder / f"shard-{number}.safetensors").rename(folder / final)
         weight_map |= dict.fromkeys(names, final)
     if len(shards) > 1:

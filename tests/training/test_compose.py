@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -333,6 +335,125 @@ def test_tokenizers_with_other_ids_are_refused(toy_folder, toy_tokenizer, tmp_pa
     language = write_language(tmp_path / "language", other, tied=True)
     with pytest.raises(UserError, match="the tokenizers disagree"):
         plan_composition(toy_folder, language)
+
+
+def edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("side", ["vision", "language"])
+def test_a_folder_without_a_tokenizer_is_refused(side, toys, tmp_path, toy_tokenizer):
+    """transformers makes a tokenizer of one token out of it; all other rows would come from the vision checkpoint."""
+    folders = {"vision": shutil.copytree(toys["qwen3_5"], tmp_path / "vision")}
+    folders["language"] = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    for path in folders[side].glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(UserError, match=f"--{side}: .* holds no tokenizer"):
+        plan_composition(folders["vision"], folders["language"])
+
+
+def test_the_vision_checkpoint_does_not_scale_the_language_models_rope(toys, toy_tokenizer, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    rope = {"rope_theta": 1e6, "partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2]}
+    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True, rope_parameters=rope | yarn)
+    vision = shutil.copytree(toys["qwen3_5"], tmp_path / "vision")
+    scaled = yarn | {"attention_factor": 2.0, "beta_fast": 8.0}
+    edit_json(vision / "config.json", lambda c: c["text_config"]["rope_parameters"].update(scaled))
+    composition = plan_composition(vision, language)
+    assert composition.config.text_config.rope_parameters == rope | yarn
+
+
+def test_rows_of_an_mrope_that_nobody_states_are_not_guessed(toys, toy_tokenizer, tmp_path):
+    vision = shutil.copytree(toys["qwen3_5"], tmp_path / "vision")
+    edit_json(vision / "config.json", lambda c: c["text_config"]["rope_parameters"].pop("mrope_section"))
+    rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True, rope_parameters=rope)
+    with pytest.raises(UserError, match="--vision: expected rope_parameters with mrope_section"):
+        plan_composition(vision, language)
+
+
+@pytest.mark.parametrize("side", ["vision", "language"])
+def test_quantised_checkpoints_are_refused(side, toys, tmp_path):
+    folders = {name: shutil.copytree(toys["qwen3_5"], tmp_path / name) for name in ("vision", "language")}
+    edit_json(folders[side] / "config.json", lambda c: c.update(quantization_config={"quant_method": "fp8"}))
+    with pytest.raises(UserError, match=f"--{side}: .* holds quantised weights"):
+        plan_composition(folders["vision"], folders["language"])
+
+
+def test_the_config_names_nothing_that_is_not_there(toys, toy_tokenizer, tmp_path):
+    vision = shutil.copytree(toys["qwen3_5"], tmp_path / "vision")
+    edit_json(vision / "config.json", lambda c: c["text_config"].update(mtp_num_hidden_layers=1))
+    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    edit_json(language / "config.json", lambda c: c.update(mtp_num_hidden_layers=1))
+    out = write_composition(plan_composition(vision, language), vision, language, tmp_path / "out")
+    text = (out / "config.json").read_text()
+    assert json.loads(text)["text_config"]["mtp_num_hidden_layers"] == 0
+    assert str(tmp_path) not in text
+    assert "ForCausalLM" not in text
+
+
+def test_the_files_that_from_pretrained_reads_are_the_ones_taken(toys, tmp_path):
+    """One file before shards: saving in another number of files leaves the old ones."""
+    language = build_toy_model(tmp_path / "language", family="qwen3_5", seed=7)
+    other = AutoModelForImageTextToText.from_pretrained(build_toy_model(tmp_path / "x", family="qwen3_5", seed=8))
+    whole = (language / "model.safetensors").read_bytes()
+    other.save_pretrained(language, max_shard_size="2MB")
+    (language / "model.safetensors").write_bytes(whole)
+    expected = AutoModelForImageTextToText.from_pretrained(language).state_dict()[EMBEDDING]
+    out = write_composition(plan_composition(toys["qwen3_5"], language), toys["qwen3_5"], language, tmp_path / "out")
+    assert torch.equal(load_file(out / "model.safetensors")[EMBEDDING], expected)
+    # The shards themselves, and what an index is for.
+    (language / "model.safetensors").unlink()
+    out = write_composition(plan_composition(toys["qwen3_5"], language), toys["qwen3_5"], language, tmp_path / "out2")
+    assert torch.equal(load_file(out / "model.safetensors")[EMBEDDING], other.state_dict()[EMBEDDING])
+
+
+BROKEN = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no usable config.json"),
+    "broken config": (lambda folder: (folder / "config.json").write_text("{"), "has no usable config.json"),
+    "half a download": (
+        lambda folder: os.truncate(folder / "model.safetensors", 1000), "its weights cannot be read",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "expected weights in model.safetensors"),
+    "broken tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_folders_cost_one_line(name, toys, tmp_path, capsys):
+    damage, message = BROKEN[name]
+    language = shutil.copytree(toys["qwen3_5"], tmp_path / "language")
+    damage(language)
+    arguments = ["--vision", str(toys["qwen3_5"]), "--language", str(language), "--out", str(tmp_path / "out")]
+    assert compose.main(arguments) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1]
+    assert sum(line.startswith("error: ") for line in said) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["language"]
+
+
+def test_a_failed_composition_leaves_nothing_and_others_folders_alone(toys, toy_tokenizer, tmp_path, monkeypatch):
+    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    theirs = tmp_path / "out.partial"
+    theirs.mkdir()
+    (theirs / "mine.txt").write_text("x")
+    composition = plan_composition(toys["qwen3_5"], language)
+    with monkeypatch.context() as patch:
+        patch.setattr(compose, "_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_composition(composition, toys["qwen3_5"], language, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["language", "out.partial"]
+    write_composition(composition, toys["qwen3_5"], language, tmp_path / "out")
+    assert (theirs / "mine.txt").exists()
+
+
+def test_random_weights_need_an_image_text_configuration(toy_tokenizer, tmp_path):
+    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    with pytest.raises(UserError, match=r"--random: .* holds a qwen3_5_text config, expected one of an image-text"):
+        write_random(language, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
 def test_the_command_line_writes_a_model_and_refuses_in_one_line(toy_folder, toy_tokenizer, tmp_path, capsys):

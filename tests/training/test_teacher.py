@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from pixelprune.image import prune_pixels
@@ -270,6 +271,22 @@ def test_the_head_alone_is_the_stock_models_head(is_tied, toy_folder, tmp_path):
     assert torch.equal(head.weight, stock.lm_head.weight)
     assert torch.equal(head.weight, stock.get_input_embeddings().weight) == is_tied
     assert not head.weight.requires_grad
+
+
+def test_the_head_is_of_the_files_that_the_stock_model_reads(toy_folder, tmp_path):
+    """Shards of an earlier save beside one file; and a head of its own under a config that ties it."""
+    folder = shutil.copytree(toy_folder, tmp_path / "folder")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    whole = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(1)
+    model.save_pretrained(folder, max_shard_size="4MB")
+    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    for tensors in (whole, whole | {"lm_head.weight": torch.randn(model.lm_head.weight.shape)}):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        stock = AutoModelForImageTextToText.from_pretrained(folder)
+        head = load_head(load_model_files(ModelSettings(path=str(folder))), torch.float32, torch.device("cpu"))
+        assert torch.equal(head.weight, stock.lm_head.weight)
 
 
 def edit_json(path, **changes) -> None:

@@ -11,6 +11,7 @@ import xxhash
 from PIL import Image
 
 from pixelprune.image import ImageError, PrunedImage, decode_image, prune_image
+from pixelprune.prompter import check_image_token
 from pixelprune.registry import is_recoverable
 from pixelprune.sample import Sample, build_sample
 from pixelprune.selection import Selection
@@ -23,7 +24,8 @@ from training.data.records import Record, RecordError
 
 @dataclass(frozen=True)
 class PreparedRecord:
-    """A record after pruning. `content_hash` covers its text, roles and image bytes: what the sample was made of.
+    """A record after pruning. `content_hash` covers its text, roles, what is trained on and image bytes: what
+    the sample was made of.
 
     full: the same conversation on all its tokens, for a teacher; its images have no pixels of their own where the
     pruning is recoverable, since they can be decoded from the sample's (None unless `with_full`).
@@ -51,14 +53,15 @@ class PrepareSettings:
     """Prepare the unpruned sample too; the pruned one does not depend on it."""
 
     def build(self) -> Preparer:
-        """Load tokenizer and config. Raises ValueError when the model's config names no image token."""
+        """Load tokenizer and config. Raises ValueError when they have no image token."""
         from transformers import AutoConfig
 
         chat = ChatEncoder.from_folder(self.model_path, last_turn_only=self.last_turn_only)
-        image_token_id = getattr(AutoConfig.from_pretrained(self.model_path), "image_token_id", None)
-        if image_token_id is None:
+        config = AutoConfig.from_pretrained(self.model_path)
+        if getattr(config, "image_token_id", None) is None:
             raise ValueError(f"{self.model_path}: expected a vision-language model with an image_token_id (model.path)")
-        return Preparer(chat, self.prune, self.resize, image_token_id, self.with_full)
+        check_image_token(chat.tokenizer, config, self.model_path)
+        return Preparer(chat, self.prune, self.resize, config.image_token_id, self.with_full)
 
     def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
         """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
@@ -136,7 +139,8 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
     """63-bit hash of everything a sample is made of (fits Parquet's int64)."""
     digest = xxhash.xxh3_64()
     for message in record.messages:
-        digest.update(f"\x00{message.role}\x00{len(message.parts)}".encode())
+        role = message.role if message.supervised or message.role != "assistant" else "assistant, not trained on"
+        digest.update(f"\x00{role}\x00{len(message.parts)}".encode())
         for part in message.parts:
             # Lengths go in before contents, so that no two records share one stream of bytes.
             text = part.encode() if isinstance(part, str) else b""

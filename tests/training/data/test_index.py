@@ -307,6 +307,19 @@ def test_an_index_on_a_read_only_file_system_is_used(screens, prepare, monkeypat
     assert "1 records that can be used now stay out" in caplog.text
 
 
+def test_what_is_trained_on_is_part_of_a_records_content(screens, prepare):
+    """Else an answer that is no longer trained on would change the count of a step unnoticed."""
+    rows = [chat_row("screen_0.png"), chat_row("screen_0.png"), chat_row("screen_0.png")]
+    turns = [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "So."}]
+    for row, more in zip(rows, ({}, {"loss": True}, {"loss": False}), strict=True):
+        row["messages"] = [*row["messages"], turns[0], turns[1] | more]
+    write_jsonl(screens / "train.jsonl", rows)
+    index = build(screens, prepare)
+    first, same, other = index.content_hash.tolist()
+    assert first == same != other
+    assert index.num_supervised[0] == index.num_supervised[1] > index.num_supervised[2]
+
+
 def test_sources_of_one_name_size_and_time_have_their_own_index(screens, prepare, tmp_path):
     """Two folders, equal data files, other images: kept together in one index_dir."""
     for name, seed in (("a", 1), ("b", 2)):

@@ -1,0 +1,50 @@
+"""What a model folder must hold to be trained, and what is written of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from training.config import ConfigError, ModelSettings
+from training.model import load_model, load_model_files
+from training.toy_model import build_toy_model
+
+
+def test_a_model_folder_without_its_tokenizer_is_not_the_datas_fault(toy_folder, tmp_path):
+    """transformers makes a tokenizer of one token out of it, in silence."""
+    folder = shutil.copytree(toy_folder, tmp_path / "model")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match=r"model\.path: .* its tokenizer has . tokens and no image token"):
+        load_model_files(ModelSettings(path=str(folder)))
+
+
+def test_an_unknown_family_is_named(toy_folder, tmp_path):
+    folder = shutil.copytree(toy_folder, tmp_path / "model")
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
+    with pytest.raises(ConfigError, match=r"model\.path: model type 'qwen2_vl' is not supported"):
+        load_model_files(ModelSettings(path=str(folder)))
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_layers_that_are_not_loaded_are_not_announced(layers, tmp_path):
+    """Qwen3.5 is published with layers for multi-token prediction, which the stock model leaves out."""
+    folder = build_toy_model(tmp_path / "model", family="qwen3_5")
+    content = json.loads((folder / "config.json").read_text())
+    content["text_config"] |= {"mtp_num_hidden_layers": layers} if layers else {}
+    (folder / "config.json").write_text(json.dumps(content))
+    settings = ModelSettings(path=str(folder), dtype="float32")
+    load_model(settings, attention="sdpa", device=torch.device("cpu")).save_pretrained(tmp_path / "out")
+    text = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert text.get("mtp_num_hidden_layers") == (0 if layers else None)
+
+
+def test_quantised_weights_are_refused(toy_folder, tmp_path):
+    folder = shutil.copytree(toy_folder, tmp_path / "model")
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ConfigError, match=r"model\.path: .* holds quantised weights"):
+        load_model(ModelSettings(path=str(folder)), attention="sdpa", device=torch.device("cpu"))
