@@ -34,6 +34,7 @@ from training.data.targets import TargetEntry, TargetReader, write_shard
 from training.divergence import tempered_log_softmax
 from training.engine import Ranks, join_ranks, leave_ranks, patient_barrier
 from training.errors import UserError
+from training.exit_codes import USER_ERROR, leave_process
 from training.feed import Feed, build_feed
 from training.folder_lock import FolderLock
 from training.model import DTYPES, ModelFiles, load_model_files
@@ -219,10 +220,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if args.local_rank == 0:
             sys.stderr.write(f"error: {error}\n")
-        return 2
+        return USER_ERROR
     return 0
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    sys.exit(main())
+    leave_process(main())

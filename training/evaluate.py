@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,7 +34,7 @@ from training.checkpoint_files import write_atomically
 from training.config import ATTENTION_NAMES
 from training.errors import UserError
 from training.evaluation_inputs import default_out, model_fingerprint, name_sources
-from training.exit_codes import USER_ERROR
+from training.exit_codes import USER_ERROR, leave_process
 from training.grounding import Prediction, summarise
 from training.model import DTYPES
 from training.prediction_files import PredictionFiles
@@ -295,4 +294,4 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    sys.exit(main())
+    leave_process(main())

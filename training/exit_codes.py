@@ -1,4 +1,12 @@
-"""What a rank's exit code tells whoever started it: launch/, Slurm scripts, people's own loops."""
+"""What a rank's exit code tells whoever started it (launch/, Slurm scripts, own loops), and how a rank ends."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from typing import NoReturn
 
 FINISHED = 0
 """The run reached its last step."""
@@ -14,3 +22,19 @@ checkpoint.on_error=continue, that save failed (the log tells)."""
 
 STOP_FILE = "stop"
 """A file of this name in the run's folder asks the ranks to stop as a signal does; it reaches ranks on other hosts."""
+
+
+def leave_process(code: int) -> NoReturn:
+    """End this process with what `sys.exit` does, but without taking the interpreter down.
+
+    A thread of gloo or autograd that drops a tensor meanwhile asks the dying interpreter for its lock, which ends in an
+    abort ("terminate called without an active exception"): seen at 1 of about 70 ends of ranks on a busy machine. A run
+    that did all of its work would count as failed.
+    """
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

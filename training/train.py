@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from training.errors import RankError, UserError
-from training.exit_codes import USER_ERROR
+from training.exit_codes import USER_ERROR, leave_process
 from training.recipe import load_recipe, show
 
 
@@ -62,4 +62,4 @@ def _quieten() -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    sys.exit(main())
+    leave_process(main())

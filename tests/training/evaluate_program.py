@@ -6,9 +6,10 @@ import os
 import sys
 
 from training import evaluate
+from training.exit_codes import leave_process
 
 if __name__ == "__main__":
     which, *arguments = sys.argv[1:]
     if which == "same" or os.environ["RANK"] == "1":
         arguments[arguments.index("--data") + 1] = "no/such.jsonl"
-    sys.exit(evaluate.main(arguments))
+    leave_process(evaluate.main(arguments))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from training import checkpoint_files, grounding_eval
+from training.exit_codes import leave_process
 from training.model import SupervisedModel
 from training.train import main
 
@@ -118,4 +119,4 @@ FAULTS = {
 if __name__ == "__main__":
     fault = next(argument for argument in sys.argv if argument in FAULTS)
     FAULTS[fault]()
-    sys.exit(main([argument for argument in sys.argv[1:] if argument != fault]))
+    leave_process(main([argument for argument in sys.argv[1:] if argument != fault]))

@@ -19,6 +19,7 @@ from training.config import Config
 from training.data.targets import TargetReader
 from training.engine import join_ranks, leave_ranks
 from training.errors import UserError
+from training.exit_codes import leave_process
 from training.parameters import part_of
 from training.recipe import load_recipe
 from training.teacher_files import find_teaching
@@ -199,6 +200,7 @@ def main() -> None:
     if run.ranks.is_first:
         Path(out).write_text(json.dumps(results))
     leave_ranks()
+    leave_process(0)
 
 
 if __name__ == "__main__":

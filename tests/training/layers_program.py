@@ -18,6 +18,7 @@ from training.compiled import compile_layers
 from training.config import Config, ModelSettings, OptimSettings
 from training.data.loader import START, MicroBatch
 from training.engine import Ranks, build_engine, join_ranks, leave_ranks
+from training.exit_codes import leave_process
 from training.meter import StepMeter
 from training.model import SupervisedModel, enable_recomputation, load_model, load_model_files
 from training.run import run_step
@@ -70,6 +71,7 @@ def main() -> None:
     if ranks.is_first:
         Path(out).write_text(json.dumps(results))
     leave_ranks()
+    leave_process(0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from training import engine as engine_module
 from training.config import Config
 from training.engine import build_engine, join_ranks, leave_ranks
 from training.errors import UserError
+from training.exit_codes import leave_process
 from training.fragments import num_adam_steps, own_fragments
 
 
@@ -83,6 +84,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         Path(out).write_text(json.dumps(results))
     leave_ranks()
+    leave_process(0)
 
 
 if __name__ == "__main__":

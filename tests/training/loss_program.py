@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.ranks import without_launcher_arguments
 from training.config import Config
 from training.engine import join_ranks, leave_ranks
+from training.exit_codes import leave_process
 from training.loss import LossSettings, LossSums, supervised_loss
 
 VOCAB, WIDTH, LEARNING_RATE = 23, 8, 0.5
@@ -75,6 +76,7 @@ def main() -> None:
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(trained))
     leave_ranks()
+    leave_process(0)
 
 
 if __name__ == "__main__":

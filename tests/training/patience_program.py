@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tests.ranks import without_launcher_arguments
 from training.config import Config
 from training.engine import join_ranks, leave_ranks, patient_barrier
+from training.exit_codes import leave_process
 
 TIMEOUT_SECONDS = 3.0
 
@@ -32,6 +33,7 @@ def main() -> None:
     if ranks.is_first:
         Path(out).write_text(json.dumps({"waited": waited}))
     leave_ranks()
+    leave_process(0)
 
 
 if __name__ == "__main__":
