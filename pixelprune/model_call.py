@@ -136,8 +136,11 @@ def _places(pack: Pack, groups: list[list[int]], longest: list[int], starts: lis
             row_starts[sample] = start + row * length
     device = pack.input_ids.device
     lengths = pack.cu_seqlens.diff().to(torch.int64)
-    # output_size is known here, so that nothing waits for the device.
-    row_start = torch.tensor(row_starts, device=device).repeat_interleave(lengths, output_size=pack.num_tokens)
+    starts_of_rows = torch.tensor(row_starts)
+    if device.type == "cuda":
+        starts_of_rows = starts_of_rows.pin_memory()
+    # Pinned, and output_size is known here, so that nothing waits for the device.
+    row_start = starts_of_rows.to(device, non_blocking=True).repeat_interleave(lengths, output_size=pack.num_tokens)
     return row_start + pack.position_ids[0]
 
 

@@ -16,6 +16,8 @@ over the borders of all images at once instead of looping over them.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
 from itertools import pairwise
 from typing import Any
@@ -33,6 +35,7 @@ from training.errors import UserError
 logger = logging.getLogger(__name__)
 
 _PACKAGES = {"flash_attention_3": "flash-attn-3", "flash_attention_2": "flash-attn"}
+_MODULES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 _REGISTERED = "flash_varlen"
 _HALF = (torch.bfloat16, torch.float16)
 _MIN_CAPABILITY = (8, 0)  # torch's flash kernels: Ampere and later
@@ -245,7 +248,7 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cuda":
             return ""  # the reference
         if not _has_varlen():
-            return "this torch has no torch.nn.attention.varlen (2.10 and later have)"
+            return "this torch has no torch.nn.attention.varlen that groups heads (2.12 and later have)"
         capability = torch.cuda.get_device_capability(device)
         if capability < _MIN_CAPABILITY:
             return f"this GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
@@ -258,12 +261,23 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
         # transformers would fetch a kernel from the hub in its place.
         if name not in AttentionInterface() or not is_installed():
             return f"the package {_PACKAGES[name]} is not installed, or this transformers does not know it"
+        if problem := _import_problem(_MODULES[name]):
+            return f"the package {_PACKAGES[name]} is installed but does not load: {problem}"
     return "" if dtype in _HALF else _NEEDS_HALF.format(dtype)
+
+
+def _import_problem(module: str) -> str:
+    """Why a module cannot be imported, as a wheel built for another torch cannot; "" where it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error)
+    return ""
 
 
 def _has_varlen() -> bool:
     try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return False
-    return True
+    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()

@@ -119,7 +119,8 @@ def _scaled(grad: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | 
     """grad * scale, rounded once to dtype; grad itself stays, for a second backward over a retained graph."""
     if grad is None:
         return None
-    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    # As a vector of one: CUDA would round a scalar tensor to bfloat16, the gradient's dtype, before it multiplies.
+    return torch.mul(grad, scale.view(1), out=torch.empty_like(grad, dtype=dtype))
 
 
 def _chunks(num_rows: int, chunk_size: int) -> Iterator[slice]:

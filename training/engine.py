@@ -147,7 +147,7 @@ def deepspeed_json(config: Config, device: torch.device, reduce_bucket_size: int
             "overlap_comm": not on_cpu,
             "contiguous_gradients": True,
             "reduce_bucket_size": reduce_bucket_size or config.distributed.reduce_bucket_size,
-            "allgather_bucket_size": config.distributed.reduce_bucket_size,
+            "allgather_bucket_size": 2 * -(-config.distributed.reduce_bucket_size // 2),  # it must be even
         },
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
         # bf16 accumulation is off by 0.24 % in the gradient norm after 64 micro-steps.
@@ -183,7 +183,18 @@ def build_engine(module: nn.Module, config: Config, device: torch.device):
         )
     create_moments(engine)
     _check_layout(engine)
+    _check_rotary(engine.module)
     return engine
+
+
+def _check_rotary(module: nn.Module) -> None:
+    """Raises UserError where DeepSpeed rounded the rotary frequencies with the weights, as 0.18 does: angles at long
+    positions would be off by radians."""
+    for name, buffer in module.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise UserError(
+                f"{name}: expected float32 after deepspeed.initialize, got {buffer.dtype}; install deepspeed>=0.19.8"
+            )
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ def leave_process(code: int) -> NoReturn:
     """End this process with what `sys.exit` does, but without taking the interpreter down.
 
     A thread of gloo or autograd that drops a tensor meanwhile asks the dying interpreter for its lock, which ends in an
-    abort ("terminate called without an active exception"): seen at 1 of about 70 ends of ranks on a busy machine. A run
-    that did all of its work would count as failed.
+    abort ("terminate called without an active exception"). It was seen once in about 600 ends of ranks on a busy
+    machine: a run that did all of its work would count as failed.
     """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:

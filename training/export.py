@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import save_file
@@ -54,7 +55,7 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config
         peft_config.modules_to_save = trained_mergers(model) or None
         peft_config.save_pretrained(partial)
     else:
-        model.save_pretrained(partial, state_dict=export_weights(model))
+        model.save_pretrained(partial, state_dict=_in_host_memory(export_weights(model)))
     files.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
     if files.preprocessor:
         (partial / "preprocessor_config.json").write_text(json.dumps(files.preprocessor, indent=2) + "\n")
@@ -70,6 +71,17 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config
     else:
         partial.rename(folder)
     return folder
+
+
+def _in_host_memory(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights on the CPU, tied ones still one tensor.
+
+    transformers would copy every view of ZeRO's flat buffers on the device: a second model beside the training.
+    """
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    return {
+        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu()) for name, tensor in weights.items()
+    }
 
 
 def _refuse_to_replace(folder: Path) -> None:

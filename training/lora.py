@@ -73,7 +73,7 @@ def export_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         if rest == "weight" and layer_name in layers:
             layer = layers[layer_name]
             delta = sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-            tensor = (tensor.float() + delta).to(tensor.dtype)
+            tensor = (tensor.float() + delta).to(tensor.dtype).cpu()  # a layer at a time: the device may be full
         weights[f"{layer_name}.{rest}" if rest else name] = tensor
     return weights
 

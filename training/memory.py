@@ -174,9 +174,12 @@ def estimate_memory(
 
 
 def _gradient_bytes(config: Config, num_trained: int, bucket: int, world_size: int, itemsize: int) -> float:
-    """ZeRO-2 keeps a rank's part in float32 and two buckets in the weights' dtype; ZeRO-1 all of them, in both."""
+    """ZeRO-2 keeps a rank's part in float32 and two buckets in the weights' dtype; ZeRO-1 all of them, in both.
+
+    A reduction adds a flat copy of its bucket, and what a rank owns of it in float32, at most all.
+    """
     if config.distributed.zero_stage == 2:
-        return 4 * num_trained / world_size + 2 * itemsize * bucket
+        return 4 * num_trained / world_size + (3 * itemsize + 4) * bucket
     return (4 + itemsize) * num_trained + 4 * num_trained / world_size + 2 * 4 * bucket
 
 

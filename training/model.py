@@ -67,7 +67,7 @@ def load_model(settings: ModelSettings, *, attention: str, device: torch.device)
     """
     config = AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
     if getattr(config, "quantization_config", None):
-        raise ConfigError(f"model.path: {settings.path} holds quantised weights; take the checkpoint in bfloat16")
+        raise ConfigError(f"model.path, kd.path: {settings.path} holds quantised weights; take the one in bfloat16")
     model = load_pretrained(
         settings.path,
         attention=attention,

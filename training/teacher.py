@@ -39,7 +39,7 @@ def build_teacher(config: Config, teaching: Teaching | None, ranks: Ranks, atten
 def build_online_teacher(config: Config, files: ModelFiles, ranks: Ranks, attention: str) -> OnlineTeacher:
     """The teacher's weights, frozen; kd.sharding says how the ranks hold them."""
     attention = attention_for(teacher_dtype(config), ranks.device, attention)
-    if config.kd.sharding == "zero3":
+    if config.kd.sharding == "zero3" and ranks.world_size > 1:
         return _build_sharded(config, files, ranks, attention)
     model = _load_frozen(config, files, ranks.device, attention)
     return OnlineTeacher(model, model.lm_head, files.geometry)

@@ -18,8 +18,10 @@ from training.stopping import Agreement, StopRequest
 class Validator:
     """Evaluates the mean cross-entropy per supervised token and the token accuracy on held-out records."""
 
-    def __init__(self, config: Config, feed: Feed, files: ModelFiles, ranks: Ranks, stop: StopRequest):
-        self.ranks, self.stop = ranks, stop
+    def __init__(
+        self, config: Config, feed: Feed, files: ModelFiles, ranks: Ranks, stop: StopRequest, agreement: Agreement
+    ):
+        self.ranks, self.stop, self.agreement = ranks, stop, agreement
         # Made once: its worker processes stay for the next validation.
         self.loader = PackLoader.build_eval(config, feed, files, ranks)
 
@@ -32,7 +34,7 @@ class Validator:
         if not sources:
             return None
         feed = build_feed(config, sources, files, ranks, folder, shuffle=False, stop=stop, agreement=agreement)
-        return cls(config, feed, files, ranks, stop)
+        return cls(config, feed, files, ranks, stop, agreement)
 
     @torch.no_grad()
     def evaluate(self, engine) -> dict[str, float] | None:
@@ -42,20 +44,23 @@ class Validator:
         """
         was_training = engine.module.training
         engine.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
-        for batch in self.loader:
-            if self.stop.is_asked:
-                sums[3] = 1
+        sums = torch.zeros(3, dtype=torch.float64, device=self.ranks.device)
+        broken_off = False
+        for _, batches in self.loader.steps():
+            # Decided together: the loader's steps begin with a collective call, which a rank that left would miss.
+            broken_off = self.agreement.any_rank(self.stop.is_asked)
+            if broken_off:
                 break
-            if batch.is_dummy:
-                continue
-            loss = engine(batch.pack.to(self.ranks.device))
-            sums[:3] += torch.stack(
-                [loss.ce, loss.num_correct, torch.full_like(loss.ce, batch.pack.num_supervised)]
-            ).double()
-        dist.all_reduce(sums)
+            for batch in batches:
+                if batch.is_dummy:
+                    continue
+                loss = engine(batch.pack.to(self.ranks.device))
+                sums += torch.stack(
+                    [loss.ce, loss.num_correct, torch.full_like(loss.ce, batch.pack.num_supervised)]
+                ).double()
         engine.train(was_training)
-        ce, num_correct, num_supervised, num_broken_off = sums.tolist()
-        if num_broken_off:
+        if broken_off:
             return None
+        dist.all_reduce(sums)
+        ce, num_correct, num_supervised = sums.tolist()
         return {"eval_loss": ce / num_supervised, "eval_token_accuracy": num_correct / num_supervised}

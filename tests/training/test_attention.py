@@ -18,6 +18,8 @@ from tests.conftest import screen
 from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
 from training.attention import (
+    _has_varlen,
+    _import_problem,
     choose_attention,
     load_pretrained,
     reference_varlen,
@@ -253,14 +255,20 @@ def test_the_choice_is_said_and_impossible_requests_are_refused(caplog, monkeypa
 def test_the_order_on_a_gpu(monkeypatch):
     """A machine with a GPU, as far as the choice can see."""
     gpu, installed = torch.device("cuda", 0), {"flash_attention_3": True, "flash_attention_2": True}
+    broken: dict[str, str] = {}
     monkeypatch.setattr("training.attention.is_flash_attn_3_available", lambda: installed["flash_attention_3"])
     monkeypatch.setattr("training.attention.is_flash_attn_2_available", lambda: installed["flash_attention_2"])
+    monkeypatch.setattr("training.attention._import_problem", broken.get)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     capability = (9, 0)
     assert choose_attention("auto", gpu) == "flash_attention_3"
     installed["flash_attention_3"] = False
     assert choose_attention("auto", gpu) == "flash_attention_2"
+    broken["flash_attn"] = "undefined symbol"
+    assert choose_attention("auto", gpu) == "varlen"
+    with pytest.raises(UserError, match="flash-attn is installed but does not load: undefined symbol"):
+        choose_attention("flash_attention_2", gpu)
     installed["flash_attention_2"] = False
     assert choose_attention("auto", gpu) == "varlen"
     assert choose_attention("auto", gpu, torch.float32) == "sdpa"
@@ -272,3 +280,20 @@ def test_the_order_on_a_gpu(monkeypatch):
     assert choose_attention("auto", gpu) == "sdpa"
     with pytest.raises(UserError, match=r"compute capability 7\.5"):
         choose_attention("varlen", gpu)
+
+
+def test_a_package_that_does_not_load_is_noticed(tmp_path, monkeypatch):
+    """As a wheel built for another torch: its metadata is fine, its library is not."""
+    (tmp_path / "built_for_another_torch.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _import_problem("built_for_another_torch") == "undefined symbol: _ZN3c10"
+    assert _import_problem("json") == ""
+
+
+def test_a_varlen_without_what_is_called_is_not_taken(monkeypatch):
+    """torch 2.10 and 2.11 have the function, but not all of the arguments."""
+    from torch.nn.attention import varlen
+
+    assert _has_varlen()
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, *, scale=None, window_size=(-1, -1): None)
+    assert not _has_varlen()

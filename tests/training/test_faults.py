@@ -82,7 +82,7 @@ def test_no_rank_leaves_a_stop_before_all_have_saved(run_with):
 
 
 INTERRUPTED = {
-    "stop-in-validation": ("eval.every_steps=2", "data.pack_tokens=80"),  # several packs on each rank
+    "stop-in-validation": ("eval.every_steps=2", "data.samples_per_step=2"),  # the loader makes two steps of it
     "stop-in-answers": (
         "eval.grounding_every_steps=2",
         "eval.grounding_batch_size=1",

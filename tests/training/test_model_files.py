@@ -46,5 +46,5 @@ def test_quantised_weights_are_refused(toy_folder, tmp_path):
     folder = shutil.copytree(toy_folder, tmp_path / "model")
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ConfigError, match=r"model\.path: .* holds quantised weights"):
+    with pytest.raises(ConfigError, match="holds quantised weights"):
         load_model(ModelSettings(path=str(folder)), attention="sdpa", device=torch.device("cpu"))

@@ -69,7 +69,8 @@ def with_full_rows(
     if decode:
         index = decoding_index([image for sample in samples for image in sample.images])
         assert len(index) == full.num_kept_blocks, "every place of every image has a block"
-        full = dataclasses.replace(full, blocks=full.blocks[:0], block_index=index)
+        # Copied: an empty view would keep all pixels, and take them through shared memory.
+        full = dataclasses.replace(full, blocks=full.blocks[:0].clone(), block_index=index)
     return TaughtPack(**_fields(pack), full=full)
 
 
