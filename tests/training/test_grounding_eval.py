@@ -98,9 +98,9 @@ def test_data_without_boxes_is_refused(data, toy_folder, tmp_path):
 
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     with pytest.raises(UserError, match=r"no record can be answered: no metadata\.bbox"):
-        GroundingEvaluator.build(config, None, ranks, tmp_path)  # type: ignore[arg-type]
+        GroundingEvaluator.build(config, None, ranks, tmp_path, None)  # type: ignore[arg-type]
     config.eval.grounding_every_steps = 0
-    assert GroundingEvaluator.build(config, None, ranks, tmp_path) is None  # type: ignore[arg-type]
+    assert GroundingEvaluator.build(config, None, ranks, tmp_path, None) is None  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", ["", "_debug"])
