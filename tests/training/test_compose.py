@@ -31,57 +31,38 @@ from training.toy_model import build_tokenizer, build_toy_model
 VISION_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
 
-def write_language(folder: Path, tokenizer, *, tied: bool, seed: int = 7, **sizes) -> Path:
-    """A text-only Qwen3 checkpoint whose embedding fits the tokenizer."""
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 192,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    } | sizes
-    torch.manual_seed(seed)
-    Qwen3ForCausalLM(Qwen3Config(**settings)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def write_language_3_5(folder: Path, tokenizer, *, tied: bool, seed: int = 7, **sizes) -> Path:
-    """A text-only Qwen3.5 checkpoint with other sizes, layers and rope than the toy's."""
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 192,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
+CONFIGS = {"qwen3_vl": Qwen3Config, "qwen3_5": Qwen3_5TextConfig}
+TEXT_MODELS = {"qwen3_vl": Qwen3ForCausalLM, "qwen3_5": Qwen3_5ForCausalLM}
+SIZES = {
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+OWN = {
+    "qwen3_vl": {"max_position_embeddings": 4096, "rope_parameters": ROPE},
+    # Other layers and another rope than the toy's.
+    "qwen3_5": {
         "layer_types": ["linear_attention", "linear_attention", "full_attention"],
         "linear_num_key_heads": 3,
         "linear_num_value_heads": 3,
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 24,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "tie_word_embeddings": tied,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "partial_rotary_factor": 0.5,
-            "mrope_section": [4, 2, 2],
-        },
-    } | sizes
-    torch.manual_seed(seed)
-    Qwen3_5ForCausalLM(Qwen3_5TextConfig(**settings)).save_pretrained(folder)
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2]},
+    },
+}
+
+
+def write_language(folder: Path, tokenizer, family: str = "qwen3_vl", *, tied: bool, **sizes) -> Path:
+    """A text-only checkpoint for a family's vision tower, whose embedding fits the tokenizer."""
+    settings = {"vocab_size": len(tokenizer), "tie_word_embeddings": tied} | SIZES | OWN[family] | sizes
+    torch.manual_seed(7)
+    TEXT_MODELS[family](CONFIGS[family](**settings)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-WRITERS = {"qwen3_vl": write_language, "qwen3_5": write_language_3_5}
-TEXT_MODELS = {"qwen3_vl": Qwen3ForCausalLM, "qwen3_5": Qwen3_5ForCausalLM}
 
 
 @dataclass
@@ -102,15 +83,15 @@ class Parts:
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory):
     """Vision checkpoints of both families."""
-    return {family: build_toy_model(tmp_path_factory.mktemp(family) / "toy", family=family) for family in WRITERS}
+    return {family: build_toy_model(tmp_path_factory.mktemp(family) / "toy", family=family) for family in CONFIGS}
 
 
-@pytest.fixture(scope="module", params=[(f, t) for f in WRITERS for t in (True, False)], ids=str)
+@pytest.fixture(scope="module", params=[(f, t) for f in CONFIGS for t in (True, False)], ids=str)
 def parts(request, toys, toy_tokenizer, tmp_path_factory):
     """A vision checkpoint, a text-only one, and what was composed of them."""
     family, tied = request.param
     folder = tmp_path_factory.mktemp("compose")
-    language = WRITERS[family](folder / "language", toy_tokenizer, tied=tied)
+    language = write_language(folder / "language", toy_tokenizer, family, tied=tied)
     out = write_composition(plan_composition(toys[family], language), toys[family], language, folder / "out")
     return Parts(toys[family], language, out, family)
 
@@ -176,7 +157,7 @@ def test_the_composed_folder_loads_without_missing_or_unknown_weights(parts):
     assert not report["unexpected_keys"]
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
 def test_the_language_model_of_another_multimodal_checkpoint(family, toys, toy_tokenizer, tmp_path):
     """All of it: its layers, its rope and its own rows of the vision tokens; its vision tower and its layers for
@@ -215,7 +196,7 @@ def test_a_text_model_cut_out_of_a_multimodal_checkpoint(toys, tmp_path, toy_tok
 
 def test_language_tensors_keep_their_precision_unless_one_is_asked_for(toys, toy_tokenizer, tmp_path):
     """A delta net's decay may be stored in float32 among bfloat16; rounding it in silence would change the model."""
-    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    language = write_language(tmp_path / "language", toy_tokenizer, "qwen3_5", tied=True)
     tensors = load_file(language / "model.safetensors")
     mixed = {name: tensor if name.endswith("A_log") else tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(mixed, language / "model.safetensors", metadata={"format": "pt"})
@@ -298,7 +279,7 @@ BAD_FAMILIES = {
 @pytest.mark.parametrize("families", BAD_FAMILIES, ids=" and ".join)
 def test_a_language_model_of_the_other_family_is_refused(families, toys, toy_tokenizer, tmp_path):
     vision, text = families
-    language = WRITERS[text](tmp_path / "language", toy_tokenizer, tied=True)
+    language = write_language(tmp_path / "language", toy_tokenizer, text, tied=True)
     with pytest.raises(UserError, match=BAD_FAMILIES[families]):
         plan_composition(toys[vision], language)
 
@@ -312,12 +293,12 @@ def test_experts_are_refused_by_name(toy_folder, toy_tokenizer, tmp_path):
 def test_mrope_sections_must_fill_the_rotated_part_of_a_head(toys, toy_tokenizer, tmp_path):
     """A text-only config may leave the sections out; those of the vision checkpoint, [3, 3, 2], must fit then."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
-    language = write_language_3_5(tmp_path / "a", toy_tokenizer, tied=True, rope_parameters=rope)
+    language = write_language(tmp_path / "a", toy_tokenizer, "qwen3_5", tied=True, rope_parameters=rope)
     composition = plan_composition(toys["qwen3_5"], language)
     assert composition.config.text_config.rope_parameters["mrope_section"] == [3, 3, 2]
     assert composition.facts["mrope_section"] == "[3, 3, 2], of the vision checkpoint"
     rope["partial_rotary_factor"] = 0.25
-    language = write_language_3_5(tmp_path / "b", toy_tokenizer, tied=True, rope_parameters=rope)
+    language = write_language(tmp_path / "b", toy_tokenizer, "qwen3_5", tied=True, rope_parameters=rope)
     with pytest.raises(UserError, match=r"\[3, 3, 2\] sums to 8, expected head_dim \* partial_rotary_factor / 2 = 4"):
         plan_composition(toys["qwen3_5"], language)
 
@@ -347,7 +328,7 @@ def edit_json(path: Path, change) -> None:
 def test_a_folder_without_a_tokenizer_is_refused(side, toys, tmp_path, toy_tokenizer):
     """transformers makes a tokenizer of one token out of it; all other rows would come from the vision checkpoint."""
     folders = {"vision": shutil.copytree(toys["qwen3_5"], tmp_path / "vision")}
-    folders["language"] = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    folders["language"] = write_language(tmp_path / "language", toy_tokenizer, "qwen3_5", tied=True)
     for path in folders[side].glob("tokenizer*"):
         path.unlink()
     with pytest.raises(UserError, match=f"--{side}: .* holds no tokenizer"):
@@ -357,7 +338,7 @@ def test_a_folder_without_a_tokenizer_is_refused(side, toys, tmp_path, toy_token
 def test_the_vision_checkpoint_does_not_scale_the_language_models_rope(toys, toy_tokenizer, tmp_path):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     rope = {"rope_theta": 1e6, "partial_rotary_factor": 0.5, "mrope_section": [4, 2, 2]}
-    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True, rope_parameters=rope | yarn)
+    language = write_language(tmp_path / "language", toy_tokenizer, "qwen3_5", tied=True, rope_parameters=rope | yarn)
     vision = shutil.copytree(toys["qwen3_5"], tmp_path / "vision")
     scaled = yarn | {"attention_factor": 2.0, "beta_fast": 8.0}
     edit_json(vision / "config.json", lambda c: c["text_config"]["rope_parameters"].update(scaled))
@@ -369,7 +350,7 @@ def test_rows_of_an_mrope_that_nobody_states_are_not_guessed(toys, toy_tokenizer
     vision = shutil.copytree(toys["qwen3_5"], tmp_path / "vision")
     edit_json(vision / "config.json", lambda c: c["text_config"]["rope_parameters"].pop("mrope_section"))
     rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
-    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True, rope_parameters=rope)
+    language = write_language(tmp_path / "language", toy_tokenizer, "qwen3_5", tied=True, rope_parameters=rope)
     with pytest.raises(UserError, match="--vision: expected rope_parameters with mrope_section"):
         plan_composition(vision, language)
 
@@ -385,7 +366,7 @@ def test_quantised_checkpoints_are_refused(side, toys, tmp_path):
 def test_the_config_names_nothing_that_is_not_there(toys, toy_tokenizer, tmp_path):
     vision = shutil.copytree(toys["qwen3_5"], tmp_path / "vision")
     edit_json(vision / "config.json", lambda c: c["text_config"].update(mtp_num_hidden_layers=1))
-    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    language = write_language(tmp_path / "language", toy_tokenizer, "qwen3_5", tied=True)
     edit_json(language / "config.json", lambda c: c.update(mtp_num_hidden_layers=1))
     out = write_composition(plan_composition(vision, language), vision, language, tmp_path / "out")
     text = (out / "config.json").read_text()
@@ -435,7 +416,7 @@ def test_broken_folders_cost_one_line(name, toys, tmp_path, capsys):
 
 
 def test_a_failed_composition_leaves_nothing_and_others_folders_alone(toys, toy_tokenizer, tmp_path, monkeypatch):
-    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    language = write_language(tmp_path / "language", toy_tokenizer, "qwen3_5", tied=True)
     theirs = tmp_path / "out.partial"
     theirs.mkdir()
     (theirs / "mine.txt").write_text("x")
@@ -450,7 +431,7 @@ def test_a_failed_composition_leaves_nothing_and_others_folders_alone(toys, toy_
 
 
 def test_random_weights_need_an_image_text_configuration(toy_tokenizer, tmp_path):
-    language = write_language_3_5(tmp_path / "language", toy_tokenizer, tied=True)
+    language = write_language(tmp_path / "language", toy_tokenizer, "qwen3_5", tied=True)
     with pytest.raises(UserError, match=r"--random: .* holds a qwen3_5_text config, expected one of an image-text"):
         write_random(language, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
