@@ -10,6 +10,8 @@ memory. `--random FOLDER` instead writes random weights for a model folder's con
 from __future__ import annotations
 
 import argparse
+import glob
+import logging
 import os
 import shutil
 import sys
@@ -28,6 +30,8 @@ from training.errors import UserError, need
 from training.exit_codes import USER_ERROR
 from training.model import DTYPES, without_prediction_layers
 from training.tensor_files import TensorFiles, write_shards
+
+logger = logging.getLogger(__name__)
 
 SIDE_FILES = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.*",
@@ -115,6 +119,8 @@ def write_random(folder: Path, out: Path, *, dtype: str = "", seed: int = 0) -> 
 def _new_folder(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that becomes it when the block ends well, and goes when it does not."""
     need(not out.exists(), f"--out: {out} exists; name a new folder")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
+        logger.warning("%s is left of a composition that was killed, unless one still runs: remove it", left)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -192,6 +198,9 @@ def main(argv: list[str] | None = None) -> int:
             console.print(table)
     except UserError as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        return USER_ERROR
+    except OSError as error:  # a full disk, a folder that may not be written
+        Console(stderr=True).print(f"error: --out: {error}", style="red", markup=False, soft_wrap=True)
         return USER_ERROR
     console.print(f"written to {args.out}", soft_wrap=True)
     return 0

@@ -430,6 +430,23 @@ def test_a_failed_composition_leaves_nothing_and_others_folders_alone(toys, toy_
     assert (theirs / "mine.txt").exists()
 
 
+def test_what_a_killed_composition_left_is_named(toys, tmp_path, caplog):
+    left = tmp_path / ".out.1234.partial"
+    left.mkdir()
+    write_composition(
+        plan_composition(toys["qwen3_5"], toys["qwen3_5"]), toys["qwen3_5"], toys["qwen3_5"], tmp_path / "out"
+    )
+    assert f"{left} is left of a composition that was killed" in caplog.text
+    assert left.exists(), "it may still run, on another host"
+
+
+def test_a_folder_that_cannot_be_written_costs_one_line(toys, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    arguments = ["--vision", str(toys["qwen3_5"]), "--language", str(toys["qwen3_5"])]
+    assert compose.main([*arguments, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "error: --out: [Errno 20] Not a directory" in capsys.readouterr().err
+
+
 def test_random_weights_need_an_image_text_configuration(toy_tokenizer, tmp_path):
     language = write_language(tmp_path / "language", toy_tokenizer, "qwen3_5", tied=True)
     with pytest.raises(UserError, match=r"--random: .* holds a qwen3_5_text config, expected one of an image-text"):
