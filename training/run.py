@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from training.errors import RankError, StopAskedError, UserError
 from training.evaluations import Evaluations
 from training.exit_codes import FINISHED, RESUMABLE
 from training.export import export_model, run_facts
-from training.feed import build_feed
+from training.feed import Feed, build_feed
 from training.folder_lock import FolderLock
 from training.journal import Journal
 from training.lora import add_adapters
@@ -92,19 +92,14 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
     engine = build_engine(SupervisedModel(model, files.geometry, config.loss, teacher), config, ranks.device)
     facts = {"config.yaml": show(config), "environment.json": describe_provenance()}
     checkpointer = Checkpointer(folder, config.checkpoint, ranks, facts)
-    newest = checkpointer.latest()
-    if newest:
-        state = checkpointer.load(engine, newest)
-        cursor = feed.continued(state.cursor, state.order, config.checkpoint.on_changed_data)
-    else:
-        state, cursor = RunState(tracker_id=_new_id(ranks)), START
+    state, cursor = _starting_point(config, ranks, feed, engine, checkpointer)
     journal = Journal(config, ranks, folder, num_steps, state)
     if ranks.is_first:
         print_start_table(config, ranks, files, feed, model, attention, memory, num_steps, state.step)
 
     meter = StepMeter(ranks, state.totals)
     broken_off = evaluations.catch_up(engine, state.step, journal)
-    if broken_off or (not newest and agreement.any_rank(stop.is_asked)):
+    if broken_off or (state.step == 0 and agreement.any_rank(stop.is_asked)):
         journal.close()
         return RESUMABLE
     # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
@@ -130,13 +125,11 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
         state = RunState(num_done, outcome.cursor, totals, skips.total, state.tracker_id, feed.order)
         every = config.checkpoint.every_steps
         is_due = num_done == num_steps or bool(every and num_done % every == 0)
-        if is_due or stopping:
+        if is_due:
             checkpointer.save(engine, state)
-        if not stopping:
-            stopping = evaluations.after(engine, num_done, journal)
-            if stopping and not is_due:
+        if stopping or evaluations.after(engine, num_done, journal):
+            if not is_due:
                 checkpointer.save(engine, state)
-        if stopping:
             journal.close()
             saved = "saved" if _is_saved_everywhere(checkpointer, agreement, config) else "NOT saved"
             logger.info("rank %d: stopped after step %d, %s; start again to continue", ranks.rank, num_done, saved)
@@ -147,6 +140,17 @@ def _train(config: Config, ranks: Ranks, folder: Path, stop: StopRequest) -> int
         logger.info("model written to %s", path)
     journal.close()
     return FINISHED
+
+
+def _starting_point(
+    config: Config, ranks: Ranks, feed: Feed, engine: Any, checkpointer: Checkpointer
+) -> tuple[RunState, Cursor]:
+    """The newest complete checkpoint, loaded into the engine, or a new run; and where its data goes on."""
+    newest = checkpointer.latest()
+    if not newest:
+        return RunState(tracker_id=_new_id(ranks)), START
+    state = checkpointer.load(engine, newest)
+    return state, feed.continued(state.cursor, state.order, config.checkpoint.on_changed_data)
 
 
 def _report_failed_save(checkpointer: Checkpointer, config: Config) -> None:
