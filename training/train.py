@@ -8,11 +8,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 from pathlib import Path
 
 from training.errors import RankError, UserError
 from training.exit_codes import USER_ERROR, leave_process
 from training.recipe import load_recipe, show
+
+SECONDS_TO_SPEAK = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if isinstance(error, RankError) or _is_first_here():
             sys.stderr.write(f"error: {error}\n")
+        else:
+            # Launchers end all ranks as the first one leaves, which must not be before the one that speaks has spoken.
+            time.sleep(SECONDS_TO_SPEAK)
         return USER_ERROR
 
 

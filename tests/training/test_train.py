@@ -92,6 +92,23 @@ def test_export_gives_the_same_logits_as_the_model_in_memory(toy_model, toy_fold
         assert torch.equal(again(**inputs).logits, toy_model(**inputs).logits)
 
 
+LATE_FIRST_RANK = """
+import os, runpy, sys, time
+time.sleep(3 * (os.environ["LOCAL_RANK"] == "0"))
+sys.argv = ["train", "configs/debug.yaml", "optim.learning=1"]
+sys.path.insert(0, "")
+runpy.run_module("training.train", run_name="__main__")
+"""
+
+
+@pytest.mark.ranks
+def test_the_rank_that_speaks_is_not_ended_before_it_has(tmp_path):
+    """torchrun ends all ranks as soon as one fails: the silent ones wait for the one that says why."""
+    (tmp_path / "late.py").write_text(LATE_FIRST_RANK)
+    done = call("torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "late.py"))
+    assert done.stderr.count("error: command line: unknown key 'optim.learning'") == 1
+
+
 BAD_CALLS = {
     "unknown key": (["optim.learning_rate=1"], "unknown key 'optim.learning_rate'"),
     "wrong type": (["optim.lr=fast"], "optim.lr: Value 'fast'"),
