@@ -3,9 +3,10 @@
 python -m benchmarks.convergence
 
 What the paper's section 4.4 does with Qwen3-VL on screenshots, made small enough for a CPU: drawn screens (see
-benchmarks/screens.py, far simpler than screenshots) and a model of under a million parameters. Both start from the same
-weights and see the same records in the same order. Every k steps held-out screens are answered in the three modes
-Full -> Full, PixelPrune -> PixelPrune and PixelPrune -> Full; in the end also training screens and blank images.
+benchmarks/parts/screens.py, far simpler than screenshots) and a model of under a million parameters. Both start
+from the same weights and see the same records in the same order. Every k steps held-out screens are answered in the
+three modes Full -> Full, PixelPrune -> PixelPrune and PixelPrune -> Full; in the end also training screens and blank
+images.
 
 Each mode trains in a process of its own with one thread, both at the same time, on a loop of this file's around the
 framework's samples, packs, loss, schedule and generation (not on the DeepSpeed engine). Step times are medians over the
@@ -29,21 +30,21 @@ from PIL import Image
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from benchmarks.record import RESULTS, markdown_table, write_record
-from benchmarks.screens import write_screens
+from benchmarks.parts.record import RESULTS, markdown_table, write_record
+from benchmarks.parts.screens import write_screens
 from pixelprune.flops import CostModel
 from pixelprune.pack import VisionGeometry, pack_samples
 from pixelprune.prompter import Prompter
+from pixelprune.records.prepare import PrepareSettings
 from pixelprune.sample import Sample
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.answering import AnswerSettings, predict, read_tasks
-from training.config import ScheduleSettings
-from training.data.prepare import PrepareSettings
+from training.config.settings import ScheduleSettings
 from training.data.settings import SourceSettings
-from training.grounding import summarise
-from training.loss import LossSettings
-from training.model import SupervisedModel
-from training.parameters import lr_factor
+from training.evaluation.answering import AnswerSettings, predict, read_tasks
+from training.evaluation.scoring import summarise
+from training.loss.supervised import LossSettings
+from training.model.loading import SupervisedModel
+from training.model.parameters import lr_factor
 from training.toy_model import build_toy_model, texts_of_records
 
 RESIZE = ResizeSettings(min_pixels=1024)
@@ -314,8 +315,9 @@ def report(
     retain = pruned["kept_blocks"] / pruned["full_blocks"]
     summary = (
         f"{settings.num_pages} drawn screens of {settings.side}x{settings.side} pixels with 1 to "
-        f"{settings.num_controls} controls each (synthetic, see benchmarks/screens.py), {settings.num_steps} steps of "
-        f"{settings.samples_per_step} records, {full['num_parameters']:,} parameters, retain ratio {retain:.1%}. Best "
+        f"{settings.num_controls} controls each (synthetic, see benchmarks/parts/screens.py), "
+        f"{settings.num_steps} steps of {settings.samples_per_step} records, "
+        f"{full['num_parameters']:,} parameters, retain ratio {retain:.1%}. Best "
         f"constant answer: {constant:.1%}. Step time Full / PixelPrune: {wall_ratio:.2f} (medians {median['Full']:.3f} "
         f"and {median['PixelPrune']:.3f} s, both training at once, one thread each); FLOPs ratio by the cost model: "
         f"{flops_ratio:.2f}. Whole run: {seconds / 60:.1f} min."

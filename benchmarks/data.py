@@ -25,15 +25,15 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from benchmarks.record import markdown_table, write_record
-from pixelprune.image import decode_image, prune_pixels, resize_image
+from benchmarks.parts.record import markdown_table, write_record
+from pixelprune.images.image import decode_image, prune_pixels, resize_image
 from pixelprune.pack import VisionGeometry
+from pixelprune.records.chat import ChatEncoder
+from pixelprune.records.collator import PixelPruneCollator
+from pixelprune.records.prepare import Preparer
+from pixelprune.records.reader import parse_record
 from pixelprune.sample import build_sample
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.data.chat import ChatEncoder
-from training.data.collator import PixelPruneCollator
-from training.data.formats import parse_record
-from training.data.prepare import Preparer
 from training.toy_model import build_tokenizer, texts_of_records, toy_config
 
 SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples"

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.record import markdown_table, write_record
+from benchmarks.parts.record import markdown_table, write_record
 from training.toy_model import build_toy_model
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from benchmarks.one_rank import is_rank, run_as_rank
-from benchmarks.record import markdown_table, write_record
+from benchmarks.parts.one_rank import is_rank, run_as_rank
+from benchmarks.parts.record import markdown_table, write_record
 from pixelprune.flops import CostModel
 from training.cache_teacher import build_cache
-from training.config import Config
+from training.config.recipe import load_recipe
+from training.config.settings import Config
 from training.data.loader import MicroBatch, PackLoader
-from training.engine import Ranks, build_engine, join_ranks
-from training.feed import build_feed
-from training.meter import StepMeter
-from training.model import SupervisedModel, load_model, load_model_files
-from training.recipe import load_recipe
-from training.run import run_step
-from training.teacher import build_teacher
-from training.teacher_files import find_teaching
+from training.distributed.engine import Ranks, build_engine, join_ranks
+from training.loop.feed import build_feed
+from training.loop.run import run_step
+from training.model.loading import SupervisedModel, load_model, load_model_files
+from training.teacher.files import find_teaching
+from training.teacher.teachers import build_teacher
 from training.toy_model import build_toy_model, texts_of_records
+from training.tracking.meter import StepMeter
 
 SAMPLES = Path("data_tools/samples/train.jsonl")
 REAL_VOCABULARY = 151_936
@@ -70,7 +70,7 @@ def make_model(folder: Path, vocab: int | None) -> Path:
 
 
 def prepare(config: Config, ranks: Ranks) -> Way:
-    """The engine and the packs of one optimizer step, as `training.run` makes them."""
+    """The engine and the packs of one optimizer step, as `training.loop.run` makes them."""
     folder = Path(config.run.folder)
     files = load_model_files(config.model)
     teaching = find_teaching(config, files, ranks)

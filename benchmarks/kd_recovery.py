@@ -28,17 +28,17 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from benchmarks.one_rank import is_rank, run_as_rank
-from benchmarks.record import markdown_table, write_record
+from benchmarks.parts.one_rank import is_rank, run_as_rank
+from benchmarks.parts.record import markdown_table, write_record
 from pixelprune.settings import BLOCK
-from training.config import Config
+from training.config.recipe import load_recipe
+from training.config.settings import Config
 from training.data.loader import PackLoader
-from training.engine import Ranks, join_ranks
-from training.feed import build_feed
-from training.loss import LossSettings
-from training.model import SupervisedModel, load_model, load_model_files
-from training.recipe import load_recipe
-from training.run import run
+from training.distributed.engine import Ranks, join_ranks
+from training.loop.feed import build_feed
+from training.loop.run import run
+from training.loss.supervised import LossSettings
+from training.model.loading import SupervisedModel, load_model, load_model_files
 from training.toy_model import build_toy_model
 
 SAMPLES = Path("data_tools/samples")

@@ -27,11 +27,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from benchmarks.record import markdown_table, write_record
+from benchmarks.parts.record import markdown_table, write_record
 from launch.processes import Process, descendants, ranks_below, send
-from training.checkpoint_files import complete_checkpoints, incomplete_checkpoints, step_of
+from training.checkpoint.files import complete_checkpoints, incomplete_checkpoints, step_of
 from training.toy_model import build_toy_model
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data_tools" / "samples"

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.record import markdown_table, write_record
-from training.loss import LossSettings, supervised_loss
+from benchmarks.parts.record import markdown_table, write_record
+from training.loss.supervised import LossSettings, supervised_loss
 
 KD_WEIGHT, TEMPERATURE = 1.0, 2.0
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.record import markdown_table, write_record
+from benchmarks.parts.record import markdown_table, write_record
 from pixelprune.flops import CostModel
 from pixelprune.settings import BLOCK
 from training.data.balance import waste_bound

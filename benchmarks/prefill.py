@@ -27,17 +27,17 @@ from PIL import Image
 from rich.console import Console
 from transformers import DynamicCache
 
-from benchmarks.record import markdown_table, write_record
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.parts.record import markdown_table, write_record
+from benchmarks.parts.shapes import SHAPES, random_model
 from pixelprune.flops import CostModel
 from pixelprune.hf import PrunedInputs, encode_images, padded_rows, prepare
-from pixelprune.image import decode_image, resize_image
+from pixelprune.images.image import decode_image, resize_image
 from pixelprune.prompter import Prompter
 from pixelprune.selection import select
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.attention import choose_attention, load_pretrained
-from training.config import ATTENTION_NAMES
-from training.model import DTYPES
+from training.config.settings import ATTENTION_NAMES
+from training.model.attention import choose_attention, load_pretrained
+from training.model.loading import DTYPES
 from training.toy_model import build_tokenizer
 
 SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples" / "images"

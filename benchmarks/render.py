@@ -16,15 +16,15 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.record import markdown_table, write_record
+from benchmarks.parts.record import markdown_table, write_record
 from data_tools.records import read_jsonl
-from data_tools.render import RenderReport, render, split_pages
-from data_tools.render_output import prepare_out
-from data_tools.shot import RenderSettings
-from data_tools.site import Site
-from data_tools.view import Viewport
+from data_tools.render.output import prepare_out
+from data_tools.render.pages import RenderReport, render, split_pages
+from data_tools.render.shot import RenderSettings
+from data_tools.render.site import Site
+from data_tools.render.view import Viewport
+from pixelprune.selection.stats import DatasetStats, ImageStats, find_images, measure_files
 from pixelprune.settings import PruneSettings, ResizeSettings
-from pixelprune.stats import DatasetStats, ImageStats, find_images, measure_files
 
 VIEWPORTS = (Viewport(1366, 768), Viewport(390, 844, 2.0))
 PAGES = Path(__file__).parents[1] / "data_tools" / "pages"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.record import markdown_table, write_record
+from benchmarks.parts.record import markdown_table, write_record
 from benchmarks.select import SAMPLES
+from pixelprune.selection.stats import DatasetStats, ImageStats, find_images, measure_files
 from pixelprune.settings import PruneSettings, ResizeSettings
-from pixelprune.stats import DatasetStats, ImageStats, find_images, measure_files
 
 STRATEGIES = ("pred2d", "raster", "serpentine")
 THRESHOLDS = (0.0, 0.005, 0.02, 0.05, 0.1)

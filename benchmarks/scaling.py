@@ -4,10 +4,10 @@
 
 Nothing here is measured on ranks. Lengths are drawn as in `benchmarks.plan`; the plan of training cuts them into packs;
 FLOPs are the cost model's, recomputation included, over an assumed sustained rate; the network is a stated model
-(`benchmarks.network`). A micro-step takes its slowest pack's compute and the gradient reduction that its backward does
-not hide: DeepSpeed's ZeRO-2 all-reduces every bucket (two passes of a ring) in every micro-step, and the embeddings,
-tied head included, come last. An optimizer step adds the update of a rank's shard and the all-gather of weights. The
-loader's time is the measured one of `data_cpu`, and waits only where it exceeds the step.
+(`benchmarks.parts.network`). A micro-step takes its slowest pack's compute and the gradient reduction that its
+backward does not hide: DeepSpeed's ZeRO-2 all-reduces every bucket (two passes of a ring) in every micro-step, and
+the embeddings, tied head included, come last. An optimizer step adds the update of a rank's shard and the all-gather
+of weights. The loader's time is the measured one of `data_cpu`, and waits only where it exceeds the step.
 
 Efficiency is the compute of the step spread evenly over all ranks, as a share of the step's time. weak: samples per
 rank and step are fixed. strong: samples per step are fixed.
@@ -28,16 +28,16 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.network import Network, exposed_seconds
+from benchmarks.parts.network import Network, exposed_seconds
+from benchmarks.parts.record import markdown_table, write_record
+from benchmarks.parts.shapes import TEXT, random_model
 from benchmarks.plan import PACK_TOKENS, SAMPLES_PER_RANK, Lengths, draw
-from benchmarks.record import markdown_table, write_record
-from benchmarks.shapes import TEXT, random_model
 from pixelprune.flops import CostModel
-from training.config import Config
+from training.config.settings import Config
 from training.data.balance import waste_bound
 from training.data.plan import PlanSettings, StepPlan, plan_epoch
-from training.engine import bucket_elements
-from training.parameters import part_of
+from training.distributed.engine import bucket_elements
+from training.model.parameters import part_of
 
 LOSSES = ("imbalance", "ragged", "communication", "optimizer", "data")
 COLOURS = {

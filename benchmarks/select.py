@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from benchmarks.record import markdown_table, write_record
-from pixelprune.image import decode_image, resize_image
+from benchmarks.parts.record import markdown_table, write_record
+from pixelprune.images.image import decode_image, resize_image
+from pixelprune.images.sizing import fit_size
 from pixelprune.selection import select
+from pixelprune.selection.stats import find_images
 from pixelprune.settings import ResizeSettings
-from pixelprune.sizing import fit_size
-from pixelprune.stats import find_images
 
 SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples" / "images"
 COMPOSITES = {"2716x1616": (1616, 2716), "4096x4096": (4096, 4096)}

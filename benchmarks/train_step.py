@@ -30,16 +30,16 @@ from typing import Any
 import torch
 
 from benchmarks.exact_screens import write_exact_screens, write_records
-from benchmarks.one_rank import is_rank, run_as_rank
-from benchmarks.record import markdown_table, write_record
-from benchmarks.shapes import SHAPES
-from benchmarks.step_meter import DeviceMeter, peak_bytes, reset_peak
-from benchmarks.step_profile import draw_profile, profile_step
-from benchmarks.step_ways import TAUGHT, Bench, Step, Way
-from training.config import Config
+from benchmarks.parts.one_rank import is_rank, run_as_rank
+from benchmarks.parts.record import markdown_table, write_record
+from benchmarks.parts.shapes import SHAPES
+from benchmarks.parts.step_meter import DeviceMeter, peak_bytes, reset_peak
+from benchmarks.parts.step_profile import draw_profile, profile_step
+from benchmarks.parts.step_ways import TAUGHT, Bench, Step, Way
+from training.config.settings import Config
 from training.data.loader import MicroBatch
-from training.engine import join_ranks, leave_ranks
-from training.run import run_step
+from training.distributed.engine import join_ranks, leave_ranks
+from training.loop.run import run_step
 
 PRUNED = ("Full", "PixelPrune", "Resize")
 Rounds = dict[str, list[list[Step]]]

@@ -10,7 +10,7 @@ from types import FrameType
 from rich.console import Console
 from rich.markup import escape
 
-from data_tools.browser import BrowserError
+from data_tools.render.browser import BrowserError
 
 console = Console(stderr=True)
 
@@ -21,7 +21,9 @@ def _terminate(signum: int, _: FrameType | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 1 a failure the user can mend, 2 wrong arguments."""
-    from data_tools import convert_commands, render_command, sheet_command
+    from data_tools.convert import commands as convert_commands
+    from data_tools.render import command as render_command
+    from data_tools.sheet import command as sheet_command
 
     parser = argparse.ArgumentParser(
         prog="python -m data_tools", description="Get grounding data in: render it, convert it, look at it."

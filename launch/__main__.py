@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _slurm(args: argparse.Namespace) -> int:
-    from training.recipe import load_recipe
+    from training.config.recipe import load_recipe
 
     if args.hostfile or args.ranks:
         raise UserError("--slurm: hosts and ranks come from --nodes and --gpus-per-node; drop --hostfile and --ranks")
@@ -97,7 +97,7 @@ def _slurm(args: argparse.Namespace) -> int:
 
 def _hosts(args: argparse.Namespace) -> int:
     from launch.run import Launch, run_launch
-    from training.recipe import load_recipe
+    from training.config.recipe import load_recipe
 
     hosts = read_hostfile(args.hostfile)
     is_node = args.node_rank is not None

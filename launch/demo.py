@@ -11,7 +11,7 @@ from rich.panel import Panel
 from launch.local import default_num_ranks, run_local
 from training.errors import UserError
 from training.report import plot_convergence, summarise
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 RECIPE = Path("configs/demo.yaml")
 RUN = Path("runs/demo")
@@ -82,7 +82,7 @@ def _show_result(console: Console) -> None:
 
 def _full_size_retain_ratio() -> float:
     from pixelprune import select
-    from pixelprune.image import decode_image, resize_image
+    from pixelprune.images.image import decode_image, resize_image
     from pixelprune.settings import ResizeSettings
 
     resize = ResizeSettings()
@@ -95,8 +95,8 @@ def _draw_example(path: Path) -> Path:
     from PIL import Image
 
     from pixelprune import select
-    from pixelprune.image import decode_image, resize_image
-    from pixelprune.overlay import draw_overlay
+    from pixelprune.images.image import decode_image, resize_image
+    from pixelprune.selection.overlay import draw_overlay
     from pixelprune.settings import ResizeSettings
 
     resize = ResizeSettings()

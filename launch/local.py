@@ -51,7 +51,7 @@ def run_local(
     from launch.ports import free_port
     from launch.prebuild import clear_stale_lock
     from launch.run import Launch, run_launch
-    from training.recipe import load_recipe
+    from training.config.recipe import load_recipe
 
     config = load_recipe(recipe, overrides)
     ranks = num_ranks or default_num_ranks()

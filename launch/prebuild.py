@@ -71,7 +71,7 @@ def prebuild() -> None:
 def main() -> int:
     from rich.console import Console
 
-    from pixelprune.kernels import compile_all
+    from pixelprune.selection.kernels import compile_all
 
     console = Console(highlight=False)
     console.print("building DeepSpeed's extension and the selection kernels (once)")

@@ -11,10 +11,10 @@ from launch.front import Outcome, supervise
 from launch.restart import RestartPolicy, furthest_logged_step, run_with_restarts
 from launch.snapshot import save_snapshot
 from launch.stop import StopRequests
-from training.config import Config
+from training.config.recipe import show
+from training.config.settings import Config
 from training.exit_codes import STOP_FILE
-from training.folder_lock import FolderLock
-from training.recipe import show
+from training.loop.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ Importing this loads neither torch nor transformers; numba is loaded by the firs
 """
 
 from pixelprune.codec import Compressed, decode, encode
+from pixelprune.images.sizing import fit_size
 from pixelprune.selection import Selection, select
 from pixelprune.settings import PruneSettings, ResizeSettings
-from pixelprune.sizing import fit_size
 
 __all__ = ["Compressed", "PruneSettings", "ResizeSettings", "Selection", "decode", "encode", "fit_size", "select"]

@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pixelprune.image import PrunedImage, decode_image, prune_pixels, resize_image
-from pixelprune.overlay import draw_overlay, side_by_side
-from pixelprune.registry import strategy_names
+from pixelprune.images.image import PrunedImage, decode_image, prune_pixels, resize_image
 from pixelprune.selection import METRICS, check_settings
+from pixelprune.selection.overlay import draw_overlay, side_by_side
+from pixelprune.selection.registry import strategy_names
+from pixelprune.selection.stats import DatasetStats, ImageStats, find_images, measure_files
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
-from pixelprune.stats import DatasetStats, ImageStats, find_images, measure_files
 
 
 def main(arguments: list[str] | None = None) -> int:

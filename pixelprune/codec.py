@@ -35,7 +35,7 @@ class Compressed:
     threshold: float
 
     def __post_init__(self) -> None:
-        from pixelprune.registry import get_strategy
+        from pixelprune.selection.registry import get_strategy
 
         check_settings(self.settings)
         if get_strategy(self.strategy).replay is None:
@@ -125,7 +125,7 @@ def encode(
 
 def decode_sources(compressed: Compressed) -> np.ndarray:
     """int32 (rows, cols): index into `compressed.blocks` of the block standing at each place."""
-    from pixelprune.registry import get_strategy
+    from pixelprune.selection.registry import get_strategy
 
     replay = get_strategy(compressed.strategy).replay
     assert replay is not None, "checked when the Compressed was made"

@@ -11,7 +11,7 @@ import torch
 
 from pixelprune.decoding import decode, end_token_ids, generation_settings
 from pixelprune.hf import Generation, encode_images
-from pixelprune.image import PrunedImage
+from pixelprune.images.image import PrunedImage
 from pixelprune.prompter import Messages, Prompter
 from pixelprune.sample import ChatTokens, Sample, build_sample
 from pixelprune.settings import PruneSettings, ResizeSettings

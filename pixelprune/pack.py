@@ -17,7 +17,7 @@ import torch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from pixelprune.family import family_of
-from pixelprune.image import PrunedImage
+from pixelprune.images.image import PrunedImage
 from pixelprune.sample import Sample
 from pixelprune.settings import BLOCK, MERGE, PATCH
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixelprune.image import ImageError, ImageSource, PrunedImage, prune_image
+from pixelprune.images.image import ImageError, ImageSource, PrunedImage, prune_image
 from pixelprune.sample import ChatTokens
 from pixelprune.settings import PruneSettings, ResizeSettings
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pixelprune.image import PrunedImage
+from pixelprune.images.image import PrunedImage
 from pixelprune.selection import Selection
 from pixelprune.settings import MERGE
 

@@ -64,6 +64,63 @@ def geometry(toy_model):
     return VisionGeometry.from_config(toy_model.config)
 
 
+@pytest.fixture(scope="session")
+def tokenizer():
+    from training.toy_model import build_tokenizer
+
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer, tmp_path_factory) -> Path:
+    """Tokenizer and config; data preparation needs no weights."""
+    from training.toy_model import toy_config
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer.save_pretrained(folder)
+    toy_config(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cost(tokenizer):
+    from pixelprune.flops import CostModel
+    from training.toy_model import toy_config
+
+    return CostModel.from_config(toy_config(tokenizer))
+
+
+@pytest.fixture(scope="session")
+def image_token_id(tokenizer) -> int:
+    return tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+
+@pytest.fixture
+def preparer(tokenizer, image_token_id):
+    from pixelprune.records.chat import ChatEncoder
+    from pixelprune.records.prepare import Preparer
+    from pixelprune.settings import PruneSettings, ResizeSettings
+
+    return Preparer(ChatEncoder(tokenizer), PruneSettings(), ResizeSettings(min_pixels=32 * 32), image_token_id)
+
+
+@pytest.fixture
+def screens(tmp_path):
+    """A folder with 24 screens of two sizes and a train.jsonl over them; every third record is text only."""
+    from tests.samples import chat_row, draw_screen, write_jsonl
+
+    rows = []
+    for i in range(24):
+        if i % 3 == 2:
+            rows.append(chat_row(None, f"Question {i}?", f"Answer {'yes ' * (i % 5 + 1)}"))
+            continue
+        name = f"screen_{i}.png"
+        draw_screen(i, *((192, 128) if i % 2 else (320, 256))).save(tmp_path / name)
+        rows.append(chat_row(name, f"Find {i}", f"({i}, {i})"))
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    return tmp_path
+
+
 def screen(rows: int, cols: int, seed: int = 0) -> np.ndarray:
     """A picture like a screenshot: flat panels with a few noisy blocks, uint8 (32 * rows, 32 * cols, 3)."""
     rng = np.random.default_rng(seed)

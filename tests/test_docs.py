@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.ranks import ROOT
-from training.config import Config
-from training.recipe import _check_path
+from training.config.recipe import _check_path
+from training.config.settings import Config
 
 DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 FILES = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()

@@ -25,22 +25,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pixelprune.flops import CostModel
 from pixelprune.pack import Pack
 from pixelprune.settings import PruneSettings
-from training.attention import choose_attention
-from training.config import Config
+from training.config.recipe import load_recipe
+from training.config.settings import Config
 from training.data.index import Index
 from training.data.loader import PackLoader
 from training.data.plan import plan_epoch
 from training.data.targets import TargetEntry, TargetReader, write_shard
-from training.divergence import tempered_log_softmax
-from training.engine import Ranks, join_ranks, leave_ranks, patient_barrier
+from training.distributed.engine import Ranks, join_ranks, leave_ranks, patient_barrier
 from training.errors import UserError
 from training.exit_codes import USER_ERROR, leave_process
-from training.feed import Feed, build_feed
-from training.folder_lock import FolderLock
-from training.model import DTYPES, ModelFiles, load_model_files
-from training.recipe import load_recipe
-from training.teacher import OnlineTeacher, build_online_teacher
-from training.teacher_files import Teaching, cache_folder, load_teacher_files, teacher_dtype
+from training.loop.feed import Feed, build_feed
+from training.loop.folder_lock import FolderLock
+from training.loss.divergence import tempered_log_softmax
+from training.model.attention import choose_attention
+from training.model.loading import DTYPES, ModelFiles, load_model_files
+from training.teacher.files import Teaching, cache_folder, load_teacher_files, teacher_dtype
+from training.teacher.teachers import OnlineTeacher, build_online_teacher
 
 logger = logging.getLogger(__name__)
 

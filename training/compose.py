@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText
 
-from training.composition import EMBEDDING, HEAD, Composition, plan_composition, read_config, read_vocabulary
+from training.composition.plan import EMBEDDING, HEAD, Composition, plan_composition, read_config, read_vocabulary
 from training.errors import UserError, need
 from training.exit_codes import USER_ERROR
-from training.model import DTYPES, without_prediction_layers
-from training.tensor_files import TensorFiles, write_shards
+from training.model.loading import DTYPES, without_prediction_layers
+from training.model.tensor_files import TensorFiles, write_shards
 
 logger = logging.getLogger(__name__)
 

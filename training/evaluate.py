@@ -25,20 +25,20 @@ from rich.table import Table
 
 from pixelprune.answers import FORMATS
 from pixelprune.prompter import Prompter
-from pixelprune.registry import get_strategy
 from pixelprune.selection import check_settings
+from pixelprune.selection.registry import get_strategy
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.answering import AnswerSettings, Task, predict, read_tasks
-from training.attention import choose_attention, load_pretrained
-from training.checkpoint_files import write_atomically
-from training.config import ATTENTION_NAMES
+from training.checkpoint.files import write_atomically
+from training.config.settings import ATTENTION_NAMES
 from training.errors import UserError
-from training.evaluation_inputs import default_out, model_fingerprint, name_sources
+from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
+from training.evaluation.inputs import default_out, model_fingerprint, name_sources
+from training.evaluation.prediction_files import PredictionFiles
+from training.evaluation.prediction_sheet import draw_sheet
+from training.evaluation.scoring import Prediction, summarise
 from training.exit_codes import USER_ERROR, leave_process
-from training.grounding import Prediction, summarise
-from training.model import DTYPES
-from training.prediction_files import PredictionFiles
-from training.prediction_sheet import draw_sheet
+from training.model.attention import choose_attention, load_pretrained
+from training.model.loading import DTYPES
 
 logger = logging.getLogger(__name__)
 

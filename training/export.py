@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pixelprune.prompter import PRUNE_FILE
-from training.config import Config
+from training.config.settings import Config
 from training.errors import UserError
 from training.exit_codes import USER_ERROR
-from training.lora import adapter_weights, add_adapters, export_weights, trained_mergers
-from training.meter import RunTotals
-from training.model import ModelFiles, load_model, load_model_files
-from training.tracking import read_metrics
+from training.model.loading import ModelFiles, load_model, load_model_files
+from training.model.lora import adapter_weights, add_adapters, export_weights, trained_mergers
+from training.tracking.meter import RunTotals
+from training.tracking.tracker import read_metrics
 
 CARD_METRICS = {
     "ce": "training cross-entropy per token",
@@ -100,8 +100,8 @@ def export_checkpoint(path: Path, out: Path, *, trust_remote_code: bool = False)
     """
     import torch
 
-    from training.checkpoint_files import MARKER, FragmentReader, complete_checkpoints
-    from training.recipe import config_from_dict
+    from training.checkpoint.files import MARKER, FragmentReader, complete_checkpoints
+    from training.config.recipe import config_from_dict
 
     if (path / "checkpoints").is_dir():
         path = (complete_checkpoints(path / "checkpoints") or [path])[-1]

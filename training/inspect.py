@@ -16,16 +16,16 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from pixelprune.image import PrunedImage, decode_image, resize_image
-from pixelprune.overlay import draw_overlay
+from pixelprune.images.image import PrunedImage, decode_image, resize_image
+from pixelprune.records.images import read_image
+from pixelprune.records.prepare import PreparedRecord, Preparer, PrepareSettings
+from pixelprune.records.record import RecordError
+from pixelprune.selection.overlay import draw_overlay
 from pixelprune.settings import BLOCK
-from training.config import Config
-from training.data.images import read_image
-from training.data.prepare import PreparedRecord, Preparer, PrepareSettings
-from training.data.records import RecordError
+from training.config.recipe import load_recipe
+from training.config.settings import Config
 from training.data.sources import Source, open_sources
 from training.errors import UserError
-from training.recipe import load_recipe
 
 SUPERVISED = "bold green"
 IMAGE = "bold cyan"

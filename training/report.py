@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 SPEED = {"samples_per_s": "samples/s", "kept_tokens_per_s": "kept tokens/s", "mfu": "MFU on kept tokens"}
 MEMORY = {"peak_memory_gb": "peak memory of the first rank, GB", "host_memory_gb": "host memory of the first rank, GB"}

@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+from training.config.recipe import load_recipe, show
 from training.errors import RankError, UserError
 from training.exit_codes import USER_ERROR, leave_process
-from training.recipe import load_recipe, show
 
 SECONDS_TO_SPEAK = 10.0
 
@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.write(show(config))
             return 0
         _quieten()
-        from training.engine import leave_ranks
-        from training.run import run
+        from training.distributed.engine import leave_ranks
+        from training.loop.run import run
 
         code = run(config)
         leave_ranks()

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data_tools import json_stream
 from data_tools.cli import main
-from data_tools.json_stream import iter_json
-from pixelprune.image import decode_image
+from data_tools.convert import json_stream
+from data_tools.convert.json_stream import iter_json
+from pixelprune.images.image import decode_image
+from pixelprune.records.reader import parse_record
+from pixelprune.records.record import ImageRef, Message
 from pixelprune.settings import ResizeSettings
-from training.data.formats import parse_record
-from training.data.records import ImageRef, Message
 
 SIZE = (2000, 1000)  # one relative unit is 2 pixels across and 1 pixel down
 

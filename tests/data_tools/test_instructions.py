@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from data_tools.instructions import MAX_NAME_LEN, TEMPLATES, Instructor
-from data_tools.shot import choose
-from data_tools.view import Element, Viewport
+from data_tools.render.instructions import MAX_NAME_LEN, TEMPLATES, Instructor
+from data_tools.render.shot import choose
+from data_tools.render.view import Element, Viewport
 
 SEND = Element((0, 0, 10, 10), "Send", "button", "text", "Mail", "")
 

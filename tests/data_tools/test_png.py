@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.png import encode_png
+from data_tools.render.png import encode_png
 
 
 @settings(deadline=None, max_examples=60)

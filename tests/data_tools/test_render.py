@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import render as render_module
-from data_tools.browser import Browser, BrowserError, find_chromium
 from data_tools.cli import main
-from data_tools.render import render
-from data_tools.shot import RenderSettings
-from data_tools.site import Site
-from data_tools.view import Element, PageView, Viewport
+from data_tools.render import pages as render_module
+from data_tools.render.browser import Browser, BrowserError, find_chromium
+from data_tools.render.pages import render
+from data_tools.render.shot import RenderSettings
+from data_tools.render.site import Site
+from data_tools.render.view import Element, PageView, Viewport
 
 pytestmark = [
     pytest.mark.chromium,
@@ -258,7 +258,8 @@ def _chromium_processes(profile: str) -> list[int]:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_chromium_ends_with_the_run_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
     program = (
-        "import signal, sys, time\nfrom data_tools.browser import Browser\nfrom data_tools.cli import _terminate\n"
+        "import signal, sys, time\nfrom data_tools.render.browser import Browser\n"
+        "from data_tools.cli import _terminate\n"
         "signal.signal(signal.SIGTERM, _terminate)\n"
         "with Browser() as b:\n    print(b._profile, flush=True)\n    time.sleep(60)\n"
     )

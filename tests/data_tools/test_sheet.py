@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.records import grounding_record
-from data_tools.sheet import make_sheet
+from data_tools.sheet.draw import make_sheet
 
 RED, BLUE = (230, 20, 60), (20, 90, 255)
 
@@ -35,7 +35,7 @@ def test_box_and_point_are_drawn_where_the_record_says(tmp_path: Path) -> None:
 
 
 def test_every_record_is_as_likely_to_be_drawn() -> None:
-    from data_tools import sheet
+    from data_tools.sheet import draw as sheet
 
     records = [_record(number, [1, 2, 3, 4], "(1, 2)") for number in range(20)]
     counts = np.zeros(20)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.site import ORIGIN, Site
+from data_tools.render.site import ORIGIN, Site
 
 
 @pytest.fixture

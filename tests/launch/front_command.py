@@ -8,7 +8,7 @@ from pathlib import Path
 
 from launch.front import supervise
 from launch.stop import StopRequests
-from training.folder_lock import FolderLock
+from training.loop.folder_lock import FolderLock
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")

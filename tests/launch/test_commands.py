@@ -16,7 +16,7 @@ from launch.environment import rank_environment
 from launch.hosts import read_hostfile
 from launch.local import default_num_ranks, local_command
 from training.errors import UserError
-from training.folder_lock import FolderLock
+from training.loop.folder_lock import FolderLock
 
 RECIPE = "configs/debug.yaml"
 
@@ -144,7 +144,7 @@ def test_second_run_in_a_folder_is_refused_with_pid_and_host(tmp_path):
     holder = subprocess.Popen(
         [
             *(sys.executable, "-c"),
-            "import sys, time; from pathlib import Path; from training.folder_lock import FolderLock\n"
+            "import sys, time; from pathlib import Path; from training.loop.folder_lock import FolderLock\n"
             "lock = FolderLock(Path(sys.argv[1])).acquire(); print('locked', flush=True); time.sleep(600)",
             str(tmp_path),
         ],
@@ -164,7 +164,7 @@ def test_second_run_in_a_folder_is_refused_with_pid_and_host(tmp_path):
 
 def test_the_recipe_the_demo_ends_with_fits_a_published_model():
     from launch.demo import NEXT_COMMAND
-    from training.recipe import load_recipe
+    from training.config.recipe import load_recipe
 
     module, recipe, *overrides = shlex.split(NEXT_COMMAND)
     config = load_recipe(Path(recipe), overrides)

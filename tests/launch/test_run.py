@@ -11,10 +11,10 @@ import pytest
 
 from launch.restart import RestartPolicy
 from launch.run import Launch, run_launch
+from training.config.recipe import load_recipe
 from training.errors import UserError
 from training.exit_codes import RESUMABLE, STOP_FILE
-from training.folder_lock import FolderLock
-from training.recipe import load_recipe
+from training.loop.folder_lock import FolderLock
 
 
 @pytest.fixture

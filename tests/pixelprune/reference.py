@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from pixelprune.image import PrunedImage, prune_pixels
+from pixelprune.images.image import PrunedImage, prune_pixels
 from pixelprune.sample import ChatTokens, Sample, build_sample
 from pixelprune.settings import PruneSettings
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixelprune.baselines import block_budget, budget_size, component_shares
 from pixelprune.selection import select
+from pixelprune.selection.baselines import block_budget, budget_size, component_shares
 from pixelprune.settings import PruneSettings
 from tests.pixelprune.selection_reference import mosaic, page
 

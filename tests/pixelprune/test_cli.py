@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelprune import registry
 from pixelprune.__main__ import main
-from pixelprune.baselines import budget_size
-from pixelprune.overlay import draw_overlay
-from pixelprune.selection import select
+from pixelprune.selection import registry, select
+from pixelprune.selection.baselines import budget_size
+from pixelprune.selection.overlay import draw_overlay
 from tests.pixelprune.selection_reference import page
 
 

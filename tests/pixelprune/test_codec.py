@@ -229,7 +229,7 @@ def test_small_files_of_giant_content_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_mask_with_holes_cannot_be_replayed_as_full() -> None:
-    from pixelprune.registry import get_strategy
+    from pixelprune.selection.registry import get_strategy
 
     replay = get_strategy("none").replay
     good = encode(page())

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from pixelprune.hf import generate, prefill_logits, prepare
-from pixelprune.image import ImageError
+from pixelprune.images.image import ImageError
 from pixelprune.prompter import Prompter
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pixelprune.kernels
-from pixelprune import kernels
+import pixelprune.selection.kernels
 from pixelprune.codec import decode, encode
-from pixelprune.selection import select
+from pixelprune.selection import kernels, select
 from tests.pixelprune.selection_reference import distance, mosaic, page
 
 ENTRY_POINTS = (
@@ -142,6 +141,6 @@ def flood(grid: np.ndarray) -> np.ndarray:
 
 def test_what_compiled_code_calls_is_in_one_file() -> None:
     # numba's cache would not notice a change elsewhere and go on running the old code.
-    source = Path(pixelprune.kernels.__file__).read_text()
+    source = Path(pixelprune.selection.kernels.__file__).read_text()
     assert "from pixelprune" not in source
     assert "import pixelprune" not in source

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pixelprune.image import prune_image
+from pixelprune.images.image import prune_image
 from pixelprune.pack import model_inputs, normalise_blocks, pack_samples
 from pixelprune.sample import Sample
 from pixelprune.settings import PruneSettings, ResizeSettings

@@ -24,7 +24,7 @@ from pixelprune import model_call
 from pixelprune.conversation import Conversation
 from pixelprune.family import FAMILIES
 from pixelprune.hf import generate, prepare
-from pixelprune.image import prune_pixels
+from pixelprune.images.image import prune_pixels
 from pixelprune.model_call import KERNEL_PACKAGES, final_hidden, group_by_length, takes_packed_rows
 from pixelprune.pack import VisionGeometry, model_inputs, pack_samples
 from pixelprune.prompter import Prompter

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelprune import resample
-from pixelprune.resample import resize_bicubic
+from pixelprune.images import resample
+from pixelprune.images.resample import resize_bicubic
 
 SIZES = {
     "one dimension, vertical": ((1080, 1920), (1088, 1920)),

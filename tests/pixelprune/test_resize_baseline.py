@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from pixelprune.hf import generate, prepare
-from pixelprune.image import prune_image, prune_pixels
+from pixelprune.images.image import prune_image, prune_pixels
 from pixelprune.pack import model_inputs, pack_samples
-from pixelprune.registry import is_recoverable
+from pixelprune.selection.registry import is_recoverable
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample

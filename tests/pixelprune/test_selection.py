@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixelprune.registry import get_strategy, is_recoverable, register, strategy_names
 from pixelprune.selection import Selection, select
+from pixelprune.selection.registry import get_strategy, is_recoverable, register, strategy_names
+from pixelprune.selection.strategies import integer_limit
 from pixelprune.settings import PruneSettings
-from pixelprune.strategies import integer_limit
 from tests.pixelprune.selection_reference import gradient, mosaic, page, reference_select
 
 PREDICTING = ("pred2d", "raster", "serpentine")

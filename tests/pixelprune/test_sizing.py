@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from pixelprune.sizing import fit_size
+from pixelprune.images.sizing import fit_size
 
 
 @settings(max_examples=800, deadline=None)

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelprune.overlay import draw_overlay, side_by_side
 from pixelprune.selection import Selection, select
+from pixelprune.selection.overlay import draw_overlay, side_by_side
+from pixelprune.selection.stats import (
+    DatasetStats,
+    ImageStats,
+    find_images,
+    measure_files,
+    measure_image,
+    num_unique_blocks,
+)
 from pixelprune.settings import PruneSettings, ResizeSettings
-from pixelprune.stats import DatasetStats, ImageStats, find_images, measure_files, measure_image, num_unique_blocks
 from tests.pixelprune.selection_reference import mosaic, page
 
 RULES = {"pred2d": PruneSettings(), "none": PruneSettings(strategy="none")}

@@ -49,8 +49,8 @@ def call(module: str, *arguments: str) -> subprocess.CompletedProcess:
 def held_out_loss(folder: Path, data: Path) -> float:
     """Mean cross-entropy on the held-out records of the model that `from_pretrained` loads from `folder`."""
     from pixelprune.pack import VisionGeometry, model_inputs
+    from pixelprune.records.collator import PixelPruneCollator
     from pixelprune.settings import PruneSettings, ResizeSettings
-    from training.data.collator import PixelPruneCollator
 
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     collator = PixelPruneCollator.from_pretrained(

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training import checkpoint_files, grounding_eval
+from training.checkpoint import files as checkpoint_files
+from training.evaluation import during_training as grounding_eval
 from training.exit_codes import leave_process
-from training.model import SupervisedModel
+from training.model.loading import SupervisedModel
 from training.train import main
 
 

@@ -12,18 +12,18 @@ import torch
 import xxhash
 from safetensors.torch import load_file
 
-import training.run
+import training.loop.run
 from tests.ranks import without_launcher_arguments
 from training.cache_teacher import build_cache
-from training.config import Config
+from training.config.recipe import load_recipe
+from training.config.settings import Config
 from training.data.targets import TargetReader
-from training.engine import join_ranks, leave_ranks
+from training.distributed.engine import join_ranks, leave_ranks
 from training.errors import UserError
 from training.exit_codes import leave_process
-from training.parameters import part_of
-from training.recipe import load_recipe
-from training.teacher_files import find_teaching
-from training.tracking import read_metrics
+from training.model.parameters import part_of
+from training.teacher.files import find_teaching
+from training.tracking.tracker import read_metrics
 
 LOSSES = ("loss", "ce", "kl", "teacher_agreement", "teacher_entropy", "token_accuracy", "grad_norm", "num_supervised")
 NUM_STEPS = 4
@@ -42,20 +42,20 @@ class Scenarios:
             f"kd.cache_dir={folder}/cache",
         ]  # fmt: skip
         self.teachers: list = []
-        build = training.run.build_teacher
+        build = training.loop.run.build_teacher
 
         def remember(*arguments):
             self.teachers.append(build(*arguments))
             return self.teachers[-1]
 
-        training.run.build_teacher = remember
+        training.loop.run.build_teacher = remember
 
     def config(self, name: str, *overrides: str, recipe: str = "kd_recovery_debug") -> Config:
         return load_recipe(f"configs/{recipe}.yaml", [*self.common, f"run.name={name}", *overrides])
 
     def train(self, name: str, *overrides: str, recipe: str = "kd_recovery_debug") -> dict:
         """Losses of every step and a hash of the exported weights."""
-        training.run.run(self.config(name, *overrides, recipe=recipe))
+        training.loop.run.run(self.config(name, *overrides, recipe=recipe))
         if not self.ranks.is_first:
             return {}
         folder = self.folder / name
@@ -66,7 +66,7 @@ class Scenarios:
     def changed_parts(self, name: str, *overrides: str) -> list[str]:
         """Parts of the model whose exported weights are not those of the start."""
         config = self.config(name, *overrides)
-        training.run.run(config)
+        training.loop.run.run(config)
         start = load_file(Path(config.model.path) / "model.safetensors")
         end = load_file(self.folder / name / "export" / "model.safetensors")
         assert start.keys() == end.keys()
@@ -184,7 +184,7 @@ def two_ranks(run: Scenarios) -> dict:
     results["replica, vision frozen"] = run.train("frozen", "optim.vit.freeze=true", "optim.merger.freeze=true")
     sharded = run.cache("kd.sharding=zero3", f"kd.cache_dir={run.folder}/sharded_cache")
     results["num_cached_sharded"] = len(TargetReader(sharded))
-    student = training.run.load_model_files(run.config("cache").model)
+    student = training.loop.run.load_model_files(run.config("cache").model)
     again = find_teaching(run.config("cache", *cached), student, run.ranks)
     assert again is not None
     assert again.targets is not None

@@ -14,14 +14,14 @@ import torch
 from pixelprune.pack import pack_samples
 from tests.ranks import without_launcher_arguments
 from tests.training.step_program import make_samples
-from training.compiled import compile_layers
-from training.config import Config, ModelSettings, OptimSettings
+from training.config.settings import Config, ModelSettings, OptimSettings
 from training.data.loader import START, MicroBatch
-from training.engine import Ranks, build_engine, join_ranks, leave_ranks
+from training.distributed.engine import Ranks, build_engine, join_ranks, leave_ranks
 from training.exit_codes import leave_process
-from training.meter import StepMeter
-from training.model import SupervisedModel, enable_recomputation, load_model, load_model_files
-from training.run import run_step
+from training.loop.run import run_step
+from training.model.compiled import compile_layers
+from training.model.loading import SupervisedModel, enable_recomputation, load_model, load_model_files
+from training.tracking.meter import StepMeter
 
 NUM_STEPS = 2
 

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.ranks import without_launcher_arguments
-from training import engine as engine_module
-from training.config import Config
-from training.engine import build_engine, join_ranks, leave_ranks
+from training.config.settings import Config
+from training.distributed import engine as engine_module
+from training.distributed.engine import build_engine, join_ranks, leave_ranks
+from training.distributed.fragments import num_adam_steps, own_fragments
 from training.errors import UserError
 from training.exit_codes import leave_process
-from training.fragments import num_adam_steps, own_fragments
 
 
 class Layers(nn.Module):

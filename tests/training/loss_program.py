@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import without_launcher_arguments
-from training.config import Config
-from training.engine import join_ranks, leave_ranks
+from training.config.settings import Config
+from training.distributed.engine import join_ranks, leave_ranks
 from training.exit_codes import leave_process
-from training.loss import LossSettings, LossSums, supervised_loss
+from training.loss.supervised import LossSettings, LossSums, supervised_loss
 
 VOCAB, WIDTH, LEARNING_RATE = 23, 8, 0.5
 POSITIONS = ((5, 0), (3, 7))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.loss import LossSettings, LossSums, supervised_loss
+from training.loss.supervised import LossSettings, LossSums, supervised_loss
 
 D, D_TEACHER, V = 7, 5, 23
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from tests.ranks import without_launcher_arguments
-from training.config import Config
-from training.engine import join_ranks, leave_ranks, patient_barrier
+from training.config.settings import Config
+from training.distributed.engine import join_ranks, leave_ranks, patient_barrier
 from training.exit_codes import leave_process
 
 TIMEOUT_SECONDS = 3.0

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 
 from pixelprune.pack import pack_samples
+from pixelprune.records.collator import dummy_sample
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 from tests.ranks import without_launcher_arguments
-from training.config import Config, ModelSettings, OptimSettings
-from training.data.collator import dummy_sample
+from training.config.settings import Config, ModelSettings, OptimSettings
 from training.data.loader import START, MicroBatch
-from training.engine import Ranks, build_engine, join_ranks, leave_ranks
+from training.distributed.engine import Ranks, build_engine, join_ranks, leave_ranks
 from training.exit_codes import leave_process
-from training.meter import StepMeter
-from training.model import SupervisedModel, enable_recomputation, load_model, load_model_files
-from training.run import run_step
+from training.loop.run import run_step
+from training.model.loading import SupervisedModel, enable_recomputation, load_model, load_model_files
+from training.tracking.meter import StepMeter
 
 ANSWERS = [
     "(1, 2)",

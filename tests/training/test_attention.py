@@ -17,7 +17,8 @@ from pixelprune.sample import ChatTokens, build_sample
 from tests.conftest import screen
 from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
-from training.attention import (
+from training.errors import UserError
+from training.model.attention import (
     _has_varlen,
     _import_problem,
     choose_attention,
@@ -27,7 +28,6 @@ from training.attention import (
     varlen_attention,
     varlen_mask,
 )
-from training.errors import UserError
 from training.toy_model import build_toy_model
 
 CPU = torch.device("cpu")
@@ -239,7 +239,7 @@ def test_the_mask_is_left_to_sdpa_where_something_is_masked():
 
 
 def test_the_choice_is_said_and_impossible_requests_are_refused(caplog, monkeypatch):
-    with caplog.at_level(logging.INFO, logger="training.attention"):
+    with caplog.at_level(logging.INFO, logger="training.model.attention"):
         assert choose_attention("auto", CPU) == "sdpa"
         assert choose_attention("varlen", CPU, torch.float32) == "varlen"
     assert [record.getMessage() for record in caplog.records] == [
@@ -256,9 +256,9 @@ def test_the_order_on_a_gpu(monkeypatch):
     """A machine with a GPU, as far as the choice can see."""
     gpu, installed = torch.device("cuda", 0), {"flash_attention_3": True, "flash_attention_2": True}
     broken: dict[str, str] = {}
-    monkeypatch.setattr("training.attention.is_flash_attn_3_available", lambda: installed["flash_attention_3"])
-    monkeypatch.setattr("training.attention.is_flash_attn_2_available", lambda: installed["flash_attention_2"])
-    monkeypatch.setattr("training.attention._import_problem", broken.get)
+    monkeypatch.setattr("training.model.attention.is_flash_attn_3_available", lambda: installed["flash_attention_3"])
+    monkeypatch.setattr("training.model.attention.is_flash_attn_2_available", lambda: installed["flash_attention_2"])
+    monkeypatch.setattr("training.model.attention._import_problem", broken.get)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     capability = (9, 0)

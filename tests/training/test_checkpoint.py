@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.checkpoint import Checkpointer
-from training.checkpoint_files import checkpoint_folder, complete_checkpoints
-from training.config import CheckpointSettings
-from training.engine import Ranks
+from training.checkpoint.checkpointer import Checkpointer
+from training.checkpoint.files import checkpoint_folder, complete_checkpoints
+from training.config.settings import CheckpointSettings
+from training.distributed.engine import Ranks
+from training.distributed.fragments import KINDS, Fragment
 from training.errors import RankError
-from training.fragments import KINDS, Fragment
 
 CPU = torch.device("cpu")
 

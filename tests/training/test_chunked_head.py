@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.training.loss_reference import Case, D, V, make_head
-from training.chunked_head import _scaled
-from training.divergence import DIVERGENCES, DivergenceName
-from training.loss import LossSettings, supervised_loss
+from training.loss.chunked_head import _scaled
+from training.loss.divergence import DIVERGENCES, DivergenceName
+from training.loss.supervised import LossSettings, supervised_loss
 
 CE = LossSettings(chunk_size=4)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -19,9 +19,9 @@ from pixelprune.pack import Pack, pack_samples
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 from tests.ranks import run_ranks
-from training.compiled import compile_layers
-from training.config import ModelSettings
-from training.model import enable_recomputation
+from training.config.settings import ModelSettings
+from training.model.compiled import compile_layers
+from training.model.loading import enable_recomputation
 
 BOUND = 8
 TOLERANCE = 1e-5
@@ -113,10 +113,10 @@ def test_reaching_the_bound_is_said_and_stays_right(toy_model, toy_tokenizer, ge
     plain, model = copy.deepcopy(toy_model).train(), copy.deepcopy(toy_model).train()
     compile_layers(model, 1, backend="aot_eager")
     one_sample = pack_samples([make_sample(toy_tokenizer, [screen(3, 4)], "Where?", "there")], geometry)
-    with caplog.at_level(logging.WARNING, logger="training.compiled"):
+    with caplog.at_level(logging.WARNING, logger="training.model.compiled"):
         for pack in (packs(toy_tokenizer, geometry)[0], one_sample):
             assert_equal_runs(model, plain, pack, geometry)
-    said = [record.getMessage() for record in caplog.records if record.name == "training.compiled"]
+    said = [record.getMessage() for record in caplog.records if record.name == "training.model.compiled"]
     assert any("further cases run uncompiled" in line and "model.compile_max_recompiles" in line for line in said)
     assert most_versions() == 1
 

@@ -23,9 +23,9 @@ from transformers import (
 
 from training import compose
 from training.compose import write_composition, write_random
-from training.composition import EMBEDDING, HEAD, LANGUAGE, plan_composition
+from training.composition.plan import EMBEDDING, HEAD, LANGUAGE, plan_composition
 from training.errors import UserError
-from training.tensor_files import TensorFiles, write_shards
+from training.model.tensor_files import TensorFiles, write_shards
 from training.toy_model import build_tokenizer, build_toy_model
 
 VISION_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]

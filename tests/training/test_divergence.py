@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tests.training.loss_reference import Case, V, reference_divergence
-from training.divergence import DIVERGENCES, DivergenceName, distil_full, distil_top_k
-from training.loss import LossSettings
+from training.loss.divergence import DIVERGENCES, DivergenceName, distil_full, distil_top_k
+from training.loss.supervised import LossSettings
 
 
 def logits(seed: int, rows: int = 6, vocab: int = V, scale: float = 2.0) -> Tensor:

@@ -8,8 +8,8 @@ from torch import nn
 
 from tests.ranks import run_ranks
 from tests.training.patience_program import TIMEOUT_SECONDS
-from training.config import Config
-from training.engine import _check_rotary, deepspeed_json
+from training.config.settings import Config
+from training.distributed.engine import _check_rotary, deepspeed_json
 from training.errors import UserError
 
 

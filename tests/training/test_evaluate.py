@@ -17,20 +17,21 @@ from transformers import AutoTokenizer
 
 from pixelprune.hf import generate, prepare
 from pixelprune.prompter import Prompter
+from pixelprune.records.chat import ChatEncoder
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen
 from tests.kernels import needs_plain_layers
 from tests.ranks import ROOT
 from tests.training.test_qwen3_5 import REASONING_TEMPLATE
-from training import answering, evaluate
-from training.answering import AnswerSettings, predict, prepare_task, read_tasks
-from training.data.chat import ChatEncoder
+from training import evaluate
 from training.data.settings import SourceSettings
 from training.errors import UserError
-from training.evaluation_inputs import default_out, name_sources
-from training.grounding import Prediction
-from training.prediction_files import PredictionFiles
-from training.prediction_sheet import draw_sheet
+from training.evaluation import answering
+from training.evaluation.answering import AnswerSettings, predict, prepare_task, read_tasks
+from training.evaluation.inputs import default_out, name_sources
+from training.evaluation.prediction_files import PredictionFiles
+from training.evaluation.prediction_sheet import draw_sheet
+from training.evaluation.scoring import Prediction
 from training.toy_model import CHAT_TEMPLATE, build_toy_model
 
 NUM_GOOD = 6

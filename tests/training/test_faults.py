@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.ranks import start_ranks
 from tests.training.debug_run import call, overrides
-from training.checkpoint_files import complete_checkpoints
+from training.checkpoint.files import complete_checkpoints
 from training.exit_codes import RESUMABLE
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 pytestmark = pytest.mark.ranks
 

@@ -8,18 +8,18 @@ import pytest
 from transformers import AutoConfig
 
 from pixelprune.flops import CostModel
+from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.training.debug_run import call, overrides, write_records
-from training.config import Config, GroupSettings, OptimSettings
+from training.config.settings import Config, GroupSettings, OptimSettings
 from training.data.index_builder import build_index
 from training.data.loader import Cursor
 from training.data.plan import PlanSettings, epoch_order
-from training.data.prepare import PrepareSettings
 from training.data.settings import DataSettings, SourceSettings
 from training.errors import UserError
-from training.feed import Feed, cost_model
-from training.lora import LoraSettings
-from training.tracking import read_metrics
+from training.loop.feed import Feed, cost_model
+from training.model.lora import LoraSettings
+from training.tracking.tracker import read_metrics
 
 
 def make_feed(folder, model_folder, *, weight=1.0, pack_tokens=4096, **plan) -> Feed:

@@ -14,7 +14,7 @@ from pixelprune.pack import pack_samples
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 from training.errors import UserError
-from training.fused import check_fused, put_in, use_fused
+from training.model.fused import check_fused, put_in, use_fused
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from pixelprune.answers import parse_answer
-from training.data.formats import parse_record
-from training.grounding import GroundingError, Prediction, failed, is_hit, judge, summarise, target_of, to_row
+from pixelprune.records.reader import parse_record
+from training.evaluation.scoring import GroundingError, Prediction, failed, is_hit, judge, summarise, target_of, to_row
 
 SIZE = (2000, 500)
 """A wide image: a mix-up of width and height, or of the axes, moves every point out of its box."""

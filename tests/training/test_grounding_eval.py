@@ -13,13 +13,13 @@ from pixelprune.settings import PruneSettings
 from tests.ranks import ROOT
 from tests.training.test_evaluate import write_eval
 from training import evaluate
-from training.config import Config, EvalSettings, ModelSettings
+from training.config.recipe import load_recipe
+from training.config.settings import Config, EvalSettings, ModelSettings
 from training.data.settings import DataSettings, SourceSettings
-from training.engine import Ranks
+from training.distributed.engine import Ranks
 from training.errors import UserError
-from training.grounding_eval import GroundingEvaluator
-from training.recipe import load_recipe
-from training.tracking import read_metrics
+from training.evaluation.during_training import GroundingEvaluator
+from training.tracking.tracker import read_metrics
 
 NUM_STEPS = 4
 

@@ -19,9 +19,9 @@ from pixelprune.pack import pack_samples
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 from tests.ranks import ROOT
-from training.config import ModelSettings
-from training.loss import LossSettings
-from training.model import SupervisedModel, enable_recomputation
+from training.config.settings import ModelSettings
+from training.loss.supervised import LossSettings
+from training.model.loading import SupervisedModel, enable_recomputation
 
 METHODS = (
     "item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "equal", "repeat_interleave",

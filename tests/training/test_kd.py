@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.ranks import run_ranks
-from tests.training.data.samples import chat_row, draw_screen, write_jsonl
+from tests.samples import chat_row, draw_screen, write_jsonl
 
 pytestmark = pytest.mark.ranks
 NUM_RECORDS = 14

@@ -15,15 +15,15 @@ from tests.conftest import screen
 from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
 from tests.training.debug_run import call, held_out_loss, overrides
-from training.config import Config, GroupSettings, ModelSettings, OptimSettings
+from training.config.settings import Config, GroupSettings, ModelSettings, OptimSettings
 from training.errors import UserError
 from training.export import export_checkpoint, export_model
-from training.lora import LoraSettings, add_adapters
-from training.loss import LossSettings
-from training.model import SupervisedModel, load_model, load_model_files
-from training.parameters import freeze_parts, trains_vision
+from training.loss.supervised import LossSettings
+from training.model.loading import SupervisedModel, load_model, load_model_files
+from training.model.lora import LoraSettings, add_adapters
+from training.model.parameters import freeze_parts, trains_vision
 from training.toy_model import build_toy_model
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from omegaconf.errors import ValidationError
 from torch import Tensor
 
 from tests.training.loss_reference import Case, D, V, reference
-from training.divergence import DIVERGENCES, DivergenceName
-from training.loss import LossSettings, LossSums, supervised_loss
+from training.loss.divergence import DIVERGENCES, DivergenceName
+from training.loss.supervised import LossSettings, LossSums, supervised_loss
 
 
 @pytest.mark.parametrize("num", [1, 11])

@@ -13,9 +13,8 @@ from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry, pack_samples
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
-from training.attention import load_pretrained
-from training.config import AUTO, Config, ModelSettings
-from training.memory import (
+from training.config.settings import AUTO, Config, ModelSettings
+from training.loop.memory import (
     USABLE,
     Recomputation,
     choose_recomputation,
@@ -24,8 +23,9 @@ from training.memory import (
     recompute_flops,
     vit_bytes,
 )
-from training.model import enable_recomputation
-from training.parameters import freeze_parts
+from training.model.attention import load_pretrained
+from training.model.loading import enable_recomputation
+from training.model.parameters import freeze_parts
 
 TOLERANCE = 0.15
 
@@ -106,7 +106,7 @@ def test_no_policy_changes_loss_or_gradients(policy, toy_folder, toy_tokenizer, 
 @pytest.fixture(scope="module")
 def big() -> torch.nn.Module:
     """Qwen3-VL-2B without its memory: shapes of the published config."""
-    from benchmarks.shapes import shape_config
+    from benchmarks.parts.shapes import shape_config
 
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(shape_config("2b"), dtype=torch.bfloat16)

@@ -7,10 +7,10 @@ import time
 import torch
 
 from training.data.loader import Cursor, MicroBatch
-from training.engine import Ranks
-from training.loss import LossSums
-from training.meter import StepMeter
-from training.run import run_step
+from training.distributed.engine import Ranks
+from training.loop.run import run_step
+from training.loss.supervised import LossSums
+from training.tracking.meter import StepMeter
 
 
 class Pack:

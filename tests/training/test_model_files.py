@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-from training.config import ConfigError, ModelSettings
-from training.model import load_model, load_model_files
+from training.config.settings import ConfigError, ModelSettings
+from training.model.loading import load_model, load_model_files
 from training.toy_model import build_toy_model
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.shapes import shape_config
+from benchmarks.parts.shapes import shape_config
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import pack_samples
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
-from training.config import Config, ConfigError, GroupSettings, OptimSettings, ScheduleSettings
-from training.engine import bucket_elements, deepspeed_json
-from training.parameters import count_parts, freeze_parts, lr_factor, parameter_groups
+from training.config.settings import Config, ConfigError, GroupSettings, OptimSettings, ScheduleSettings
+from training.distributed.engine import bucket_elements, deepspeed_json
+from training.model.parameters import count_parts, freeze_parts, lr_factor, parameter_groups
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

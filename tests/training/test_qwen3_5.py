@@ -19,21 +19,21 @@ from transformers import AutoTokenizer
 from launch.local import find_deepspeed
 from launch.ports import free_port
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, pack_samples
+from pixelprune.records.chat import ChatEncoder
+from pixelprune.records.record import Message, Record
 from tests.conftest import screen
 from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
 from tests.ranks import ROOT
 from tests.training.debug_run import overrides, write_records
-from training.config import ModelSettings, OptimSettings
-from training.data.chat import ChatEncoder
-from training.data.records import Message, Record
+from training.config.settings import ModelSettings, OptimSettings
 from training.data.taught import with_full_rows
-from training.loss import LossSettings
-from training.model import SupervisedModel, enable_recomputation, load_model, load_model_files
-from training.parameters import PARTS, parameter_groups, part_of
-from training.teacher import OnlineTeacher
+from training.loss.supervised import LossSettings
+from training.model.loading import SupervisedModel, enable_recomputation, load_model, load_model_files
+from training.model.parameters import PARTS, parameter_groups, part_of
+from training.teacher.teachers import OnlineTeacher
 from training.toy_model import build_toy_model
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 FAMILIES = ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.config import Config, ConfigError
-from training.recipe import config_from_dict, config_to_dict, load_recipe, show
+from training.config.recipe import config_from_dict, config_to_dict, load_recipe, show
+from training.config.settings import Config, ConfigError
 
 MINIMAL = "model: {path: some/model}\ndata: {sources: [{path: a.jsonl}]}\n"
 RECIPES = sorted(Path("configs").glob("*.yaml"))

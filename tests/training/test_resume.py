@@ -20,7 +20,7 @@ import pytest
 
 from benchmarks.kill import ROOT, Kill, Run, has_equal_bits, largest_difference, prepare
 from training.exit_codes import RESUMABLE
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 CURVE = Path(__file__).with_name("debug_curve.json")
 SAME_EVERYWHERE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}

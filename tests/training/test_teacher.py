@@ -14,22 +14,22 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from pixelprune.image import prune_pixels
+from pixelprune.images.image import prune_pixels
 from pixelprune.pack import Pack, pack_samples
+from pixelprune.records.collator import dummy_sample
 from pixelprune.sample import build_sample
 from pixelprune.settings import PruneSettings
 from tests.conftest import screen
 from tests.pixelprune.reference import chat_of, stock_inputs
 from training.cache_teacher import target_bytes, target_values
-from training.config import Config, ConfigError, ModelSettings
-from training.data.collator import dummy_sample
+from training.config.settings import Config, ConfigError, ModelSettings
 from training.data.taught import TaughtPack, with_full_rows
-from training.engine import Ranks
-from training.loss import LossSettings
-from training.model import SupervisedModel, load_model_files
-from training.parameters import freeze_parts
-from training.teacher import CachedTeacher, OnlineTeacher
-from training.teacher_files import describe_targets, find_teaching, hash_weights, load_head, load_teacher_files
+from training.distributed.engine import Ranks
+from training.loss.supervised import LossSettings
+from training.model.loading import SupervisedModel, load_model_files
+from training.model.parameters import freeze_parts
+from training.teacher.files import describe_targets, find_teaching, hash_weights, load_head, load_teacher_files
+from training.teacher.teachers import CachedTeacher, OnlineTeacher
 
 RECORDS = [("Where is Save?", "(512, 87)", 1), ("And the menu?", "At (3, 4), left of Open.", 2), ("Thanks.", "no", 0)]
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))

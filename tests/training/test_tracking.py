@@ -8,9 +8,9 @@ import math
 
 import pytest
 
-from training import wandb_mirror
-from training.config import TrackingSettings
-from training.tracking import Tracker, read_metrics
+from training.config.settings import TrackingSettings
+from training.tracking import wandb_mirror
+from training.tracking.tracker import Tracker, read_metrics
 
 DISABLED = TrackingSettings(wandb="disabled")
 

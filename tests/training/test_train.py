@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import screen
 from tests.training.debug_run import call, held_out_loss, overrides
-from training.tracking import read_metrics
+from training.tracking.tracker import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def test_export_gives_the_same_logits_as_the_model_in_memory(toy_model, toy_fold
     from pixelprune.prompter import PRUNE_FILE, read_prune_file
     from pixelprune.settings import PruneSettings, ResizeSettings
     from tests.pixelprune.reference import make_sample
-    from training.config import Config, ModelSettings
+    from training.config.settings import Config, ModelSettings
     from training.export import export_model
-    from training.model import load_model_files
+    from training.model.loading import load_model_files
 
     config = Config(prune=PruneSettings("serpentine", "mae", 0.02), resize=ResizeSettings(2048, 4096))
     files = load_model_files(ModelSettings(path=str(toy_folder)))

@@ -23,12 +23,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from training.data.formats import parse_record
+from pixelprune.records.prepare import Preparer, PrepareSettings
+from pixelprune.records.reader import parse_record
+from pixelprune.records.record import RecordError
 from training.data.index import SCHEMA, Index, read_index
 from training.data.index_folder import IndexFolder, open_folder
-from training.data.prepare import Preparer, PrepareSettings
 from training.data.quarantine import write_quarantine
-from training.data.records import RecordError
 from training.data.settings import SourceSettings
 from training.data.sources import Source, open_sources
 from training.errors import StopAskedError

@@ -21,9 +21,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from pixelprune.pack import Pack, VisionGeometry
+from pixelprune.records.prepare import PrepareSettings
 from training.data.index import Index
 from training.data.plan import EpochPlan, PlanInput, PlanSettings, StepPlan, num_steps, plan_epoch
-from training.data.prepare import PrepareSettings
 from training.data.quarantine import Quarantined, append_quarantine
 from training.data.targets import TargetReader
 from training.data.upload import upload_ahead

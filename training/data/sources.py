@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from training.data.records import RecordError
+from pixelprune.records.record import RecordError
 from training.data.settings import SourceSettings
 
 SCAN_BYTES = 1 << 26

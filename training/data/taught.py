@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from pixelprune.pack import Pack, VisionGeometry, decoding_index, pack_samples
+from pixelprune.records.prepare import PreparedRecord
 from pixelprune.sample import Sample
-from training.data.prepare import PreparedRecord
 from training.data.targets import TargetReader
 from training.errors import UserError
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from pixelprune.pack import Pack, VisionGeometry, pack_samples
-from pixelprune.registry import is_recoverable
-from training.data.collator import PixelPruneCollator
-from training.data.prepare import PreparedRecord, PrepareSettings
+from pixelprune.records.collator import PixelPruneCollator
+from pixelprune.records.prepare import PreparedRecord, PrepareSettings
+from pixelprune.records.record import RecordError
+from pixelprune.selection.registry import is_recoverable
 from training.data.quarantine import Quarantined
-from training.data.records import RecordError
 from training.data.sources import Source
 from training.data.targets import TargetReader
 from training.data.taught import with_cached_targets, with_full_rows

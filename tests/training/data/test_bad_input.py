@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from pixelprune.image import ImageError, decode_image, resize_image
+from pixelprune.images.image import ImageError, decode_image, resize_image
 from pixelprune.settings import ResizeSettings
+from tests.samples import chat_row, draw_screen, encode, write_jsonl
 from training.data.index_builder import measure_row
 from training.data.settings import SourceSettings
 from training.data.sources import open_source
-
-from .samples import chat_row, draw_screen, encode, write_jsonl
 
 SCREEN = draw_screen(3, 96, 64)
 

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelprune.image import prune_image
+from pixelprune.images.image import prune_image
+from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
+from tests.samples import chat_row, draw_screen, encode, write_jsonl
 from training.data import index_builder
 from training.data.index_builder import build_index
-from training.data.prepare import PrepareSettings
 from training.data.quarantine import count_reasons, read_quarantine
 from training.data.settings import DataSettings, SourceSettings
 from training.errors import StopAskedError
-
-from .samples import chat_row, draw_screen, encode, write_jsonl
 
 
 @pytest.fixture
@@ -206,7 +205,7 @@ def test_an_unexpected_error_names_the_record(screens, prepare, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("bug")
 
-    monkeypatch.setattr("training.data.prepare.prune_image", broken)
+    monkeypatch.setattr("pixelprune.records.prepare.prune_image", broken)
     with pytest.raises(RuntimeError) as caught:
         build(screens, prepare)
     assert "record 1" in caught.value.__notes__[0]

@@ -5,11 +5,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from pixelprune.image import prune_image
+from pixelprune.images.image import prune_image
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
+from tests.samples import chat_row, write_jsonl
 from training.inspect import main, render_tokens, spread
-
-from .samples import chat_row, write_jsonl
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import torch
 
 from pixelprune.flops import CostModel
 from pixelprune.pack import VisionGeometry, pack_samples
+from pixelprune.records.collator import DUMMY_ID
+from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.data.collator import DUMMY_ID
 from training.data.index_builder import build_index
 from training.data.loader import Cursor, LoaderSettings, PackLoader
 from training.data.plan import PlanSettings, plan_epoch
-from training.data.prepare import PrepareSettings
 from training.data.quarantine import read_quarantine
 from training.data.settings import SourceSettings
 

@@ -10,10 +10,10 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from pixelprune.pack import VisionGeometry, normalise_blocks
+from pixelprune.records.chat import ChatEncoder
+from pixelprune.records.collator import PixelPruneCollator
+from pixelprune.records.prepare import Preparer
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.data.chat import ChatEncoder
-from training.data.collator import PixelPruneCollator
-from training.data.prepare import Preparer
 from training.toy_model import toy_config
 
 SAMPLES = Path(__file__).parents[3] / "data_tools" / "samples"

@@ -8,13 +8,12 @@ import datasets
 import pytest
 from PIL import Image
 
-from training.data.formats import parse_record
-from training.data.images import read_image
-from training.data.records import ImageRef, RecordError
+from pixelprune.records.images import read_image
+from pixelprune.records.reader import parse_record
+from pixelprune.records.record import ImageRef, RecordError
+from tests.samples import chat_row, draw_screen, encode, write_jsonl
 from training.data.settings import SourceSettings
 from training.data.sources import open_source, open_sources
-
-from .samples import chat_row, draw_screen, encode, write_jsonl
 
 ROWS = [chat_row("a.png", "Wo?", "Hier – 在"), chat_row(None, "x", "y"), chat_row("b.png", '"[{', "]}\\")]
 

@@ -12,21 +12,20 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pixelprune.image import decode_image, resize_image
+from pixelprune.images.image import decode_image, resize_image
 from pixelprune.pack import VisionGeometry, pack_samples
+from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
+from tests.samples import chat_row
+from tests.training.data.test_loader import Sums
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
 from training.data.plan import PlanSettings, plan_epoch
-from training.data.prepare import Preparer, PrepareSettings
 from training.data.settings import SourceSettings
 from training.data.targets import TargetEntry, TargetReader, write_shard
 from training.data.taught import AlignmentError, TaughtPack, supervised_ids, with_full_rows
 from training.data.worker import PackDataset, PackTask
 from training.errors import RankError, UserError
-
-from .samples import chat_row
-from .test_loader import Sums
 
 SAMPLE_IMAGES = sorted(Path("data_tools/samples/images").glob("*.png"))
 SMALL = ResizeSettings(min_pixels=32 * 32)

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from pixelprune.pack import VisionGeometry
-from training.data.collator import PixelPruneCollator
+from pixelprune.records.collator import PixelPruneCollator
+from tests.samples import chat_row, draw_screen
 from training.data.upload import copy_stream, upload_ahead
 from training.data.worker import PackResult
 from training.toy_model import toy_config
-
-from .samples import chat_row, draw_screen
 
 
 @pytest.fixture

@@ -1,0 +1,109 @@
+"""Image files of a corpus: inside their folder, readable, and where the written records can name them."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import ExifTags, Image
+
+from data_tools.convert.shapes import DropError
+from pixelprune.images.image import open_image
+
+
+class ImageFiles:
+    """Finds images below `folder` and names them relative to `out`, the folder of the JSONL file to be written.
+
+    copy: bring images into out/images (hard links where the file system allows). Without it `folder` must lie in
+    `out`; raises ValueError otherwise, because records may not name files outside their own folder.
+    """
+
+    def __init__(self, folder: Path, out: Path, *, copy: bool = False) -> None:
+        self.folder = folder.resolve()
+        self.out = out.resolve()
+        self.copy = copy
+        if not self.folder.is_dir():
+            raise ValueError(f"--images: expected a folder, got {folder}")
+        if not copy and not self.folder.is_relative_to(self.out):
+            raise ValueError(
+                f"--images {folder} is not inside the folder of --out ({out}): write the records beside the images, "
+                "or pass --copy-images"
+            )
+        self._copied: set[Path] = set()
+        self._size = lru_cache(maxsize=65536)(self._read_size)
+
+    def size(self, name: str, *, has_coordinates: bool = False) -> tuple[int, int]:
+        """(width, height) in pixels of the upright image, from the file's header. Raises DropError with the reason.
+
+        has_coordinates: refuse images that EXIF turns or mirrors. Training and evaluation see them upright, but
+        whoever wrote coordinates may have seen the stored pixels.
+        """
+        found = self._size(name)
+        if isinstance(found, str):
+            raise DropError(found)
+        width, height, orientation = found
+        if has_coordinates and orientation != 1:
+            raise DropError("image rotated by EXIF: coordinates could mean either frame")
+        return width, height
+
+    def _read_size(self, name: str) -> tuple[int, int, int] | str:
+        """(width, height, EXIF orientation 1-8) of the upright image, or why there is none."""
+        try:
+            path = (self.folder / name.lstrip("/")).resolve()
+            if not path.is_relative_to(self.folder):
+                return "image outside the image folder"
+            if not path.is_file():
+                return "image missing"
+            with path.open("rb") as file:
+                image = open_image(file, name)
+                (width, height), orientation = image.size, _orientation(image)
+                if orientation >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
+                    width, height = height, width
+                return width, height, orientation
+        except (OSError, ValueError, RuntimeError):
+            # ValueError: a NUL in the name, or no image; RuntimeError: a loop of symlinks.
+            return "image unreadable"
+
+    def relative(self, name: str) -> str:
+        """The path to write, with forward slashes; copies the file first where asked to.
+
+        Raises ValueError when another image has the name of the copy already.
+        """
+        path = (self.folder / name.lstrip("/")).resolve()
+        if not self.copy:
+            return path.relative_to(self.out).as_posix()
+        target = self.out / "images" / path.relative_to(self.folder)
+        if path not in self._copied:
+            self._copy(path, target)
+            self._copied.add(path)
+        return target.relative_to(self.out).as_posix()
+
+    def _copy(self, path: Path, target: Path) -> None:
+        if target.exists():
+            if not (target.samefile(path) or filecmp.cmp(path, target, shallow=False)):
+                raise ValueError(
+                    f"--copy-images: {path} would be copied to {target}, which is another image; "
+                    "write this corpus to another folder"
+                )
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")  # a copy that a kill cut short must not be taken for one
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(path, partial)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(path, partial)
+        partial.replace(target)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; metadata behind a PNG's pixels is not looked for."""
+    try:
+        # PNG's own getexif would decode all pixels to see what is behind them.
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except Exception:  # noqa: BLE001 - training, too, takes an image whose EXIF is damaged as it is stored
+        return 1
+    return value if value in range(1, 9) else 1

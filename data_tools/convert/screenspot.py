@@ -1,0 +1,112 @@
+"""ScreenSpot v2 and ScreenSpot Pro as published (JSON annotations beside an image folder) -> evaluation records.
+
+Fields, v2: img_filename, bbox [x, y, width, height], instruction, data_type (text, icon), data_source.
+Fields, Pro: img_filename, bbox [x1, y1, x2, y2], instruction, img_size [width, height], ui_type (text, icon), group,
+application, platform, id; instruction_cn is the Chinese instruction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from data_tools.convert.image_files import ImageFiles
+from data_tools.convert.shapes import DropError, check_unicode
+from data_tools.records import grounding_record
+from pixelprune.answers import format_point
+
+_V2_SUBSETS = {
+    "windows": "desktop",
+    "macos": "desktop",
+    "linux": "desktop",
+    "ios": "mobile",
+    "android": "mobile",
+}
+
+
+def variant_of(entry: dict[str, Any]) -> str:
+    """v2 or pro, by the field that tells text from icon. Raises DropError when neither is there."""
+    if "ui_type" in entry:
+        return "pro"
+    if "data_type" in entry:
+        return "v2"
+    raise DropError("neither data_type (v2) nor ui_type (pro)")
+
+
+def box_of(entry: dict[str, Any], variant: str) -> tuple[float, float, float, float]:
+    """The box as (x1, y1, x2, y2), pixels. Raises DropError for what is no box."""
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
+        raise DropError("bbox is not four numbers")
+    if not all(abs(side) <= 1e9 for side in box):  # NaN and integers beyond any float as well
+        raise DropError("bbox is not four numbers of pixels")
+    a, b, c, d = (float(side) for side in box)
+    x1, y1, x2, y2 = (a, b, a + c, b + d) if variant == "v2" else (a, b, c, d)
+    if x2 <= x1 or y2 <= y1:
+        raise DropError("empty box")
+    return x1, y1, x2, y2
+
+
+class ScreenSpotReader:
+    """Entries -> evaluation records; `dropped` counts what was left out and why.
+
+    language: `en` or `cn` (Pro only). Boxes are kept as published; one that misses its image is dropped.
+    """
+
+    def __init__(self, images: ImageFiles, *, variant: str = "auto", language: str = "en") -> None:
+        self.images = images
+        self.variant = variant
+        self.language = language
+        self.dropped: Counter[str] = Counter()
+        self.num_read = 0
+
+    def record(self, entry: Any, file: Path, number: int) -> dict[str, Any] | None:
+        """One evaluation record, or None where it was dropped (and counted)."""
+        self.num_read += 1
+        try:
+            return self._record(entry, file, number)
+        except DropError as error:
+            self.dropped[str(error)] += 1
+            return None
+
+    def _record(self, entry: Any, file: Path, number: int) -> dict[str, Any]:
+        if not isinstance(entry, dict):
+            raise DropError("not a JSON object")
+        variant = variant_of(entry) if self.variant == "auto" else self.variant
+        name = entry.get("img_filename")
+        instruction = entry.get("instruction_cn" if self.language == "cn" else "instruction")
+        kind = entry.get("ui_type" if variant == "pro" else "data_type")
+        if not isinstance(name, str) or not isinstance(instruction, str) or not instruction.strip():
+            raise DropError("img_filename or instruction missing")
+        if kind not in ("text", "icon"):
+            raise DropError("element type is neither text nor icon")
+        x1, y1, x2, y2 = box_of(entry, variant)
+        width, height = self.images.size(name, has_coordinates=True)
+        stated = entry.get("img_size")
+        if stated is not None and stated != [width, height]:
+            raise DropError("the stated image size is not the file's")
+        if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+            raise DropError("box outside the image")
+        if variant == "pro":
+            subset = str(entry.get("group", "unknown"))
+            extra = {key: entry[key] for key in ("application", "platform") if key in entry}
+        else:
+            source = str(entry.get("data_source", "unknown")).lower()
+            subset = _V2_SUBSETS.get(source, "web")
+            extra = {"data_source": source}
+        metadata = {
+            "source": f"screenspot-{variant}",
+            "subset": subset,
+            "bbox": [x1, y1, x2, y2],
+            "image_size": [width, height],
+            "element": kind,
+            **extra,
+        }
+        centre = min(max((x1 + x2) / 2, 0), width), min(max((y1 + y2) / 2, 0), height)
+        answer = format_point(*centre, (width, height))
+        record_id = str(entry.get("id") or f"{file.stem}-{number:05d}")
+        record = grounding_record(record_id, self.images.relative(name), instruction.strip(), answer, metadata)
+        check_unicode([json.dumps(record, ensure_ascii=False)])
+        return record

@@ -1,0 +1,68 @@
+"""The folder that a rendering run writes: images/*.png and JSONL files that bear their names only when complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from data_tools.records import PARTIAL
+from data_tools.render.png import encode_png
+from data_tools.render.shot import Shot
+
+
+def prepare_out(out: Path, *, overwrite: bool) -> None:
+    """Make the output folder. Raises ValueError when it holds records already and `overwrite` is not set."""
+    names = [f"{split}.jsonl{end}" for split in ("train", "eval") for end in ("", PARTIAL)]
+    old = [out / name for name in (*names, "report.json", "sheet.png", "images")]
+    present = [path.name for path in old if path.exists()]
+    if present and not overwrite:
+        raise ValueError(f"--out {out}: holds {', '.join(present)} already; choose another folder or pass --overwrite")
+    for path in old:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    (out / "images").mkdir(parents=True)
+
+
+class RenderOutput:
+    """Writes images in two threads (compressing runs while Chromium draws) and records line by line.
+
+    The JSONL files bear `.partial` in their names until the run is complete; a killed run leaves them so.
+    """
+
+    def __init__(self, out: Path, splits: Sequence[str], png_level: int) -> None:
+        self._out = out
+        self._png_level = png_level
+        self._files = {split: (out / f"{split}.jsonl{PARTIAL}").open("w", encoding="utf-8") for split in splits}
+        self._pool = ThreadPoolExecutor(2)
+        self._writes: deque[Future[int]] = deque()
+
+    def __enter__(self) -> RenderOutput:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+        for split, file in self._files.items():
+            file.close()
+            if kind is None:
+                Path(file.name).replace(self._out / f"{split}.jsonl")
+
+    def add(self, shot: Shot, split: str, records: list[dict[str, Any]]) -> None:
+        """Write one screenshot and its records. Raises OSError, also for an earlier image."""
+        if len(self._writes) > 8:  # bounds the pixels in memory
+            self._writes.popleft().result()
+        path = self._out / "images" / f"{shot.name}.png"
+        self._writes.append(self._pool.submit(lambda: path.write_bytes(encode_png(shot.image, level=self._png_level))))
+        for record in records:
+            self._files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def finish(self) -> None:
+        """Wait for every image. Raises OSError when one could not be written."""
+        for write in self._writes:
+            write.result()

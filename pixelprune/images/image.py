@@ -1,0 +1,238 @@
+"""One image from bytes to kept blocks: decode -> resize -> select -> gather, all on uint8 in the worker."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+# Importing a plugin is what registers its reader; the others, Pillow has some 40, never see a byte of a data set.
+from PIL import (
+    BmpImagePlugin,  # noqa: F401
+    ExifTags,
+    GifImagePlugin,  # noqa: F401
+    Image,
+    JpegImagePlugin,  # noqa: F401
+    PngImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
+
+from pixelprune.images.resample import resize_bicubic
+from pixelprune.images.sizing import fit_size
+from pixelprune.selection import Selection, check_settings, select
+from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
+
+ImageSource = Path | str | bytes | Image.Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""The file formats that are read, by Pillow's names (JPEG covers MPO, several JPEGs in one file)."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What sets a picture upright, by its EXIF orientation (Exif 2.3, tag 0x0112)."""
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. `reason` is a short code for counting; the message names the image."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class PrunedImage:
+    """What leaves the worker: the kept blocks and where they stood.
+
+    blocks: uint8 (K, 32, 32, 3), kept blocks in row-major order of their position.
+    selection: keep mask and decoding sources over (rows, cols) blocks of the resized image.
+    original_size: (height, width) in pixels before resizing.
+    unscaled_blocks: set by the baseline "resize" alone: blocks before it scaled the image down to its budget.
+    """
+
+    blocks: np.ndarray
+    selection: Selection
+    original_size: tuple[int, int]
+    unscaled_blocks: int = 0
+
+    @property
+    def num_full_blocks(self) -> int:
+        """Blocks of the image that the Full model is given: what the kept ones are a share of."""
+        return self.unscaled_blocks or self.selection.num_blocks
+
+
+def open_image(file: BinaryIO, name: str) -> Image.Image:
+    """Read the header of an image file in one of FORMATS; no pixel is decoded.
+
+    The readers are called directly, not through `Image.open`: that would refuse, or warn of, large pictures by a limit
+    that is one global for the whole process, whatever ours is.
+    Raises ImageError (not_an_image, truncated_image, decompression_bomb).
+    """
+    prefix = file.read(16)
+    for image_format in FORMATS:
+        make, accepts = Image.OPEN[image_format]
+        if accepts is not None and accepts(prefix) is not True:
+            continue
+        file.seek(0)
+        with _as_image_error(name), suppress(SyntaxError, IndexError, TypeError, struct.error):
+            return make(file, "")  # those four mean "not mine" to Image.open, too
+    raise ImageError("not_an_image", f"{name}: not a readable image file, expected one of {', '.join(FORMATS)}")
+
+
+@contextmanager
+def _as_image_error(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        # The readers of WebP and TIFF hold pictures to Pillow's own limit (179 million pixels) in any case.
+        raise ImageError("decompression_bomb", f"{name}: {error} (PIL.Image.MAX_IMAGE_PIXELS)") from error
+    except Exception as error:
+        # Pillow's decoders and the libraries below them signal damaged files with whatever class comes up on the way
+        # (OSError, struct.error, KeyError, RuntimeError, ...), and one bad file must not end the pass over all.
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError("truncated_image", f"{name}: damaged or truncated image ({what})") from error
+
+
+def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
+    """Decode to an RGB picture, upright.
+
+    EXIF rotation is applied; transparency is laid on white (what a viewer of the screenshot sees); palette, grey and
+    CMYK become RGB; 16-bit grey keeps its high byte. Of an animation the first frame is taken.
+
+    Raises ImageError with reason missing_file, unreadable_file, empty_file, decompression_bomb, truncated_image,
+    not_an_image or unsupported_mode. The size is checked from the header, before any pixel is decoded.
+    """
+    name = _describe(source)
+    with _as_image_error(name):
+        picture = source if isinstance(source, Image.Image) else _open(source, name)
+        width, height = picture.size
+        if width * height > resize.max_decoded_pixels:
+            raise ImageError(
+                "decompression_bomb",
+                f"{name}: {width}x{height} pixels exceed resize.max_decoded_pixels={resize.max_decoded_pixels}; "
+                "raise the limit if the image is meant to be that large",
+            )
+        picture.load()
+        return _to_rgb(_set_upright(picture), name)
+
+
+def resize_image(picture: Image.Image, resize: ResizeSettings) -> np.ndarray:
+    """Bicubic resize to the Hugging Face processor's size: uint8 (H, W, 3), H and W multiples of 32.
+
+    Raises ImageError (aspect_ratio) for pictures more than 200 times as long as wide.
+    """
+    width, height = picture.size
+    try:
+        new_height, new_width = fit_size(
+            height, width, min_pixels=resize.min_pixels, max_pixels=resize.max_pixels, factor=BLOCK
+        )
+    except ValueError as error:
+        raise ImageError("aspect_ratio", f"image of {width}x{height} pixels: {error}") from error
+    image = np.asarray(picture)
+    if (new_width, new_height) != (width, height):
+        image = resize_bicubic(image, new_height, new_width)
+    return image
+
+
+def gather_blocks(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Copy the kept blocks of uint8 (H, W, 3) into (K, 32, 32, 3), row-major."""
+    rows, cols = keep.shape
+    grid = image.reshape(rows, BLOCK, cols, BLOCK, 3).swapaxes(1, 2)
+    return grid[keep]
+
+
+def prune_pixels(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
+    """Select on a resized uint8 image (H, W, 3) and gather what is kept.
+
+    With strategy "resize" (a baseline of the paper's section 4) the image is scaled down, bicubic, until all its blocks
+    are within the budget: what pred2d keeps of it at the same metric and threshold.
+    """
+    if prune.strategy == "resize":
+        return _scale_to_budget(image, prune, original_size)
+    selection = select(image, strategy=prune.strategy, metric=prune.metric, threshold=prune.threshold, seed=prune.seed)
+    return PrunedImage(gather_blocks(image, selection.keep), selection, original_size)
+
+
+def _scale_to_budget(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
+    from pixelprune.selection.baselines import block_budget, budget_size  # numba loads here, not with the package
+
+    check_settings(prune)
+    height, width = image.shape[:2]
+    size = budget_size(height, width, block_budget(image, prune))
+    scaled = image if size == (height, width) else resize_bicubic(image, *size)
+    selection = select(scaled, strategy="none")
+    unscaled_blocks = (height // BLOCK) * (width // BLOCK)
+    return PrunedImage(gather_blocks(scaled, selection.keep), selection, original_size, unscaled_blocks)
+
+
+def prune_image(source: ImageSource, prune: PruneSettings, resize: ResizeSettings) -> PrunedImage:
+    """The whole walk of one image. Raises ImageError (see `decode_image`, `resize_image`)."""
+    picture = decode_image(source, resize)
+    return prune_pixels(resize_image(picture, resize), prune, (picture.height, picture.width))
+
+
+def _describe(source: ImageSource) -> str:
+    if isinstance(source, bytes):
+        return f"image of {len(source)} bytes"
+    return "image" if isinstance(source, Image.Image) else str(source)
+
+
+def _open(source: Path | str | bytes, name: str) -> Image.Image:
+    if isinstance(source, bytes):
+        data = source
+    else:
+        try:
+            data = Path(source).read_bytes()
+        except FileNotFoundError as error:
+            raise ImageError("missing_file", f"{name}: no such file") from error
+        except OSError as error:
+            raise ImageError("unreadable_file", f"{name}: {error.strerror}") from error
+    if not data:
+        raise ImageError("empty_file", f"{name}: the file is empty")
+    return open_image(io.BytesIO(data), name)
+
+
+def _set_upright(picture: Image.Image) -> Image.Image:
+    """The decoded picture turned as its EXIF says. A damaged EXIF says nothing: the pixels are whole."""
+    try:
+        turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001 - the parser raises as many classes as the decoders
+        return picture
+    if turn is None:
+        return picture
+    turned = picture.transpose(turn)
+    # What stated the orientation goes, or decoding the result again would turn it again.
+    turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}
+    return turned
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I"):
+        # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
+        high_byte = (np.asarray(picture).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(high_byte).convert("RGB")
+    if picture.mode == "F":
+        raise ImageError("unsupported_mode", f"{name}: float pixels have no defined range; save it as 8-bit RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return picture.convert("RGB")

@@ -1,0 +1,39 @@
+"""From an image of a record to its encoded bytes, inside the folder the source declares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from pixelprune.records.record import ImageRef, RecordError
+
+
+def read_image(ref: ImageRef, root: Path | None) -> bytes | Image.Image:
+    """The encoded bytes of an image (or the picture, if it came decoded).
+
+    Paths are taken relative to `root` and may not lead out of it, neither by `..`, nor as absolute paths, nor through
+    a symlink: a record must not make a run read other files. Absolute paths below the root are fine.
+    Raises RecordError with reason outside_root, no_root, missing_file, unreadable_file or empty_file.
+    """
+    if not isinstance(ref.source, str):
+        if ref.source == b"":
+            raise RecordError("empty_file", "an image of zero bytes")
+        return ref.source
+    if root is None:
+        raise RecordError("no_root", f"image {ref.source!r} is a path, but the source has no root (sources[].root)")
+    try:
+        path = (root / ref.source).resolve()
+        if not path.is_relative_to(root.resolve()):
+            raise RecordError("outside_root", f"image {ref.source!r} lies outside the source's root (sources[].root)")
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise RecordError("missing_file", f"image {ref.source!r}: no such file under the source's root") from error
+    except RecordError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        # ValueError: a NUL byte in the name; RuntimeError or OSError: a loop of symlinks, a folder, no permission.
+        raise RecordError("unreadable_file", f"image {ref.source[:200]!r} cannot be read: {error}") from error
+    if not data:
+        raise RecordError("empty_file", f"image {ref.source!r} is a file of zero bytes")
+    return data

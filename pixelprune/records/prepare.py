@@ -1,0 +1,158 @@
+"""One row of a source -> a pruned sample: the only path, used alike by the index, the loader and the collator."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from pixelprune.images.image import ImageError, PrunedImage, decode_image, prune_image
+from pixelprune.prompter import check_image_token
+from pixelprune.records.chat import ChatEncoder
+from pixelprune.records.images import read_image
+from pixelprune.records.reader import parse_record
+from pixelprune.records.record import Record, RecordError
+from pixelprune.sample import Sample, build_sample
+from pixelprune.selection import Selection
+from pixelprune.selection.registry import is_recoverable
+from pixelprune.settings import PruneSettings, ResizeSettings
+
+
+@dataclass(frozen=True)
+class PreparedRecord:
+    """A record after pruning. `content_hash` covers its text, roles, what is trained on and image bytes: what
+    the sample was made of.
+
+    full: the same conversation on all its tokens, for a teacher; its images have no pixels of their own where the
+    pruning is recoverable, since they can be decoded from the sample's (None unless `with_full`).
+    """
+
+    record: Record
+    sample: Sample
+    content_hash: int
+    full: Sample | None = None
+
+    @property
+    def num_images(self) -> int:
+        return len(self.sample.images)
+
+
+@dataclass(frozen=True)
+class PrepareSettings:
+    """What turns a row into a sample, in a form that travels to worker processes."""
+
+    model_path: str
+    prune: PruneSettings
+    resize: ResizeSettings
+    last_turn_only: bool = False
+    with_full: bool = False
+    """Prepare the unpruned sample too; the pruned one does not depend on it."""
+
+    def build(self) -> Preparer:
+        """Load tokenizer and config. Raises ValueError when they have no image token."""
+        from transformers import AutoConfig
+
+        chat = ChatEncoder.from_folder(self.model_path, last_turn_only=self.last_turn_only)
+        config = AutoConfig.from_pretrained(self.model_path)
+        if getattr(config, "image_token_id", None) is None:
+            raise ValueError(f"{self.model_path}: expected a vision-language model with an image_token_id (model.path)")
+        check_image_token(chat.tokenizer, config, self.model_path)
+        return Preparer(chat, self.prune, self.resize, config.image_token_id, self.with_full)
+
+    def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
+        """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
+        tokenizer = preparer.chat.tokenizer
+        vocabulary = xxhash.xxh3_128(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        return {
+            "prune": asdict(self.prune),
+            "resize": asdict(self.resize),
+            "last_turn_only": self.last_turn_only,
+            "tokenizer": vocabulary,
+            "chat_template": xxhash.xxh3_128(tokenizer.chat_template.encode()).hexdigest(),
+            "image_token_id": preparer.image_token_id,
+        }
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Settings that turn a row into a sample: chat template, pruning, sizes."""
+
+    chat: ChatEncoder
+    prune: PruneSettings
+    resize: ResizeSettings
+    image_token_id: int
+    with_full: bool = False
+
+    def prepare(
+        self, row: Any, root: Path | None, *, record_format: str = "auto", record_id: str = "", expected_hash: int = -1
+    ) -> PreparedRecord:
+        """Parse, check, read, decode, resize, prune.
+
+        row: a mapping in any supported format, or a `Record`. expected_hash: refuse a record whose content is another.
+        Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
+        """
+        record = row if isinstance(row, Record) else parse_record(row, record_format)
+        chat = self.chat.encode(record)
+        pictures = [read_image(ref, root) for ref in record.images]
+        content_hash = hash_content(record, pictures)
+        if expected_hash not in (-1, content_hash):
+            raise RecordError("changed", "the record or an image of it changed since the index was built")
+        num_placeholders = int((chat.input_ids == self.image_token_id).sum())
+        if num_placeholders != len(pictures):
+            raise RecordError(
+                "image_count", f"the chat template wrote {num_placeholders} placeholders for {len(pictures)} images"
+            )
+        try:
+            images, full_images = self._pruned_and_full(pictures)
+        except ImageError as error:
+            raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
+        sample = build_sample(chat, images, image_token_id=self.image_token_id, record_id=record_id)
+        full = None
+        if self.with_full:
+            full = build_sample(chat, full_images, image_token_id=self.image_token_id, record_id=record_id)
+        return PreparedRecord(record, sample, content_hash, full)
+
+    def _pruned_and_full(self, pictures: list[bytes | Image.Image]) -> tuple[list[PrunedImage], list[PrunedImage]]:
+        """Every picture pruned and, `with_full`, unpruned; decoded once."""
+        if not self.with_full:
+            return [prune_image(picture, self.prune, self.resize) for picture in pictures], []
+        decoded = [decode_image(picture, self.resize) for picture in pictures]
+        images = [prune_image(picture, self.prune, self.resize) for picture in decoded]
+        if is_recoverable(self.prune):
+            return images, [unpruned_without_pixels(image) for image in images]
+        keep_all = PruneSettings(strategy="none")
+        return images, [prune_image(picture, keep_all, self.resize) for picture in decoded]
+
+
+def unpruned_without_pixels(image: PrunedImage) -> PrunedImage:
+    """All blocks of an image kept, with none of their pixels: these are decoded on the device (Proposition 1)."""
+    keep = np.ones_like(image.selection.keep)
+    source = np.arange(keep.size, dtype=np.int32).reshape(keep.shape)
+    return PrunedImage(image.blocks[:0], Selection(keep, source), image.original_size)
+
+
+def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
+    """63-bit hash of everything a sample is made of (fits Parquet's int64)."""
+    digest = xxhash.xxh3_64()
+    for message in record.messages:
+        role = message.role if message.supervised or message.role != "assistant" else "assistant, not trained on"
+        digest.update(f"\x00{role}\x00{len(message.parts)}".encode())
+        for part in message.parts:
+            # Lengths go in before contents, so that no two records share one stream of bytes.
+            text = part.encode() if isinstance(part, str) else b""
+            digest.update(f"\x00{'text' if isinstance(part, str) else 'image'}{len(text)}\x00".encode())
+            digest.update(text)
+    for picture in pictures:
+        data = picture if isinstance(picture, bytes) else picture.tobytes()
+        digest.update(f"\x00{len(data)}\x00".encode())
+        digest.update(data)
+    return digest.intdigest() >> 1
+
+
+def _name_images(record: Record) -> str:
+    names = [ref.source for ref in record.images if isinstance(ref.source, str)]
+    return ", ".join(names) if names else "embedded image"

@@ -1,0 +1,250 @@
+"""Rows of the common formats -> `Record`, detected per record.
+
+sharegpt   {"conversations": [{"from": "human", "value": "<image>What is it?"}, ...], "images": ["a.png"]}
+           or with inline paths: {"from": "human", "value": "<img>a.png</img>What is it?"}
+messages   {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"},
+                                                      {"type": "text", "text": "What is it?"}]}, ...]}
+           with `image_url` parts (OpenAI), parts without a source that take the next of `images`, or plain strings.
+
+In both, `system` beside the turns is a system turn in front of them, and `loss`, `train` or `weight` of an assistant
+turn (0 or 1) says whether it is trained on. What other readers would train on and this one does not know (tools and
+calls of them, reasoning apart from the answer, videos) is refused: without it one would train on something else.
+Rows from Arrow and Parquet carry None for keys another row has: None always means absent.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from PIL import Image
+
+from pixelprune.records.record import ROLES, ImageRef, Message, Part, Record, RecordError
+
+FORMATS = ("auto", "sharegpt", "messages")
+SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+PLACEHOLDER = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)
+BOX_KEYS = ("bbox", "bboxes")
+SUPERVISION_KEYS = ("loss", "train", "weight")
+UNREAD_KEYS = {
+    "tools": "describe them in a system turn",
+    "functions": "describe them in a system turn",
+    "tool_calls": "write the call into the turn's text",
+    "function_call": "write the call into the turn's text",
+    "reasoning_content": "write it into the turn's text as the chat template would",
+    **dict.fromkeys(("videos", "video", "audios", "audio"), "only images are supported"),
+}
+"""Keys of a record or a turn that belong to the conversation elsewhere, and what to do about them here."""
+RESERVED = ("conversations", "messages", "images", "image", "system", "metadata", "weight")
+
+
+def parse_record(row: Any, record_format: str = "auto") -> Record:
+    """One row (a mapping) as a Record.
+
+    Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
+    empty_turn, image_count, remote_image, bad_image, image_in_answer, two_systems, unread_key, bad_box or bad_weight.
+    """
+    if not isinstance(row, dict):
+        raise RecordError("not_an_object", f"expected an object with messages, got {type(row).__name__}")
+    row = {key: value for key, value in row.items() if value is not None}
+    _refuse_unread(row, "a record")
+    supply = _ImageSupply(row)
+    if record_format not in FORMATS:
+        raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")
+    if record_format == "auto":
+        record_format = "sharegpt" if "conversations" in row else "messages"
+    key = "conversations" if record_format == "sharegpt" else "messages"
+    if key not in row:
+        raise RecordError("unknown_format", f"no {key!r} among the keys {sorted(map(str, row))}")
+    turns = row[key]
+    if not isinstance(turns, list | tuple):
+        raise RecordError("bad_content", f"{key!r} is {type(turns).__name__}, expected a list of turns")
+    read = _sharegpt_turn if record_format == "sharegpt" else _messages_turn
+    messages = [read(turn, supply) for turn in turns]
+    messages = [*_system_turn(row.get("system", ""), messages), *messages]
+    supply.check_all_used()
+    _check_turns(messages)
+    return Record(tuple(messages), _metadata(row), _weight(row))
+
+
+class _ImageSupply:
+    """The record's image list, handed out placeholder by placeholder."""
+
+    def __init__(self, row: dict):
+        listed = row.get("images", row.get("image", []))
+        listed = list(listed) if isinstance(listed, list | tuple) else [listed]
+        self.images = [image for image in listed if image is not None]
+        self.num_used = 0
+
+    def next(self) -> ImageRef:
+        self.num_used += 1
+        if self.num_used > len(self.images):
+            # Count on, so that the message can say how many there are; check_all_used refuses the record.
+            return ImageRef("")
+        return image_ref(self.images[self.num_used - 1])
+
+    def check_all_used(self) -> None:
+        if self.num_used != len(self.images):
+            raise RecordError("image_count", f"{self.num_used} placeholders in the text, {len(self.images)} images")
+
+
+def image_ref(value: Any) -> ImageRef:
+    """A path, data: URL, bytes, PIL picture, or `datasets` Image ({"bytes", "path"}) as an ImageRef."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path") or value.get("url")
+    if isinstance(value, str):
+        if value.startswith("data:"):
+            return ImageRef(_data_url(value))
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", value) and not value.startswith("file://"):
+            raise RecordError("remote_image", f"image {value[:80]!r} must be downloaded first and given as a file")
+        if value:
+            return ImageRef(value.removeprefix("file://"))
+    if isinstance(value, bytes | Image.Image):
+        return ImageRef(value)
+    raise RecordError("bad_image", f"image is {value!r:.80}, expected a path, bytes or a picture")
+
+
+def _data_url(url: str) -> bytes:
+    header, _, body = url.partition(",")
+    if not header.endswith(";base64"):
+        raise RecordError("bad_image", f"data URL {header[:60]!r} is not base64")
+    try:
+        return base64.b64decode(body, validate=True)
+    except binascii.Error as error:
+        raise RecordError("bad_image", f"data URL {header[:60]!r} is damaged: {error}") from error
+
+
+def _sharegpt_turn(turn: Any, supply: _ImageSupply) -> Message:
+    turn = _turn_object(turn)
+    role = turn.get("from", turn.get("role"))
+    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
+        raise RecordError("unknown_role", f"role {role!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
+    value = turn.get("value", turn.get("content"))
+    if not isinstance(value, str):
+        raise RecordError("bad_content", f"{role} turn: text is {type(value).__name__}, expected a string")
+    role = SHAREGPT_ROLES[role]
+    return Message(role, tuple(_split_text(value, supply)), _is_supervised(turn, role))
+
+
+def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
+    turn = _turn_object(turn)
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise RecordError("unknown_role", f"role {role!r}, expected one of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        return Message(role, tuple(_split_text(content, supply)), _is_supervised(turn, role))
+    if not isinstance(content, list | tuple):
+        raise RecordError("bad_content", f"{role} turn: content is {type(content).__name__}, expected text or parts")
+    return Message(role, tuple(_typed_part(part, role, supply) for part in content), _is_supervised(turn, role))
+
+
+def _turn_object(turn: Any) -> dict:
+    if not isinstance(turn, dict):
+        raise RecordError("bad_content", f"a turn is {type(turn).__name__}, expected an object")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    _refuse_unread(turn, "a turn")
+    return turn
+
+
+def _refuse_unread(mapping: dict, what: str) -> None:
+    for key, advice in UNREAD_KEYS.items():
+        # Tables have an empty value where other rows have tools; written out as JSON it is a string of two brackets.
+        if mapping.get(key) not in (None, "", "[]", [], {}):
+            raise RecordError("unread_key", f"{what} has {key!r}, which is not read: {advice}, or remove the key")
+
+
+def _system_turn(system: Any, messages: list[Message]) -> list[Message]:
+    """The record's `system`, unless it is empty or repeats the first turn."""
+    if not isinstance(system, str):
+        raise RecordError("bad_content", f"system is {type(system).__name__}, expected a string")
+    if system and messages and messages[0].role == "system":
+        if messages[0].text != system:
+            raise RecordError("two_systems", "the record's system and its first turn are different system prompts")
+        return []
+    return [Message("system", (system,))] if system else []
+
+
+def _is_supervised(turn: dict, role: str) -> bool:
+    """Whether an answer is trained on; other turns never are."""
+    given = {key: turn[key] for key in SUPERVISION_KEYS if key in turn}
+    for key, value in given.items():
+        if isinstance(value, str) or value not in (0, 1):
+            raise RecordError("bad_weight", f"{role} turn: {key} {value!r:.40}, expected 0 or 1 (false or true)")
+        if value and role != "assistant":
+            raise RecordError("bad_weight", f"{role} turn: {key} is {value!r}; only assistant turns are trained on")
+    return role == "assistant" and all(given.values())
+
+
+def _split_text(text: str, supply: _ImageSupply) -> Iterator[Part]:
+    cut = 0
+    for match in PLACEHOLDER.finditer(text):
+        if match.start() > cut:
+            yield text[cut : match.start()]
+        inline = match.group(1)
+        yield supply.next() if inline is None else image_ref(inline.strip())
+        cut = match.end()
+    if cut < len(text):
+        yield text[cut:]
+
+
+def _typed_part(part: Any, role: str, supply: _ImageSupply) -> Part:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RecordError("bad_content", f"{role} turn: a part is {type(part).__name__}, expected an object")
+    part = {key: value for key, value in part.items() if value is not None}
+    kind = part.get("type", "text" if "text" in part else "image")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise RecordError("bad_content", f"{role} turn: a text part holds {part.get('text')!r:.60}")
+        return part["text"]
+    if kind in ("image", "image_url"):
+        for key in ("image", "image_url", "path", "url"):
+            if key in part:
+                return image_ref(part[key])
+        return supply.next()
+    raise RecordError("bad_content", f"{role} turn: part of type {kind!r:.60}, expected text or image")
+
+
+def _check_turns(messages: list[Message]) -> None:
+    if not messages:
+        raise RecordError("empty_conversation", "no turns")
+    for message in messages:
+        has_image = any(isinstance(part, ImageRef) for part in message.parts)
+        if message.role == "assistant" and has_image:
+            raise RecordError("image_in_answer", "an assistant turn holds an image, which no model here can predict")
+        if not has_image and not message.text:
+            raise RecordError("empty_turn", f"a {message.role} turn is empty")
+
+
+def _weight(row: dict) -> float:
+    weight = row.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
+        raise RecordError("bad_weight", f"weight {weight!r:.40}, expected a number from 0 to 1e6")
+    return float(weight)
+
+
+def _metadata(row: dict) -> dict:
+    metadata = {key: value for key, value in row.items() if key not in RESERVED}
+    if isinstance(row.get("metadata"), dict):
+        metadata |= row["metadata"]
+    for key in BOX_KEYS:
+        if metadata.get(key) is not None:
+            _check_boxes(key, metadata[key])
+    return metadata
+
+
+def _check_boxes(key: str, value: Any) -> None:
+    is_list = isinstance(value, list | tuple) and (key == "bboxes" if not value else isinstance(value[0], list | tuple))
+    for box in value if is_list else [value]:
+        if not isinstance(box, list | tuple) or len(box) != 4 or not all(map(_is_finite_number, box)):
+            raise RecordError("bad_box", f"{key} {box!r:.80}, expected four finite numbers (left, top, right, bottom)")
+
+
+def _is_finite_number(value: Any) -> bool:
+    # Compared, not converted: JSON has integers that no float holds.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

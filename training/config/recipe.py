@@ -1,0 +1,193 @@
+"""A recipe (YAML) and `key=value` overrides to a checked Config; every mistake is one line naming the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from training.config.rules import check_config
+from training.config.settings import Config, ConfigError
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The typed, checked configuration of a run.
+
+    A recipe may name another one with a top-level `base: other.yaml` (relative to itself) and then states only what
+    differs. Overrides are dotted, `optim.lr=2e-5` or `data.sources.0.weight=3`, and win over the recipe.
+
+    Raises ConfigError: missing or malformed file, unknown key (the nearest valid one is named), wrong type, impossible
+    combination, or an interpolation (`${...}`), which would hide what a run was made of.
+    """
+    tree = OmegaConf.structured(Config)
+    _make_writable(tree)
+    for source, content in _recipe_chain(Path(path)):
+        _refuse_interpolation(content, source)
+        _check_keys(content, Config, prefix="", source=source)
+        tree = _merge(tree, content, source)
+    for override in overrides or []:
+        tree = _with_override(tree, override)
+    try:
+        config = OmegaConf.to_object(tree)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from error
+    assert isinstance(config, Config)
+    check_config(config)
+    return config
+
+
+def config_to_dict(config: Config) -> dict:
+    """Plain containers, for saving with checkpoints and for tracking."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(content: dict) -> Config:
+    """The inverse of `config_to_dict`, as strict as a recipe. Raises ConfigError."""
+    tree = OmegaConf.structured(Config)
+    _make_writable(tree)
+    _check_keys(content, Config, prefix="", source="saved config")
+    config = OmegaConf.to_object(_merge(tree, content, "saved config"))
+    assert isinstance(config, Config)
+    return config
+
+
+def show(config: Config) -> str:
+    """The resolved tree as YAML."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
+def _recipe_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+    """The recipe and what it is based on, the base first."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such recipe")
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: recipes are based on each other in a circle")
+    try:
+        content = yaml.load(path.read_text(), Loader=_Loader) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected sections like `optim:` at the top level, got a {type(content).__name__}")
+    base = content.pop("base", None)
+    earlier = _recipe_chain(path.parent / base, (*seen, path.resolve())) if base else []
+    return [*earlier, (str(path), content)]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as text; numbers in recipes are numbers."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _make_writable(node: Any) -> None:
+    """OmegaConf makes frozen dataclasses read-only; a recipe must still be able to set their fields."""
+    OmegaConf.set_readonly(node, False)
+    children = node.values() if isinstance(node, DictConfig) else node
+    for child in children:
+        if isinstance(child, (DictConfig, ListConfig)):
+            _make_writable(child)
+
+
+def _merge(tree: DictConfig, content: dict, source: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(tree, content)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{source}: {_one_line(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _with_override(tree: DictConfig, override: str) -> DictConfig:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, for example optim.lr=2e-5")
+    try:
+        value = yaml.load(text, Loader=_Loader) if text else ""
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: not a valid value: {_one_line(error)}") from error
+    _refuse_interpolation({key: value}, "command line")
+    _check_path(key, tree)
+    parts = key.split(".")
+    if isinstance(value, (dict, list)) and not any(part.isdigit() for part in parts):
+        # A whole section or list, as a recipe would state it.
+        content: Any = value
+        for part in reversed(parts):
+            content = {part: content}
+        _check_keys(content, Config, prefix="", source="command line")
+        tree = _merge(tree, content, f"override {override!r}")
+        _make_writable(tree)
+        return tree
+    try:
+        OmegaConf.update(tree, key, value, merge=isinstance(value, dict))
+    except (OmegaConfBaseException, IndexError, ValueError) as error:
+        raise ConfigError(f"override {override!r}: {_one_line(error)}") from error
+    return tree
+
+
+def _check_path(dotted: str, tree: DictConfig) -> None:
+    """Walk a dotted key through the dataclasses, so that a typo is answered with the nearest field."""
+    kind: Any = Config
+    walked = ""
+    for part in dotted.split("."):
+        if get_origin(kind) is list:
+            if not part.isdigit():
+                raise ConfigError(f"{walked}: expected a list index, got {part!r}, as in {walked}.0")
+            num_entries = len(OmegaConf.select(tree, walked))
+            if int(part) >= num_entries:
+                raise ConfigError(f"{dotted}: {walked} has {num_entries} entries, counted from 0")
+            kind = get_args(kind)[0]
+        elif dataclasses.is_dataclass(kind):
+            kind = _field_type(kind, part, walked, "command line")
+        elif get_origin(kind) is not dict and kind is not dict:
+            raise ConfigError(f"command line: {walked} has no fields, got {dotted!r}")
+        walked = f"{walked}.{part}" if walked else part
+
+
+def _check_keys(content: Any, kind: Any, *, prefix: str, source: str) -> None:
+    if dataclasses.is_dataclass(kind) and isinstance(content, dict):
+        for key, value in content.items():
+            inner = _field_type(kind, str(key), prefix, source)
+            _check_keys(value, inner, prefix=f"{prefix}.{key}" if prefix else str(key), source=source)
+    elif get_origin(kind) is list and isinstance(content, list):
+        for position, item in enumerate(content):
+            _check_keys(item, get_args(kind)[0], prefix=f"{prefix}.{position}", source=source)
+
+
+def _field_type(kind: Any, key: str, prefix: str, source: str) -> Any:
+    hints = get_type_hints(kind)
+    if key in hints:
+        return hints[key]
+    name = f"{prefix}.{key}" if prefix else key
+    close = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
+    nearest = f"{prefix}.{close[0]}" if close and prefix else close[0] if close else ""
+    advice = f"did you mean {nearest!r}?" if nearest else f"valid keys are {', '.join(hints)}"
+    raise ConfigError(f"{source}: unknown key {name!r}; {advice}")
+
+
+def _refuse_interpolation(content: Any, source: str) -> None:
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list):
+        for item in content:
+            _refuse_interpolation(item, source)
+    elif isinstance(content, str) and "${" in content:
+        raise ConfigError(
+            f"{source}: interpolation {content!r} is refused; write the value, or override it on the command line"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0] if lines else type(error).__name__

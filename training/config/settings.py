@@ -1,0 +1,199 @@
+"""The one typed tree behind every recipe. Sections live beside the code they steer; the rest is here.
+
+Defaults < recipe < command line. What values are allowed, alone and together, is in `training.config.rules`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pixelprune.settings import PruneSettings, ResizeSettings
+from training.config.teacher import TeacherSettings
+from training.data.settings import DataSettings
+from training.errors import UserError
+from training.loss.supervised import LossSettings
+from training.model.lora import LoraSettings
+
+ATTENTION_NAMES = ("auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager")
+"""Values of model.attention; `training.model.attention` explains them."""
+AUTO = -1
+"""Value of model.recompute_vit and model.recompute_llm: chosen from the memory estimate."""
+
+
+@dataclass
+class RunSettings:
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = "run"
+    """Name of the run: its folder below `folder`, and its name in tracking."""
+    folder: str = "runs"
+    """Parent folder of all runs."""
+    seed: int = 0
+    """Seeds data order, dropout and everything random."""
+
+
+@dataclass
+class ModelSettings:
+    """Which model is trained and what of it."""
+
+    path: str = ""
+    """Hugging Face folder or hub id of the model."""
+    dtype: str = "bfloat16"
+    """bfloat16 or float32: precision of weights and activations (gradients accumulate in float32 either way)."""
+    attention: str = "auto"
+    """auto (the fastest that runs here), flash_attention_3, flash_attention_2, varlen (torch's own flash kernels), sdpa
+    or eager; see training/model/attention.py."""
+    recompute_vit: int = AUTO
+    """Recompute the activations of every k-th ViT layer in backward; 1 = all layers, 0 = none, -1 = as little as the
+    memory estimate at the start allows (training/loop/memory.py). Results are the same, speed and memory are not."""
+    recompute_llm: int = AUTO
+    """The same for the language model's layers."""
+    liger: bool = False
+    """RMSNorm and SwiGLU of this model through the fused kernels of liger-kernel (GPU only, model/fused.py)."""
+    compile: bool = False
+    """Compile the repeated layers of both towers with torch.compile (training/model/compiled.py)."""
+    compile_max_recompiles: int = 16
+    """Versions of a layer that may be compiled, for other lengths and modes, before it runs uncompiled (said in the
+    log)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model folder. Leave off unless you have read it."""
+
+
+@dataclass
+class GroupSettings:
+    """One part of the model."""
+
+    freeze: bool = False
+    """Leave these weights as they are."""
+    lr: float | None = None
+    """Learning rate of this part; optim.lr when not given."""
+
+
+@dataclass
+class OptimSettings:
+    """AdamW with warm-up and cosine decay, and the parts of the model it steers."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; never on norms, biases and embeddings."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    max_skipped_in_a_row: int = 5
+    """Steps with a non-finite loss or gradient are skipped and counted; so many in a row end the run."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 turns clipping off."""
+    vit: GroupSettings = field(default_factory=GroupSettings)
+    merger: GroupSettings = field(default_factory=GroupSettings)
+    """The merger and the DeepStack mergers."""
+    llm: GroupSettings = field(default_factory=GroupSettings)
+
+
+@dataclass
+class ScheduleSettings:
+    """How long, and how the learning rate moves."""
+
+    max_steps: int = 0
+    """Optimizer steps to run; 0 means `epochs` decides."""
+    epochs: float = 1.0
+    """Passes over the data when max_steps is 0."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from lr / warmup_steps."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at this share of the peak learning rate."""
+
+
+@dataclass
+class DistributedSettings:
+    """How ranks share the work."""
+
+    zero_stage: int = 2
+    """1 or 2: what ZeRO shards over ranks (optimizer states; also gradients). 1 needs model.dtype=float32."""
+    threads_per_rank: int = 0
+    """CPU threads of a rank; 0 shares the machine's cores evenly."""
+    timeout_minutes: float = 30.0
+    """A collective that hangs for this long ends the run."""
+    reduce_bucket_size: int = 200_000_000
+    """Elements of gradients that ZeRO reduces at once (two such buffers on a GPU; why: distributed/engine.py)."""
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Further DeepSpeed settings, merged into the generated JSON: those that observe a run or carry its gradients
+    (`training.config.rules` lists them). Others would change what is computed or what a checkpoint holds."""
+
+
+@dataclass
+class CheckpointSettings:
+    """What is kept on disk."""
+
+    every_steps: int = 0
+    """Save the full training state every n steps; 0 saves only at the end and when stopped."""
+    keep_last: int = 2
+    """Complete checkpoints to keep; older ones are deleted."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this step are kept for good; 0 keeps none beyond keep_last."""
+    on_error: str = "stop"
+    """stop or continue: what a failed save (disk full) does to the run; earlier checkpoints are intact either way."""
+    on_changed_data: str = "stop"
+    """stop or next_epoch: what a start does where the data, its order or data.samples_per_step are not the
+    checkpoint's: refuse, or go on with a new epoch of what there is now."""
+    save_timeout_minutes: float = 30.0
+    """How long the first rank waits for the others to write their part."""
+    export_at_end: bool = True
+    """Write the trained model as a Hugging Face folder when the run ends."""
+
+
+@dataclass
+class TrackingSettings:
+    """What is written where. metrics.jsonl is always written to the run's folder."""
+
+    wandb: str = "auto"
+    """auto (online when logged in, else offline), online, offline or disabled."""
+    project: str = "pixelprune"
+    group: str = ""
+    tags: list[str] = field(default_factory=list)
+    log_every: int = 1
+    """Steps between two rows of metrics."""
+
+
+@dataclass
+class EvalSettings:
+    """Validation loss on data.eval_sources, and grounding accuracy on those of its records that have a box."""
+
+    every_steps: int = 0
+    """Steps between two validations; 0 validates only before the first and after the last step."""
+    at_start: bool = True
+    """Validate before the first step, so that there is something to compare with."""
+    grounding_every_steps: int = 0
+    """Steps between two evaluations by generation (and one at the end); the best is exported. 0 makes none."""
+    grounding_samples: int = 256
+    """Records answered each time: a fixed random sample of those with metadata.bbox; 0 takes all."""
+    grounding_on_full: bool = False
+    """Evaluate on all tokens too (PixelPrune -> Full), as eval_accuracy_full."""
+    grounding_batch_size: int = 8
+    """Conversations generated together on a rank."""
+    grounding_max_new_tokens: int = 64
+
+
+@dataclass
+class Config:
+    """A whole run. `python -m training.train RECIPE --show` prints it resolved."""
+
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    prune: PruneSettings = field(default_factory=PruneSettings)
+    resize: ResizeSettings = field(default_factory=ResizeSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    kd: TeacherSettings = field(default_factory=TeacherSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
+    eval: EvalSettings = field(default_factory=EvalSettings)
+
+
+class ConfigError(UserError):
+    """A recipe that cannot be run, in one line: which field, what was expected, what came."""

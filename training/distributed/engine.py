@@ -1,0 +1,220 @@
+"""The DeepSpeed engine: its JSON is generated from the config, and one call runs one optimizer step."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+from training.config.rules import check_passthrough
+from training.config.settings import Config
+from training.distributed.fragments import create_moments, own_fragments
+from training.errors import UserError
+from training.model.parameters import parameter_groups
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    world_size_per_node: int = 1
+    has_launcher: bool = True
+    """False for a process that nothing started as a rank: it can index, cache and evaluate, but not train."""
+
+    @property
+    def cores_per_rank(self) -> int:
+        """CPU cores that this machine has for each of its ranks."""
+        return max(1, (os.cpu_count() or 1) // self.world_size_per_node)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def join_ranks(config: Config) -> Ranks:
+    """Join the process group that the launcher described (one process alone counts as a group of one)."""
+    accelerator = get_accelerator()
+    alone = -1
+    local_rank = dist.get_node_local_rank(fallback_rank=alone)
+    accelerator.set_device(max(0, local_rank))
+    timeout = timedelta(minutes=config.distributed.timeout_minutes)
+    if local_rank == alone and not dist.is_initialized():
+        # Without a launcher DeepSpeed would ask MPI who else is there.
+        dist.init_process_group(
+            accelerator.communication_backend_name(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    has_launcher, local_rank = local_rank != alone, max(0, local_rank)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    device = torch.device(accelerator.current_device_name())
+    _unlink_shared_buffers()
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    num_here = hosts.count(socket.gethostname())
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, num_here, has_launcher)
+
+
+def _unlink_shared_buffers() -> None:
+    """Take the names of DeepSpeed's shared buffers (CPU collectives) out of the file system; every rank calls this.
+
+    Nothing else ever does: 69 MB of memory per rank would outlive every run until the machine is started again. What is
+    mapped stays usable without a name.
+    """
+    dist.barrier()  # every rank has mapped the buffers of all others
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        _, found, name = line.partition("/dev/shm/deepspeed_allreduce_buffer")
+        if found:
+            Path((found + name).removesuffix(" (deleted)")).unlink(missing_ok=True)
+
+
+def patient_barrier() -> Callable[[], None]:
+    """A barrier for work that takes ranks hours more or less, as indexing may. Every rank makes it, before that work.
+
+    On the group of training a rank that waits for longer than distributed.timeout_minutes is taken for hung.
+    """
+    if dist.get_world_size() == 1:
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return lambda: dist.barrier(group)
+
+
+def leave_ranks() -> None:
+    """Leave the process group at the end of the work: gloo's threads abort a process that exits while in it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def bucket_elements(config: Config, model: nn.Module) -> int:
+    """Elements of ZeRO's gradient bucket: the setting, but room for every gradient that others follow in backward.
+
+    DeepSpeed (0.19.8) copies gradients of up to this size into the bucket. A larger one it reduces where it lies, and
+    frees it before the reduction stream has read it: the rest of backward allocates into that memory meanwhile. The
+    head of an untied model (622 million elements with 151,936 tokens of width 4,096) is the first gradient of backward.
+    Embeddings, tied heads among them, are the last: the end of a backward waits, so they may go alone.
+
+    The price are two buffers of 1.2 GB instead of 0.4 GB. Without overlap nothing would be enlarged, but every
+    reduction would stand in the way: 0.8 s a micro-step for 8 billion weights at 50 GB/s.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    largest = max((p.numel() for p in trained if id(p) not in embeddings), default=0)
+    # More than all gradients would be reserved for nothing, with adapters 0.8 GB of it.
+    return max(min(config.distributed.reduce_bucket_size, sum(p.numel() for p in trained)), largest)
+
+
+def deepspeed_json(config: Config, device: torch.device, reduce_bucket_size: int = 0) -> dict[str, Any]:
+    """DeepSpeed's settings, generated. Raises ConfigError for a passthrough that is not allowed.
+
+    reduce_bucket_size: `bucket_elements` of the model, or what the config says.
+
+    Buckets, for models of 2 to 8 billion weights in bfloat16: 200 million elements are 0.4 GB, twice (one fills while
+    the other is reduced), 1 % of an 80 GB device; DeepSpeed's 500 million would be 2 GB. A backward makes 11 to 44 of
+    them, each long enough for full bandwidth (an all-reduce takes 16 ms at 50 GB/s, against backwards of a second).
+    Embeddings of 151,936 tokens are 311 to 622 million elements and go alone at any size, without a buffer, so larger
+    buckets would not spare them anything; being last, nothing hides them.
+
+    A bucket is all-reduced, and every rank keeps its part of the result: twice the traffic of a reduction to the
+    owners. `use_multi_rank_bucket_allreduce: false` would be that, but stops the host once per owner in every bucket.
+
+    Overlap is safe for gradients that are copied into a bucket (read in DeepSpeed 0.19.8): before a reduction is
+    queued, the compute stream waits for those queued before it, so that the buffer it fills next has been read; the
+    float32 sums are made on the reduction stream, and the end of a backward waits. Others: `bucket_elements`.
+    """
+    check_passthrough(config.distributed.deepspeed)
+    on_cpu = device.type == "cpu"
+    generated: dict[str, Any] = {
+        # The loop decides where an optimizer step ends and scales losses itself: these two only satisfy DeepSpeed.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optim.max_grad_norm,
+        "zero_optimization": {
+            "stage": config.distributed.zero_stage,
+            "overlap_comm": not on_cpu,
+            "contiguous_gradients": True,
+            "reduce_bucket_size": reduce_bucket_size or config.distributed.reduce_bucket_size,
+            "allgather_bucket_size": 2 * -(-config.distributed.reduce_bucket_size // 2),  # it must be even
+        },
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        # bf16 accumulation is off by 0.24 % in the gradient norm after 64 micro-steps.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    passed_on = dict(config.distributed.deepspeed)
+    zero = generated["zero_optimization"] | passed_on.pop("zero_optimization", {})
+    return generated | {"zero_optimization": zero} | passed_on
+
+
+def build_engine(module: nn.Module, config: Config, device: torch.device):
+    """The engine around `module`, in training mode, with AdamW over the recipe's parameter groups.
+
+    Every rank calls this. Raises UserError when a checkpoint of this engine would not hold its weights.
+    """
+    # `from_pretrained` hands models out in evaluation mode, in which the stock layers silently skip recomputation.
+    module.train()
+    groups = parameter_groups(module, config.optim)
+    optimizer = torch.optim.AdamW(
+        groups,
+        betas=(config.optim.beta1, config.optim.beta2),
+        eps=config.optim.eps,
+        fused=device.type == "cuda",
+    )
+    settings = deepspeed_json(config, device, bucket_elements(config, module))
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
+        raise UserError(
+            f"distributed.zero_stage: expected DeepSpeed to take its ZeRO-1/2 optimizer, got "
+            f"{type(engine.optimizer).__name__}, whose state cannot be saved by name; set distributed.zero_stage=2"
+        )
+    create_moments(engine)
+    _check_layout(engine)
+    _check_rotary(engine.module)
+    return engine
+
+
+def _check_rotary(module: nn.Module) -> None:
+    """Raises UserError where DeepSpeed rounded the rotary frequencies with the weights, as 0.18 does: angles at long
+    positions would be off by radians."""
+    for name, buffer in module.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise UserError(
+                f"{name}: expected float32 after deepspeed.initialize, got {buffer.dtype}; install deepspeed>=0.19.8"
+            )
+
+
+@torch.no_grad()
+def _check_layout(engine) -> None:
+    """Whether the pieces of all ranks are the trained parameters, each element once; every rank calls this.
+
+    Raises UserError: another layout than the one read in DeepSpeed would save weights under wrong names.
+    """
+    parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    num_right = 0
+    for fragment in own_fragments(engine):
+        weight = fragment.tensors["weight"]
+        own = parameters[fragment.name].flatten()[fragment.start : fragment.start + len(weight)]
+        if own.shape == weight.shape and ((own == weight) | own.isnan()).all():
+            num_right += len(weight)
+    total = torch.tensor(num_right, device=engine.device)
+    dist.all_reduce(total)
+    num_trained = sum(parameter.numel() for parameter in parameters.values())
+    if total.item() != num_trained:
+        raise UserError(
+            f"deepspeed {deepspeed.__version__}: only {total.item()} of {num_trained} trained weights lie where a "
+            "checkpoint would look for them; use a version that pyproject.toml allows"
+        )

@@ -1,0 +1,205 @@
+"""Records -> answers -> predictions: the batched, left-padded generation that evaluation is made of.
+
+The same functions serve `python -m training.evaluate` and evaluation inside training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from pixelprune.hf import PrunedInputs, generate, prepare
+from pixelprune.prompter import Messages, Prompter
+from pixelprune.records.images import read_image
+from pixelprune.records.prepare import hash_content
+from pixelprune.records.reader import parse_record
+from pixelprune.records.record import Record, RecordError
+from training.data.settings import SourceSettings
+from training.data.sources import open_sources
+from training.errors import UserError
+from training.evaluation.scoring import GroundingError, Prediction, Target, failed, judge, target_of
+
+
+@dataclass(frozen=True)
+class Task:
+    """One record to be answered.
+
+    root: the folder its image paths are relative to. fingerprint: changes with the record's text, its target or one of
+    its images (of an image file, path, size and time of change count, so that nothing is read for it).
+    """
+
+    id: str
+    record: Record
+    target: Target
+    root: Path | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How answers are made and read. answer_format: see `pixelprune.answers`.
+
+    template_kwargs: for the chat template. Models whose template reasons are trained on answers without reasoning;
+    templates ignore names they do not know.
+    """
+
+    max_new_tokens: int = 128
+    answer_format: str = "auto"
+    batch_size: int = 8
+    template_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
+
+
+def read_tasks(sources: Sequence[SourceSettings]) -> tuple[list[Task], dict[str, str]]:
+    """Records with a box, in the order of the files, and id -> reason of those that cannot be evaluated.
+
+    Raises UserError when a source cannot be opened.
+    """
+    tasks, refused = [], {}
+    try:
+        opened = open_sources(list(sources))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for source in opened:
+        for row in range(len(source)):
+            record_id = source.record_id(row)
+            try:
+                record = parse_record(source.rows[row], source.settings.format)
+                _question(record)
+                target = target_of(record)
+                tasks.append(Task(record_id, record, target, source.root, _fingerprint(record, target, source.root)))
+            except (RecordError, GroundingError) as error:
+                refused[record_id] = str(error)
+    return tasks, refused
+
+
+def predict(
+    model: Any, prompter: Prompter, tasks: Sequence[Task], settings: AnswerSettings
+) -> Iterator[list[Prediction]]:
+    """One prediction per task, a batch at a time. The model is in eval mode.
+
+    A record that cannot be prepared or generated is a failed prediction of its own; the others of its batch are
+    generated without it.
+    """
+    for start in range(0, len(tasks), settings.batch_size):
+        batch = tasks[start : start + settings.batch_size]
+        done: dict[str, Prediction] = {}
+        ready: list[tuple[Task, PrunedInputs]] = []
+        for task in batch:
+            try:
+                ready.append((task, prepare_task(task, prompter, settings.template_kwargs)))
+            except ValueError as error:  # images that cannot be read, records whose size is not the image's
+                done[task.id] = failed(task.id, task.target, str(error))
+        for prediction in _answer(model, prompter, ready, settings):
+            done[prediction.id] = prediction
+        yield [replace(done[task.id], fingerprint=task.fingerprint) for task in batch]
+
+
+def prepare_task(task: Task, prompter: Prompter, template_kwargs: Mapping[str, Any]) -> PrunedInputs:
+    """The pruned prompt of a record: its turns before the last answer, through the chat template.
+
+    Raises ValueError for a record whose images cannot be used or have another size than `metadata.image_size`.
+    """
+    inputs = prepare(prompter, _messages(task), template_kwargs=dict(template_kwargs))
+    images = inputs.samples[0].images
+    if not images:
+        raise ValueError("the record has no image")
+    stated, (height, width) = task.target.image_size, images[-1].original_size
+    if stated not in (None, (width, height)):
+        raise ValueError(f"metadata.image_size is {stated[0]}x{stated[1]}, the image {width}x{height}")
+    return inputs
+
+
+def _answer(
+    model: Any, prompter: Prompter, ready: list[tuple[Task, PrunedInputs]], settings: AnswerSettings
+) -> list[Prediction]:
+    """Generate for prepared records together; where that fails, each alone, so that one cannot fail the others."""
+    if not ready:
+        return []
+    samples = [sample for _, inputs in ready for sample in inputs.samples]
+    inputs = PrunedInputs(samples, [text for _, one in ready for text in one.texts], prompter)
+    clock, failure = _FirstTokenClock(), ""
+    try:
+        answers = generate(
+            model,
+            inputs,
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+    except (RuntimeError, ValueError, IndexError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        failure = f"{type(error).__name__}: {error}"[:2000]
+    # Behind the except block: inside it, the error's traceback would keep the failed batch's memory.
+    if failure and len(ready) > 1:
+        return [one for entry in ready for one in _answer(model, prompter, [entry], settings)]
+    if failure:
+        task, own = ready[0]
+        return [failed(task.id, task.target, failure, **_blocks(own))]
+    predictions = []
+    for (task, own), text, ids in zip(ready, answers.texts, answers.token_ids, strict=True):
+        height, width = own.samples[0].images[-1].original_size
+        facts = _blocks(own) | {"num_generated": len(ids), "first_token_s": clock.seconds}
+        predictions.append(judge(task.id, task.target, text, (width, height), settings.answer_format, **facts))
+    return predictions
+
+
+class _FirstTokenClock(StoppingCriteria):
+    """Never stops; notes when `generate` first asks, which is after the first token."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.seconds: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        if self.seconds is None:
+            if input_ids.is_cuda:
+                torch.cuda.synchronize(input_ids.device)
+            self.seconds = time.perf_counter() - self._started
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _blocks(inputs: PrunedInputs) -> dict[str, int]:
+    return {"kept_blocks": inputs.num_kept_blocks, "full_blocks": inputs.num_blocks}
+
+
+def _fingerprint(record: Record, target: Target, root: Path | None) -> str:
+    sources = (image.source for image in record.images)
+    images = [_describe_file(source, root) if isinstance(source, str) else source for source in sources]
+    return f"{hash_content(record, images):016x}{xxhash.xxh3_64(repr(target).encode()).hexdigest()}"
+
+
+def _describe_file(name: str, root: Path | None) -> bytes:
+    try:
+        stat = ((root or Path()) / name).stat()
+    except (OSError, ValueError):  # answering the record will say what is wrong
+        return name.encode(errors="replace")
+    return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="replace")
+
+
+def _question(record: Record) -> int:
+    """Number of turns before the last answer. Raises GroundingError when they do not end with the user."""
+    turns = len(record.messages)
+    if turns and record.messages[-1].role == "assistant":
+        turns -= 1
+    if not turns or record.messages[turns - 1].role != "user":
+        raise GroundingError("expected a user's turn to be answered")
+    return turns
+
+
+def _messages(task: Task) -> Messages:
+    messages: Messages = []
+    for message in task.record.messages[: _question(task.record)]:
+        content: list[dict[str, Any]] = []
+        for part in message.parts:
+            if isinstance(part, str):
+                content.append({"type": "text", "text": part})
+            else:
+                content.append({"type": "image", "image": read_image(part, task.root)})
+        messages.append({"role": message.role, "content": content})
+    return messages

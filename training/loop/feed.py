@@ -1,0 +1,165 @@
+"""What a run is fed: the index of its data, the plan over it, and the loaders for training and validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from pixelprune.flops import CostModel
+from pixelprune.records.prepare import PrepareSettings
+from training.checkpoint.files import complete_checkpoints
+from training.config.settings import Config
+from training.data.index import Index
+from training.data.index_builder import build_index
+from training.data.loader import Cursor
+from training.data.plan import PlanInput, PlanSettings, num_steps
+from training.data.settings import SourceSettings
+from training.data.targets import BUILD_ADVICE, TargetReader
+from training.distributed.engine import Ranks, patient_barrier
+from training.distributed.stopping import Agreement, StopRequest
+from training.errors import UserError
+from training.model.loading import ModelFiles
+from training.teacher.files import Teaching
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Checked records and the inputs of their plan."""
+
+    index: Index
+    prepare: PrepareSettings
+    plan_input: PlanInput
+    plan_settings: PlanSettings
+    targets: TargetReader | None = None
+
+    def num_steps(self, config: Config) -> int:
+        """Optimizer steps of the whole run: schedule.max_steps, or the epochs' steps."""
+        if config.schedule.max_steps:
+            return config.schedule.max_steps
+        whole, part = divmod(config.schedule.epochs, 1)
+        steps = [num_steps(self.plan_input, self.plan_settings, epoch) for epoch in range(int(whole) + (part > 0))]
+        if part:
+            steps[-1] = max(1, round(steps[-1] * part))
+        return sum(steps)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """Everything that the order of samples depends on: under another one a cursor means other samples."""
+        records = xxhash.xxh3_64()
+        for column in (self.index.content_hash, self.plan_input.source, self.plan_input.copies):
+            records.update(column.tobytes())
+        return {
+            "usable records": len(self.index),
+            "hash of records and weights": records.hexdigest(),
+            "data.samples_per_step": self.plan_settings.samples_per_step,
+            "data.shuffle": self.plan_settings.shuffle,
+            "run.seed": self.plan_settings.seed,
+        }
+
+    def continued(self, cursor: Cursor, order_before: dict[str, Any], when_changed: str) -> Cursor:
+        """Where a run that stopped at `cursor` under `order_before` goes on.
+
+        when_changed: checkpoint.on_changed_data, what to do where the order is another one now. Raises UserError.
+        """
+        order = self.order
+        changed = [
+            f"{name} {order_before.get(name)} -> {value}"
+            for name, value in order.items()
+            if order_before.get(name) != value
+        ]
+        if not changed:
+            return cursor
+        message = f"the order of samples is not the checkpoint's any more ({', '.join(changed)})"
+        if when_changed == "stop":
+            raise UserError(
+                f"{message}, so samples would be repeated and left out; set back what changed (data, caps, weights, "
+                "run.seed), start anew under another run.name, or go on with a new epoch: "
+                "checkpoint.on_changed_data=next_epoch"
+            )
+        following = Cursor(cursor.epoch + (cursor.step > 0), 0)
+        logger.warning("%s; going on at the start of epoch %d (checkpoint.on_changed_data)", message, following.epoch)
+        return following
+
+
+def build_feed(
+    config: Config,
+    sources: list[SourceSettings],
+    files: ModelFiles,
+    ranks: Ranks,
+    folder: Path,
+    *,
+    shuffle: bool,
+    teaching: Teaching | None = None,
+    stop: StopRequest | None = None,
+    agreement: Agreement | None = None,
+) -> Feed:
+    """Index the sources (all ranks together), refuse too much bad data, and set up the plan.
+
+    teaching: packs bring the teacher's side with them. The records are then those that fit unpruned too, with a cached
+    teacher as with an online one: the two train on the same samples.
+    stop, agreement: given together, a request to stop ends the index early on all ranks.
+    Raises StopAskedError then, and UserError for anything about the data that the user must mend.
+    """
+    data = config.data
+    prepare = PrepareSettings(files.path, config.prune, config.resize, data.last_turn_only)
+    try:
+        index = build_index(
+            sources,
+            prepare,
+            index_dir=data.index_dir,
+            num_workers=data.index_workers or ranks.cores_per_rank,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            barrier=patient_barrier(),
+            show_progress=ranks.is_first,
+            # A run that continues keeps its records: an image mended meanwhile would change the order of all samples.
+            recheck=not complete_checkpoints(folder / "checkpoints"),
+            is_stopped=lambda: stop is not None and stop.is_asked,
+            any_rank=agreement.any_rank if agreement else bool,
+        )
+        report = folder / f"quarantine{'' if shuffle else '_eval'}.jsonl"
+        index = index.checked(data, report, with_teacher=teaching is not None, write_report=ranks.is_first)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    cost = cost_model(config, files.config)
+    plan_settings = PlanSettings(
+        samples_per_step=data.samples_per_step,
+        pack_tokens=data.pack_tokens,
+        pack_patches=data.pack_patches,
+        shuffle=shuffle and data.shuffle,
+        seed=config.run.seed,
+    )
+    if teaching is None:
+        return Feed(index, prepare, index.plan_input(cost), plan_settings)
+    if teaching.targets is not None:
+        _require_targets(index, teaching.targets)
+        return Feed(index, prepare, index.plan_input(cost), plan_settings, teaching.targets)
+    plan_input = index.plan_input(cost, with_teacher=True, teacher_cost=CostModel.from_config(teaching.files.config))
+    return Feed(index, dataclasses.replace(prepare, with_full=True), plan_input, plan_settings)
+
+
+def cost_model(config: Config, hf_config: Any) -> CostModel:
+    """The student's: a vision tower without anything to train needs no backward pass.
+
+    Adapters need the backward pass of their tower; that they save its weight gradients is not counted.
+    """
+    trains_vit = config.lora.vit if config.lora.rank else not config.optim.vit.freeze
+    return CostModel.from_config(hf_config, freeze_vit=not trains_vit)
+
+
+def _require_targets(index: Index, targets: TargetReader) -> None:
+    """UserError unless the cache holds every record."""
+    missing = np.flatnonzero(~targets.has(index.content_hash))
+    if len(missing):
+        raise UserError(
+            f"{len(missing)} of {len(index)} records have no teacher targets in {targets.folder}, the first is "
+            f"{index.record_id(int(missing[0]))!r}; {BUILD_ADVICE}, or set kd.source=online"
+        )

@@ -1,0 +1,51 @@
+"""What the first rank writes down and shows while a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.checkpoint.checkpointer import RunState
+from training.config.recipe import config_to_dict
+from training.config.settings import Config
+from training.distributed.engine import Ranks
+from training.tracking.progress import ProgressLine
+from training.tracking.tracker import Tracker
+
+
+class Journal:
+    """Metrics to their files and to the terminal; on ranks other than the first it does nothing."""
+
+    def __init__(self, config: Config, ranks: Ranks, folder: Path, num_steps: int, state: RunState):
+        self.config, self.num_steps = config, num_steps
+        self.tracker: Tracker | None = None
+        if ranks.is_first:
+            self.progress = ProgressLine(num_steps, first_step=state.step)
+            self.tracker = Tracker(
+                folder,
+                config.tracking,
+                config.run.name,
+                config_to_dict(config),
+                run_id=state.tracker_id,
+                restored_step=state.step,
+            )
+
+    def has_evaluation(self, step: int) -> bool:
+        return self.tracker is not None and self.tracker.has_evaluation(step)
+
+    def stepped(self, num_done: int, metrics: dict[str, float]) -> None:
+        if self.tracker:
+            if num_done % self.config.tracking.log_every == 0 or num_done == self.num_steps:
+                self.tracker.log(num_done, metrics)
+            self.progress.update(num_done, metrics)
+
+    def evaluated(self, num_done: int, metrics: dict[str, float]) -> None:
+        if self.tracker:
+            self.tracker.log(num_done, metrics)
+            names = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_accuracy_full": "on all tokens"}
+            shown = [f"{words} {metrics[name]:.4f}" for name, words in names.items() if name in metrics]
+            self.progress.say(f"step {num_done}: {', '.join(shown)}")
+
+    def close(self) -> None:
+        if self.tracker:
+            self.progress.close()
+            self.tracker.close()

@@ -1,0 +1,239 @@
+"""The training loss: cross-entropy and distillation, as sums over supervised positions.
+
+    N = supervised positions of a pack, C = positions of a chunk, D = model width, V = vocabulary, k = top-k entries
+
+The divergences and their gradients are in `training.loss.divergence`, the chunks over positions in
+`training.loss.chunked_head`. This file puts them together.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from training.loss.chunked_head import chunked_head_loss
+from training.loss.divergence import (
+    DIVERGENCES,
+    Distilled,
+    DivergenceName,
+    distil_full,
+    distil_top_k,
+    tempered_log_softmax,
+)
+
+
+@dataclass
+class LossSettings:
+    """loss = ce_weight * CE + kd_weight * T^2 * D(teacher, student), each a sum over supervised positions."""
+
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy with the labels; 0 with kd_weight > 0 is pure distillation."""
+
+    kd_weight: float = 0.0
+    """Weight of the distillation term; at 0 no teacher is needed and none is evaluated."""
+
+    temperature: float = 1.0
+    """T: both distributions are softmax(logits / T) in the distillation term; T^2 keeps its gradient's scale."""
+
+    divergence: DivergenceName = "forward_kl"
+    """forward_kl = KL(teacher || student), reverse_kl = KL(student || teacher), or jsd (see jsd_beta)."""
+
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture of the generalized JSD; near 0 it acts like forward, near 1 like reverse."""
+
+    chunk_size: int = 1024
+    """Supervised positions whose logits exist at one time; changes memory and speed, not the loss."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a setting that cannot be trained with."""
+        for name in ("ce_weight", "kd_weight"):
+            weight = getattr(self, name)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name} must be a finite number >= 0, got {weight}")
+        if self.ce_weight == 0 and self.kd_weight == 0:
+            raise ValueError("ce_weight and kd_weight are both 0: nothing to train on; set at least one above 0")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(f"temperature must be a finite number > 0, got {self.temperature}")
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
+        if not 0 < self.jsd_beta < 1:
+            raise ValueError(
+                f"jsd_beta must lie strictly between 0 and 1, got {self.jsd_beta}; "
+                "for the ends use divergence=forward_kl or divergence=reverse_kl"
+            )
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1 position, got {self.chunk_size}")
+
+
+class LossSums(NamedTuple):
+    """Sums over supervised positions, 0-dim float32 tensors on the device; only `total` carries a gradient.
+
+    The four fields that need a teacher are 0 when kd_weight is 0.
+    """
+
+    total: Tensor
+    """ce_weight * ce + kd_weight * T^2 * kl: divide by the global count, multiply by the world size."""
+    ce: Tensor
+    """Cross-entropy with the labels, in nats."""
+    kl: Tensor
+    """The chosen divergence at temperature T in nats, without weight and T^2."""
+    num_agree: Tensor
+    """Positions where student and teacher have the same most probable token."""
+    teacher_entropy: Tensor
+    """Entropy in nats of the teacher's distribution at temperature T (with a top-k teacher, a lower bound)."""
+    num_correct: Tensor
+    """Positions where the student's most probable token is the label."""
+
+
+def supervised_loss(
+    hidden: Tensor,
+    lm_head: nn.Module,
+    labels: Tensor,
+    settings: LossSettings,
+    *,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: nn.Module | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
+) -> LossSums:
+    """Loss of the student's final hidden states at supervised positions, without a host synchronisation.
+
+    Args:
+        hidden: (N, D) final hidden states at the N positions that predict a supervised token. N may be 0: the sums
+            are 0 and still connected to `hidden` and the head, so that every rank touches the same parameters.
+        lm_head: the output head, (C, D) -> (C, V): plain, tied, frozen or LoRA-wrapped. Each of its parameters that
+            require gradients receives one, zeros where the head does not use it.
+        labels: (N,) int64, the supervised token ids, all within the vocabulary (no ignore index).
+        settings: weights, divergence, temperature and chunk size.
+        teacher_hidden: (N, D_teacher) the teacher's final hidden states at the same tokens; cast to the dtype of
+            teacher_head where they differ.
+        teacher_head: the teacher's output head, to the same vocabulary; no gradient reaches it.
+        teacher_topk: in place of hidden states, (log_probs (N, k), ids (N, k)) with k < V, log-probabilities taken
+            at settings.temperature. Merging all other tokens into one outcome bounds the divergence from below: see
+            `training.loss.divergence.distil_top_k`.
+
+    Raises:
+        ValueError: shapes that do not belong together, or kd_weight > 0 without exactly one teacher.
+    """
+    _check_student(hidden, labels)
+    teacher = None
+    if settings.kd_weight > 0:
+        teacher = _make_teacher(hidden.shape[0], settings, teacher_hidden, teacher_head, teacher_topk)
+
+    def loss_of_logits(rows: slice, logits: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
+        distilled = teacher.distil(rows, logits, settings) if teacher is not None else None
+        return _chunk_loss(logits, labels[rows], distilled, settings, wants_grad)
+
+    num_sums = len(LossSums._fields)
+    total, reported = chunked_head_loss(hidden, lm_head, loss_of_logits, num_sums, settings.chunk_size)
+    return LossSums(total, *reported.unbind())
+
+
+class _FullTeacher(NamedTuple):
+    hidden: Tensor  # (N, D_teacher)
+    head: nn.Module
+
+    def distil(self, rows: slice, logits: Tensor, settings: LossSettings) -> Distilled:
+        weight = next(self.head.parameters(), None)
+        hidden = self.hidden[rows].to(self.hidden.dtype if weight is None else weight.dtype)
+        with torch.no_grad():
+            teacher_logits = self.head(hidden)
+        if teacher_logits.shape != logits.shape:
+            raise ValueError(
+                f"teacher_head gives logits {tuple(teacher_logits.shape)}, lm_head gives {tuple(logits.shape)}: "
+                "teacher and student need the same vocabulary; choose a teacher of the same family"
+            )
+        return distil_full(logits, teacher_logits, settings.divergence, settings.temperature, settings.jsd_beta)
+
+
+class _TopKTeacher(NamedTuple):
+    log_probs: Tensor  # (N, k)
+    ids: Tensor  # (N, k)
+
+    def distil(self, rows: slice, logits: Tensor, settings: LossSettings) -> Distilled:
+        if self.ids.shape[1] >= logits.shape[1]:
+            raise ValueError(
+                f"teacher_topk holds k = {self.ids.shape[1]} entries, which leaves no remainder in a vocabulary of "
+                f"{logits.shape[1]}; use fewer entries or teacher_hidden"
+            )
+        return distil_top_k(
+            logits,
+            self.log_probs[rows],
+            self.ids[rows].long(),
+            settings.divergence,
+            settings.temperature,
+            settings.jsd_beta,
+        )
+
+
+def _chunk_loss(
+    logits: Tensor, labels: Tensor, distilled: Distilled | None, settings: LossSettings, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sums (6,) in the order of LossSums, and the gradient (C, V) of their total in the dtype of the logits.
+
+    The distillation comes ready made, so its temporaries are gone when the cross-entropy makes its own.
+    """
+    columns = labels.unsqueeze(-1)
+    top1 = logits.argmax(-1)
+    log_q = tempered_log_softmax(logits, 1.0)  # (C, V) float32
+    ce = -log_q.gather(-1, columns).sum()
+    total, kl, num_agree, entropy = settings.ce_weight * ce, ce.new_zeros(()), ce.new_zeros(()), ce.new_zeros(())
+    kd_scale = settings.kd_weight * settings.temperature
+    if distilled is not None:
+        kl = distilled.divergence.sum()
+        num_agree = (distilled.teacher_top1 == top1).sum()
+        entropy = distilled.teacher_entropy.sum()
+        total = total + kd_scale * settings.temperature * kl
+    num_correct = (top1 == labels).sum()
+    sums = torch.stack([value.to(ce.dtype) for value in (total, ce, kl, num_agree, entropy, num_correct)])
+    if not wants_grad:
+        return sums, None
+    if settings.ce_weight > 0:
+        grad = log_q.exp_()  # softmax - one-hot
+        grad.scatter_(-1, columns, grad.gather(-1, columns) - 1).mul_(settings.ce_weight)
+        if distilled is not None:
+            grad.add_(distilled.grad, alpha=kd_scale)  # d/dlogits = d/du / T
+    else:
+        assert distilled is not None, "LossSettings refuses ce_weight = kd_weight = 0"
+        grad = distilled.grad.mul_(kd_scale)
+    return sums, grad.to(logits.dtype)
+
+
+def _check_student(hidden: Tensor, labels: Tensor) -> None:
+    if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"expected hidden (N, D) and labels (N,) at the same supervised positions, "
+            f"got {tuple(hidden.shape)} and {tuple(labels.shape)}"
+        )
+
+
+def _make_teacher(
+    num_positions: int,
+    settings: LossSettings,
+    hidden: Tensor | None,
+    head: nn.Module | None,
+    topk: tuple[Tensor, Tensor] | None,
+) -> _FullTeacher | _TopKTeacher:
+    if (hidden is None) == (topk is None):
+        raise ValueError(
+            f"kd_weight = {settings.kd_weight} needs exactly one of teacher_hidden and teacher_topk, "
+            f"got {'neither' if hidden is None else 'both'}; set kd_weight=0 to train without a teacher"
+        )
+    if topk is not None:
+        log_probs, ids = topk
+        if log_probs.ndim != 2 or log_probs.shape != ids.shape or log_probs.shape[0] != num_positions:
+            raise ValueError(
+                f"teacher_topk must be (log_probs, ids), both ({num_positions}, k) as there are {num_positions} "
+                f"supervised positions, got {tuple(log_probs.shape)} and {tuple(ids.shape)}"
+            )
+        return _TopKTeacher(log_probs.detach(), ids)
+    assert hidden is not None
+    if head is None:
+        raise ValueError("teacher_hidden needs teacher_head, the output head that turns it into logits")
+    if hidden.ndim != 2 or hidden.shape[0] != num_positions:
+        raise ValueError(
+            f"teacher_hidden must be ({num_positions}, D) as there are {num_positions} supervised positions, "
+            f"got {tuple(hidden.shape)}"
+        )
+    return _FullTeacher(hidden.detach(), head)

@@ -1,0 +1,283 @@
+"""Which attention runs: chosen once, said in the log, and the same for the vision tower and the language model.
+
+    T = tokens (or patches) of a row, S = its samples (or images), H / H_kv = heads of queries / keys, E = head width
+
+What "auto" takes, the first that can run:
+
+    flash_attention_3, flash_attention_2   where the package is installed (GPU, bfloat16 or float16)
+    varlen                                 `torch.nn.attention.varlen`: torch's own flash kernels over rows with borders
+    sdpa                                   last: it needs an (L, L) mask for packed rows, and a loop over images
+
+The first three take sample borders as cumulative lengths: one call per layer for a whole row, whatever is in it.
+
+varlen is registered with transformers as `flash_varlen`: a name with "flash" in it makes the stock vision tower hand
+over the borders of all images at once instead of looping over them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from training.config.settings import ATTENTION_NAMES
+from training.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_PACKAGES = {"flash_attention_3": "flash-attn-3", "flash_attention_2": "flash-attn"}
+_MODULES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+_REGISTERED = "flash_varlen"
+_HALF = (torch.bfloat16, torch.float16)
+_MIN_CAPABILITY = (8, 0)  # torch's flash kernels: Ampere and later
+
+
+def choose_attention(requested: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+    """The attention to load a model with, one of ATTENTION_NAMES without "auto"; said in the log.
+
+    dtype: of the weights and activations. Raises UserError for a request that this machine cannot serve.
+    """
+    if requested not in ATTENTION_NAMES:
+        raise UserError(f"model.attention: expected one of {', '.join(ATTENTION_NAMES)}, got {requested!r}")
+    if requested != "auto":
+        if obstacle := _obstacle(requested, device, dtype):
+            raise UserError(f"model.attention={requested}: {obstacle}; set model.attention=auto or sdpa")
+        logger.info("attention: %s, as the recipe says", requested)
+        return requested
+    skipped = []
+    for name in ("flash_attention_3", "flash_attention_2", "varlen"):
+        # Without a GPU varlen is a reference for tests, slower than sdpa.
+        obstacle = "it needs a GPU" if device.type != "cuda" else _obstacle(name, device, dtype)
+        if not obstacle:
+            logger.info("attention: %s", name)
+            return name
+        skipped.append(f"{name}: {obstacle}")
+    logger.info("attention: sdpa (%s)", "; ".join(skipped) if device.type == "cuda" else f"device {device.type}")
+    return "sdpa"
+
+
+def attention_for(dtype: torch.dtype, device: torch.device, attention: str) -> str:
+    """The attention of a second model (a teacher) beside one with `attention`: sdpa where its dtype rules that out."""
+    if attention != "auto" and _obstacle(attention, device, dtype):
+        logger.info("attention of the %s model: sdpa", str(dtype).removeprefix("torch."))
+        return "sdpa"
+    return attention
+
+
+def load_pretrained(path: str, *, attention: str, dtype: torch.dtype, trust_remote_code: bool = False):
+    """The stock model of a folder or hub id, on the CPU, with an attention that `choose_attention` gave."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=dtype,
+        # transformers takes any "flash" name for a kernel package and tries to import it: varlen is set afterwards.
+        attn_implementation="sdpa" if attention == "varlen" else attention,
+        trust_remote_code=trust_remote_code,
+        device_map=None,
+    )
+    if attention == "varlen":
+        use_varlen(model)
+    return model
+
+
+def use_varlen(model: PreTrainedModel) -> None:
+    """Switch this model, vision tower and language model, to varlen attention. No class and no other model changes."""
+    AttentionInterface.register(_REGISTERED, varlen_attention)
+    AttentionMaskInterface.register(_REGISTERED, varlen_mask)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            part.config._attn_implementation = _REGISTERED
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it: query (B, H, T, E), key and value (B, H_kv, T, E), result (B, T, H, E).
+
+    A row with borders (B = 1, cu_seq_lens int32 (S + 1,)) runs through torch's varlen kernel on CUDA, and on any other
+    device through `reference_varlen`, which is written from the definition for tests. A batch without borders (padded
+    training batches of hybrid models, generation) is no varlen problem and runs through sdpa.
+
+    Raises UserError for float32 on CUDA, ValueError for a packed row without borders and for borders without maxima.
+    """
+    causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
+    if cu_seq_lens_q is None:
+        if attention_mask is not None and attention_mask.ndim == 1:
+            raise ValueError(_NO_BORDERS)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
+        )
+    if query.shape[0] != 1 or query.shape[2] != key.shape[2] or max_length_q is None or max_length_k is None:
+        raise ValueError(
+            "varlen attention: expected one packed row without a cache, cu_seq_lens_q/k and max_length_q/k, got "
+            f"query {tuple(query.shape)}, key {tuple(key.shape)}, max_length_q={max_length_q}; see pack.model_inputs"
+        )
+    if dropout:
+        raise ValueError(f"varlen attention has no dropout, the model asks for {dropout}; use model.attention=sdpa")
+    # (1, H, T, E) -> (T, H, E)
+    rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    if query.is_cuda:
+        out = _cuda_varlen(*rows, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling, causal)
+    else:
+        out = reference_varlen(*rows, cu_seq_lens_q, scaling=scaling, is_causal=causal)
+    return out.unsqueeze(0), None
+
+
+def varlen_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask beside `varlen_attention`. Rows and batches of a training step need none, and none is built.
+
+    transformers looks for borders in row 0 of 4-row positions. Where it found some, an empty marker (0,) is returned:
+    the layers ignore it when they are given the borders, and refuse to run when they are not.
+    Anything with padding or a cache (generation) gets the mask of sdpa.
+    """
+    if attention_mask is None and q_length == kv_length and not use_vmap:
+        return None if allow_is_causal_skip else torch.empty(0, device=device)
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+
+
+@torch.compiler.disable  # its loop would be unrolled: a version for every number of segments
+def reference_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    *,
+    scaling: float | None,
+    is_causal: bool,
+) -> torch.Tensor:
+    """Attention (T, H, E) within each segment, from the definition: softmax(Q K^T * scaling) V, one after the other.
+
+    query (T, H, E), key and value (T, H_kv, E); borders (S + 1,) reaches from 0 to T. Waits for the device and loops
+    over segments: for tests, on the CPU.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    group = query.shape[1] // key.shape[1]
+    segments = []
+    for start, stop in pairwise(borders.tolist()):
+        q = query[start:stop].transpose(0, 1)  # (H, n, E)
+        k, v = (x[start:stop].transpose(0, 1).repeat_interleave(group, dim=0) for x in (key, value))
+        scores = (q @ k.transpose(1, 2)).float() * scaling
+        if is_causal:
+            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        segments.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+    return torch.cat(segments)
+
+
+_NO_BORDERS = (
+    "varlen attention: a packed row came without cu_seq_lens_q/k and max_length_q/k, its samples would see each other; "
+    "call the model through pixelprune.model_call.final_hidden or with pixelprune.pack.model_inputs"
+)
+
+
+def _cuda_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders_q: torch.Tensor,
+    borders_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    scaling: float | None,
+    is_causal: bool,
+) -> torch.Tensor:
+    """One kernel for the whole row; nothing waits for the device."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if query.dtype not in _HALF:
+        raise UserError(_NEEDS_HALF.format(query.dtype))
+    return varlen_attn(
+        query,
+        key,
+        value,
+        borders_q,
+        borders_q if borders_k is None else borders_k,
+        max_q,
+        max_k,
+        scale=scaling,
+        window_size=(-1, 0) if is_causal else (-1, -1),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+_NEEDS_HALF = "flash kernels compute in bfloat16 or float16, not {}; set model.dtype=bfloat16 or model.attention=sdpa"
+
+
+def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why this attention cannot run here; "" where it can."""
+    if name in ("sdpa", "eager"):
+        return ""
+    if name == "varlen":
+        if device.type != "cuda":
+            return ""  # the reference
+        if not _has_varlen():
+            return "this torch has no torch.nn.attention.varlen that groups heads (2.12 and later have)"
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MIN_CAPABILITY:
+            return f"this GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
+        if not torch.backends.cuda.is_flash_attention_available():
+            return "this torch was built without flash kernels"
+    else:
+        if device.type != "cuda":
+            return f"it needs a GPU, this is {device.type}"
+        is_installed = is_flash_attn_3_available if name == "flash_attention_3" else is_flash_attn_2_available
+        # transformers would fetch a kernel from the hub in its place.
+        if name not in AttentionInterface() or not is_installed():
+            return f"the package {_PACKAGES[name]} is not installed, or this transformers does not know it"
+        if problem := _import_problem(_MODULES[name]):
+            return f"the package {_PACKAGES[name]} is installed but does not load: {problem}"
+    return "" if dtype in _HALF else _NEEDS_HALF.format(dtype)
+
+
+def _import_problem(module: str) -> str:
+    """Why a module cannot be imported, as a wheel built for another torch cannot; "" where it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+def _has_varlen() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()

@@ -1,0 +1,162 @@
+"""A teacher's files without its weights in memory: does it fit the student, what is it exactly, and its output head."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import safe_open
+from torch import nn
+
+from pixelprune.records.prepare import PrepareSettings
+from training.config.settings import Config, ConfigError
+from training.data.targets import TargetReader
+from training.distributed.engine import Ranks
+from training.errors import UserError
+from training.model.loading import DTYPES, ModelFiles, load_model_files
+from training.model.tensor_files import weight_paths
+
+FORMAT_VERSION = 1
+"""Raise when the meaning of a cached value changes: older caches are then foreign."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """Who teaches, and how packs get the teacher's side: full rows, or targets read from a cache."""
+
+    files: ModelFiles
+    targets: TargetReader | None = None
+
+
+def find_teaching(config: Config, student: ModelFiles, ranks: Ranks) -> Teaching | None:
+    """None without distillation. Every rank calls this. Raises ConfigError for a teacher that does not fit."""
+    if config.loss.kd_weight == 0:
+        return None
+    files = load_teacher_files(config, student)
+    if config.kd.source == "online":
+        return Teaching(files)
+    return Teaching(files, TargetReader(cache_folder(config, files, student, ranks)))
+
+
+def load_teacher_files(config: Config, student: ModelFiles) -> ModelFiles:
+    """The teacher's config, tokenizer and preprocessor; refuses one that does not fit. Raises ConfigError."""
+    if config.kd.path in ("", student.path):
+        return student
+    try:
+        files = load_model_files(dataclasses.replace(config.model, path=config.kd.path))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", "kd.path")) from error
+    # The student's packs are the teacher's input: both must read ids and pixels alike.
+    for what, mine, other in (
+        ("output vocabulary", _vocab_size(student), _vocab_size(files)),
+        ("tokenizer", student.tokenizer.get_vocab(), files.tokenizer.get_vocab()),  # type: ignore[attr-defined]
+        ("vision input", student.geometry, files.geometry),
+    ):
+        if mine != other:
+            detail = f": {other} instead of {mine}" if not isinstance(mine, dict) else ""
+            raise ConfigError(
+                f"kd.path: {files.path} has another {what} than the student {student.path}{detail}; "
+                "choose a teacher of the same family"
+            )
+    return files
+
+
+def teacher_dtype(config: Config) -> torch.dtype:
+    return DTYPES[config.kd.dtype or config.model.dtype]
+
+
+def cache_folder(config: Config, teacher: ModelFiles, student: ModelFiles, ranks: Ranks) -> Path:
+    """The folder of this teacher's targets, made if need be; every rank calls this, the first one reads the weights."""
+    shared: list[Any] = [None]
+    if ranks.is_first:
+        fingerprint = describe_targets(config, teacher, student)
+        text = json.dumps(fingerprint, indent=2, sort_keys=True)
+        folder = Path(config.kd.cache_dir) / xxhash.xxh3_64(text.encode()).hexdigest()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "teacher.json").write_text(text + "\n")
+            shared[0] = str(folder)
+        except OSError as error:
+            shared[0] = ConfigError(f"kd.cache_dir: {folder} cannot be written: {error.strerror}")
+    if ranks.world_size > 1:
+        dist.broadcast_object_list(shared, src=0)
+    if isinstance(shared[0], ConfigError):
+        raise shared[0]
+    return Path(shared[0])
+
+
+def describe_targets(config: Config, teacher: ModelFiles, student: ModelFiles) -> dict[str, Any]:
+    """All that a cached target depends on besides its record; not pruning, since the teacher sees all tokens."""
+    prepare = PrepareSettings(student.path, config.prune, config.resize, config.data.last_turn_only)
+    sample = prepare.fingerprint(prepare.build())
+    del sample["prune"]
+    top_k = {"top_k": config.kd.top_k, "temperature": config.loss.temperature}
+    stored = config.kd.cache_dtype or config.kd.dtype or config.model.dtype
+    return {
+        "version": FORMAT_VERSION,
+        "weights": hash_weights(teacher.path),
+        "computed_in": str(teacher_dtype(config)).removeprefix("torch."),
+        "values": top_k if config.kd.top_k else {"hidden": stored},
+        "geometry": dataclasses.asdict(teacher.geometry),
+        **sample,
+    }
+
+
+def hash_weights(path: str) -> str:
+    """Hash of config and all weights, byte for byte: fine-tuned weights have the sizes and names of those before."""
+    digest = xxhash.xxh3_128()
+    digest.update((_folder_of(path) / "config.json").read_bytes())
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 26):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weight_files(path: str) -> list[Path]:
+    """The safetensors files of a model folder or of a hub id that was downloaded. Raises ConfigError if it has none."""
+    try:
+        return weight_paths(_folder_of(path))
+    except UserError as error:
+        raise ConfigError(f"kd.path: {error}; save the teacher with save_pretrained") from error
+
+
+def load_head(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """The output head alone, frozen: one tensor is read from the files, the embedding where they hold no other head.
+
+    Raises ConfigError when there is no such tensor.
+    """
+    is_tied = bool(getattr(files.config, "tie_word_embeddings", False))
+    # A head in the files of a tied model is used by the stock model too: it is the same, or the config is wrong.
+    endings = ["lm_head.weight"] + (["language_model.embed_tokens.weight"] if is_tied else [])
+    names: dict[str, Path] = {}
+    for path in weight_files(files.path):
+        with safe_open(path, framework="pt") as tensors:
+            names |= dict.fromkeys(tensors.keys(), path)
+    for ending in endings:
+        if name := next((name for name in names if name.endswith(ending)), None):
+            with safe_open(names[name], framework="pt") as tensors:
+                weight = tensors.get_tensor(name).to(device, dtype)
+            head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            head.weight = nn.Parameter(weight, requires_grad=False)
+            return head
+    raise ConfigError(f"kd.path: the files of {files.path} hold no tensor {endings[-1]!r}, the output head")
+
+
+def _vocab_size(files: ModelFiles) -> int:
+    return files.config.get_text_config().vocab_size  # type: ignore[attr-defined]
+
+
+def _folder_of(path: str) -> Path:
+    """The local folder of a model folder or hub id."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))

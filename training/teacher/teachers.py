@@ -1,0 +1,112 @@
+"""The frozen teacher of a run: the same model on all tokens, online or from a cache.
+
+    N = supervised tokens of a pack, D = the teacher's width
+
+A teacher is no nn.Module, and the student holds it as a plain attribute: optimizer, checkpoint and export see none of
+its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pixelprune.model_call import final_hidden
+from pixelprune.pack import Pack, VisionGeometry
+from training.config.settings import Config
+from training.data.taught import TaughtPack
+from training.distributed.engine import Ranks
+from training.model.attention import attention_for
+from training.model.loading import ModelFiles, Teacher, load_model
+from training.teacher.files import Teaching, load_head, teacher_dtype
+
+
+def build_teacher(config: Config, teaching: Teaching | None, ranks: Ranks, attention: str) -> Teacher | None:
+    """The teacher that the recipe asks for, on this rank's device; None without distillation. Every rank calls this."""
+    if teaching is None:
+        return None
+    if teaching.targets is not None:
+        head = None if config.kd.top_k else load_head(teaching.files, teacher_dtype(config), ranks.device)
+        return CachedTeacher(head)
+    return build_online_teacher(config, teaching.files, ranks, attention)
+
+
+def build_online_teacher(config: Config, files: ModelFiles, ranks: Ranks, attention: str) -> OnlineTeacher:
+    """The teacher's weights, frozen; kd.sharding says how the ranks hold them."""
+    attention = attention_for(teacher_dtype(config), ranks.device, attention)
+    if config.kd.sharding == "zero3" and ranks.world_size > 1:
+        return _build_sharded(config, files, ranks, attention)
+    model = _load_frozen(config, files, ranks.device, attention)
+    return OnlineTeacher(model, model.lm_head, files.geometry)
+
+
+class OnlineTeacher:
+    """Runs on the full row of every pack, without gradients."""
+
+    def __init__(self, model: PreTrainedModel, head: nn.Module, geometry: VisionGeometry, *, is_sharded: bool = False):
+        self.model, self.head, self.geometry, self.is_sharded = model, head, geometry, is_sharded
+
+    def targets(self, pack: TaughtPack) -> dict[str, Any]:
+        return {"teacher_hidden": self.hidden(pack.full_pack()), "teacher_head": self.head}
+
+    @torch.no_grad()
+    def hidden(self, full: Pack) -> torch.Tensor:
+        """Final hidden states (N, D) at the positions of a full row that predict its supervised tokens."""
+        if full.num_supervised == 0 and not self.is_sharded:
+            # A rank without work. Sharded ranks fetch each other's layers, so there all of them run.
+            weight = self.head.weight
+            return weight.new_empty(0, weight.shape[1])
+        hidden = final_hidden(self.model, full, self.geometry, in_one_call=self.is_sharded)
+        return hidden.index_select(0, full.logit_index)
+
+
+class CachedTeacher:
+    """Hands out what the loader read from the cache; of the teacher itself only the output head is here."""
+
+    def __init__(self, head: nn.Module | None):
+        self.head = head
+
+    def targets(self, pack: TaughtPack) -> dict[str, Any]:
+        if self.head is None:
+            return {"teacher_topk": (pack.teacher_log_probs, pack.teacher_ids)}
+        return {"teacher_hidden": pack.teacher_hidden, "teacher_head": self.head}
+
+
+def _load_frozen(config: Config, files: ModelFiles, device: torch.device, attention: str) -> PreTrainedModel:
+    settings = dataclasses.replace(config.model, path=files.path, dtype=config.kd.dtype or config.model.dtype)
+    model = load_model(settings, attention=attention, device=device).eval()
+    return model.requires_grad_(False)
+
+
+def _build_sharded(config: Config, files: ModelFiles, ranks: Ranks, attention: str) -> OnlineTeacher:
+    """ZeRO-3 inference: every rank keeps 1 / world size of the weights and fetches a layer's others for its forward.
+
+    The output head stays whole on every rank: how often the loss uses it depends on a rank's number of chunks, and
+    ranks that fetch must fetch equally often.
+    """
+    dtype = teacher_dtype(config)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            # It would exchange torch's linear layer for the whole process, the student's too.
+            "memory_efficient_linear": False,
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "steps_per_print": 2**31,
+    }
+    head = load_head(files, dtype, ranks.device)
+    # Whole in host memory, then divided tensor by tensor: the device never holds more than its share and the layers in
+    # use. Left to itself, `initialize` would move the whole model there first; buffers are not divided.
+    model = _load_frozen(config, files, torch.device("cpu"), attention)
+    deepspeed.zero.Init(module=model.model, config_dict_or_path=settings)
+    model.model.to(ranks.device)
+    model.model, *_ = deepspeed.initialize(model=model.model, config=settings)
+    model.eval()
+    return OnlineTeacher(model, head, files.geometry, is_sharded=True)

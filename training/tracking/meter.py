@@ -1,0 +1,139 @@
+"""What one optimizer step did, summed over ranks with a single reduction, and the running totals of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from pixelprune.pack import Pack
+from pixelprune.records.collator import DUMMY_ID, DUMMY_TOKENS
+from training.distributed.engine import Ranks
+from training.loss.supervised import LossSums
+from training.tracking.hardware import host_memory_gb, peak_flops, peak_memory_gb
+
+_COUNTS = ("num_samples", "num_supervised", "kept_tokens", "full_tokens", "kept_blocks", "full_blocks")
+_TIMES = ("data_wait", "forward", "backward", "optimizer")
+
+
+@dataclass
+class RunTotals:
+    """Counts since the first step of the run; part of the checkpoint, so that a resumed run goes on counting."""
+
+    num_samples: int = 0
+    num_supervised: int = 0
+    kept_tokens: int = 0
+    full_tokens: int = 0
+    kept_blocks: int = 0
+    full_blocks: int = 0
+
+
+class StepMeter:
+    """Collects a step on this rank; `finish` reduces it over all ranks and empties the meter.
+
+    Loss sums stay on the device until `finish`, the one place where this meter makes the host wait. Times are the
+    host's on a CPU; on a GPU, where the host only queues the work, they are the device's (but for data_wait).
+    """
+
+    def __init__(self, ranks: Ranks, totals: RunTotals | None = None):
+        self.ranks = ranks
+        self.totals = totals or RunTotals()
+        self._reset()
+
+    def begin(self) -> None:
+        """The step's clock starts now: what was done since the last step (saving, evaluating) is no part of it."""
+        self._started = time.perf_counter()
+
+    def _reset(self) -> None:
+        self._losses: torch.Tensor | None = None
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._times = dict.fromkeys(_TIMES, 0.0)
+        self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._flops = 0.0
+        self.begin()
+
+    def add_pack(self, pack: Pack, sums: LossSums, *, is_dummy: bool, flops: float = 0.0) -> None:
+        losses = torch.stack([part.detach().float() for part in sums])
+        self._losses = losses if self._losses is None else self._losses + losses
+        # What the dummy adds, in a pack of its own or behind text-only samples, is not work done.
+        has_dummy = int(DUMMY_ID in pack.record_ids)
+        self._flops += 0.0 if is_dummy else flops
+        self._counts["num_samples"] += pack.num_samples - has_dummy
+        self._counts["num_supervised"] += pack.num_supervised
+        self._counts["kept_tokens"] += pack.num_tokens - has_dummy * DUMMY_TOKENS
+        self._counts["full_tokens"] += pack.num_full_tokens - has_dummy * DUMMY_TOKENS
+        self._counts["kept_blocks"] += pack.num_kept_blocks - has_dummy
+        self._counts["full_blocks"] += pack.num_full_blocks - has_dummy
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        """Adds the time of what is done in it to data_wait, forward, backward or optimizer."""
+        if self.ranks.device.type == "cuda" and name != "data_wait":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._marks.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._times[name] += time.perf_counter() - started
+
+    def finish(self) -> dict[str, float]:
+        """Metrics of the step over all ranks, per-token losses included. Synchronises with the device once."""
+        assert self._losses is not None, "a step has at least one micro-step on every rank"
+        losses = self._losses.double().cpu()
+        for name, start, end in self._marks:  # recorded before the losses were copied, so the device has passed them
+            self._times[name] += start.elapsed_time(end) / 1000
+        mine = [*self._counts.values(), *self._times.values(), self._flops]
+        vector = torch.cat([losses, torch.tensor(mine, dtype=torch.float64)])
+        slowest = torch.tensor([self._flops], dtype=torch.float64)
+        if self.ranks.world_size > 1:
+            vector, slowest = vector.to(self.ranks.device), slowest.to(self.ranks.device)
+            dist.all_reduce(vector)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        step_seconds = time.perf_counter() - self._started
+        names = [*LossSums._fields, *_COUNTS, *_TIMES, "flops"]
+        sums = dict(zip(names, vector.tolist(), strict=True))
+        metrics = self._metrics(sums, step_seconds, slowest.item())
+        self._reset()
+        return metrics
+
+    def _metrics(self, sums: dict[str, float], step_seconds: float, slowest_flops: float) -> dict[str, float]:
+        for name in _COUNTS:
+            setattr(self.totals, name, getattr(self.totals, name) + int(sums[name]))
+        num = max(1.0, sums["num_supervised"])
+        rank_seconds = step_seconds * self.ranks.world_size
+        metrics = {
+            "loss": sums["total"] / num,
+            "ce": sums["ce"] / num,
+            "kl": sums["kl"] / num,
+            "teacher_agreement": sums["num_agree"] / num,
+            "teacher_entropy": sums["teacher_entropy"] / num,
+            "token_accuracy": sums["num_correct"] / num,
+            "num_samples": sums["num_samples"],
+            "num_supervised": sums["num_supervised"],
+            "samples_per_s": sums["num_samples"] / step_seconds,
+            "kept_tokens_per_s": sums["kept_tokens"] / step_seconds,
+            "full_tokens_per_s": sums["full_tokens"] / step_seconds,
+            "retain_ratio": self.retain_ratio,
+            "step_s": step_seconds,
+            "peak_memory_gb": peak_memory_gb(self.ranks.device),
+            "host_memory_gb": host_memory_gb(),
+        }
+        if peak := peak_flops(self.ranks.device):
+            # Kept tokens only: omitted ones and padding are no work.
+            metrics["mfu"] = sums["flops"] / rank_seconds / peak
+        metrics |= {f"{name}_share": sums[name] / rank_seconds for name in _TIMES}
+        if slowest_flops:
+            metrics["rank_imbalance"] = 1 - sums["flops"] / (slowest_flops * self.ranks.world_size)
+        return metrics
+
+    @property
+    def retain_ratio(self) -> float:
+        """Sum of kept blocks / sum of all blocks since the run began (1 when there was no image)."""
+        return self.totals.kept_blocks / self.totals.full_blocks if self.totals.full_blocks else 1.0
