@@ -41,7 +41,7 @@ from training.teacher.files import Teaching, find_teaching
 from training.teacher.teachers import build_teacher
 from training.toy_model import build_tokenizer
 
-RECIPE = Path(__file__).parents[1] / "configs" / "debug.yaml"
+RECIPE = Path(__file__).parents[2] / "configs" / "debug.yaml"
 MODES: dict[str, tuple[str, ...]] = {
     "Full": ("prune.strategy=none",),
     "PixelPrune": (),

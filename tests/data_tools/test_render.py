@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 from data_tools.cli import main
-from data_tools.render import pages as render_module
 from data_tools.render.browser import Browser, BrowserError, find_chromium
 from data_tools.render.pages import render
 from data_tools.render.shot import RenderSettings
@@ -230,7 +229,7 @@ def test_themes_scrolls_duplicates_and_splits(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_rendering_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    pages = Path(render_module.__file__).parent / "pages"
+    pages = Path(__file__).parents[2] / "data_tools" / "pages"
     outs = [tmp_path / name for name in ("one", "two")]
     for out in outs:
         options = ["--viewports", "390x844@2", "--max-pages", "2", "--sheet", "0", "--out", str(out)]

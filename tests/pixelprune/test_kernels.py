@@ -48,7 +48,7 @@ def test_every_form_of_input_uses_one_compiled_kernel() -> None:
 
 def test_compiled_code_is_cached_on_disk(tmp_path: Path) -> None:
     code = (
-        "import json, numpy as np; from pixelprune import kernels, select;"
+        "import json, numpy as np; from pixelprune import select; from pixelprune.selection import kernels;"
         "select(np.zeros((64, 64, 3), np.uint8)); stats = kernels.pred2d_exact.stats;"
         "print(json.dumps([sum(stats.cache_hits.values()), sum(stats.cache_misses.values())]))"
     )
