@@ -10,8 +10,8 @@ import zlib
 
 import numpy as np
 
-from pixelprune.selection import Selection, kernels
-from pixelprune.selection.registry import register
+from pixelprune.selection import kernels
+from pixelprune.selection.selection import Selection
 from pixelprune.selection.strategies import pixel_bytes, pred2d
 from pixelprune.settings import BLOCK, PruneSettings
 
@@ -58,7 +58,6 @@ def _selection(chosen: np.ndarray, grid: tuple[int, int]) -> Selection:
     return Selection(keep.reshape(grid), source.reshape(grid))
 
 
-@register("random")
 def random(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     """A uniformly random subset of the budget's size; a function of pixels and seed. Omitted blocks have source -1."""
     grid = (image.shape[0] // block, image.shape[1] // block)
@@ -87,7 +86,6 @@ def component_shares(sizes: np.ndarray, budget: int, generator: np.random.Genera
     return whole + 1
 
 
-@register("conncomp")
 def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     """A random subset of each 4-neighbour component of identical blocks, budget met exactly. Omitted: source -1."""
     grid = (image.shape[0] // block, image.shape[1] // block)
@@ -105,7 +103,6 @@ def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selectio
     return _selection(order[place < np.repeat(shares, sizes)], grid)
 
 
-@register("resize")
 def resize(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     """Listed for its name: it scales the image (`image.prune_pixels` does) and has no keep mask: raises ValueError."""
     raise ValueError(

@@ -1,4 +1,4 @@
-"""The registry of selection strategies, by the names used in the paper."""
+"""Every selection strategy, by the name used in the paper: the built-in ones as a table, a user's own by `register`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pixelprune.selection import Selection
+from pixelprune.selection import baselines, strategies
+from pixelprune.selection.selection import Selection
 from pixelprune.settings import PruneSettings
 
 Run = Callable[[np.ndarray, PruneSettings, int], Selection]
@@ -28,7 +29,17 @@ class Strategy:
     replay: Replay | None
 
 
-_STRATEGIES: dict[str, Strategy] = {}
+BUILT_IN = (
+    Strategy("none", strategies.none, strategies.replay_none),
+    Strategy("pred2d", strategies.pred2d, strategies.replay_pred2d),
+    Strategy("raster", strategies.raster, strategies.replay_raster),
+    Strategy("serpentine", strategies.serpentine, strategies.replay_serpentine),
+    Strategy("random", baselines.random, None),
+    Strategy("conncomp", baselines.conncomp, None),
+    Strategy("resize", baselines.resize, None),
+)
+
+_STRATEGIES = {strategy.name: strategy for strategy in BUILT_IN}
 
 
 def register(name: str, *, replay: Replay | None = None) -> Callable[[Run], Run]:
@@ -44,15 +55,12 @@ def register(name: str, *, replay: Replay | None = None) -> Callable[[Run], Run]
 
 
 def strategy_names() -> list[str]:
-    """All registered names, in order of registration."""
-    _load()
+    """All names: the built-in ones in the order of the paper, then a user's own in order of registration."""
     return list(_STRATEGIES)
 
 
 def get_strategy(name: str) -> Strategy:
     """The strategy of that name. ValueError naming the choices if there is none."""
-    if name not in _STRATEGIES:
-        _load()
     if name not in _STRATEGIES:
         raise ValueError(f"prune.strategy: expected one of {', '.join(_STRATEGIES)}, got {name!r}")
     return _STRATEGIES[name]
@@ -61,8 +69,3 @@ def get_strategy(name: str) -> Strategy:
 def is_recoverable(prune: PruneSettings) -> bool:
     """True if the image can be restored exactly from kept blocks and mask (Proposition 1 of the paper)."""
     return prune.threshold == 0 and get_strategy(prune.strategy).replay is not None
-
-
-def _load() -> None:
-    # Imported on first use: they pull in numba, which `import pixelprune` shall not wait for.
-    from pixelprune.selection import strategies  # noqa: F401

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pixelprune.selection import Selection, kernels
-from pixelprune.selection.registry import register
+from pixelprune.selection import kernels
+from pixelprune.selection.selection import Selection
 from pixelprune.settings import PruneSettings
 
 
@@ -36,7 +36,7 @@ def _empty(image: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
     return np.empty(grid, dtype=np.bool_), np.empty(grid, dtype=np.int32)
 
 
-def _replay_none(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, block: int) -> np.ndarray:
+def replay_none(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, block: int) -> np.ndarray:
     if not keep.all():
         raise ValueError(
             f"strategy 'none' keeps every block, but {int((~keep).sum())} of {keep.size} are marked omitted"
@@ -44,7 +44,7 @@ def _replay_none(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, bl
     return np.arange(keep.size, dtype=np.int32).reshape(keep.shape)
 
 
-def _replay_pred2d(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, block: int) -> np.ndarray:
+def replay_pred2d(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, block: int) -> np.ndarray:
     metric, limit = integer_limit(settings.metric, settings.threshold, block)
     slot = np.empty(keep.shape, dtype=np.int32)
     kernels.replay_pred2d(pixel_bytes(kept), block, metric, limit, keep, slot)
@@ -69,15 +69,14 @@ def _replay_scan(keep: np.ndarray, turns: bool) -> np.ndarray:
     return slot.reshape(keep.shape)
 
 
-def _replay_raster(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, block: int) -> np.ndarray:
+def replay_raster(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, block: int) -> np.ndarray:
     return _replay_scan(keep, turns=False)
 
 
-def _replay_serpentine(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, block: int) -> np.ndarray:
+def replay_serpentine(kept: np.ndarray, keep: np.ndarray, settings: PruneSettings, block: int) -> np.ndarray:
     return _replay_scan(keep, turns=True)
 
 
-@register("none", replay=_replay_none)
 def none(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     """Keep every block: the Full model."""
     keep, source = _empty(image, block)
@@ -86,7 +85,6 @@ def none(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     return Selection(keep, source)
 
 
-@register("pred2d", replay=_replay_pred2d)
 def pred2d(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     """Predict from above where the corner matches the left block but not the one above, else from the left."""
     keep, source = _empty(image, block)
@@ -98,13 +96,11 @@ def pred2d(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     return Selection(keep, source)
 
 
-@register("raster", replay=_replay_raster)
 def raster(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     """Row-major order, each block predicted from the one before."""
     return _scan(image, settings, block, turns=False)
 
 
-@register("serpentine", replay=_replay_serpentine)
 def serpentine(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
     """Like raster, with odd rows from right to left, so that neighbours in the scan are neighbours in the image."""
     return _scan(image, settings, block, turns=True)
