@@ -101,12 +101,15 @@ def export_checkpoint(path: Path, out: Path, *, trust_remote_code: bool = False)
     import torch
 
     from training.checkpoint.files import MARKER, FragmentReader, complete_checkpoints
+    from training.checkpoint.proof import what_is_broken
     from training.config.recipe import config_from_dict
 
     if (path / "checkpoints").is_dir():
         path = (complete_checkpoints(path / "checkpoints") or [path])[-1]
     if not (path / MARKER).exists():
         raise UserError(f"{path}: expected a complete checkpoint or a run's folder that holds one")
+    if problems := what_is_broken(path):
+        raise UserError(f"{path}: {'; '.join(problems)}; give another checkpoint of the run")
     _refuse_to_replace(out)
     config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text()))
     if config.model.trust_remote_code and not trust_remote_code:

@@ -115,6 +115,26 @@ def test_a_stop_breaks_an_evaluation_off_and_the_next_start_makes_it_up(fault, d
     assert [row["step"] for row in rows if name in row] == [2, 3]
 
 
+def test_one_flipped_bit_in_a_checkpoint_costs_its_steps_and_nothing_else(data, toy_folder, tmp_path):
+    """The second rank's weights of the newest checkpoint: both ranks go back, and arrive at the same weights."""
+    settings = ["checkpoint.every_steps=1", "checkpoint.keep_last=9", "eval.at_start=false", "schedule.max_steps=3"]
+    command = ["launch", "configs/debug.yaml", *overrides(data, toy_folder, tmp_path, *settings), "--ranks", "2"]
+    folder = tmp_path / "debug"
+    assert call(*command).returncode == 0
+    loss = {row["step"]: row["loss"] for row in read_metrics(folder) if "loss" in row}
+    newest = folder / "checkpoints" / "step-00000003"
+    whole = {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+    path = newest / "fragments-001-of-002.safetensors"
+    path.write_bytes(whole[path.name][:-1] + bytes([whole[path.name][-1] ^ 1]))
+
+    done = call(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step-00000003 is BROKEN: fragments-001-of-002.safetensors" in done.stderr
+    assert "going back to" in done.stderr
+    assert {row["step"]: row["loss"] for row in read_metrics(folder) if "loss" in row} == loss
+    assert {path.name: path.read_bytes() for path in newest.glob("*.safetensors")} == whole
+
+
 def test_too_little_memory_names_the_pack_and_the_settings(run_with):
     done, _ = run_with("out-of-memory")
     assert done.returncode == 2, done.stderr[-3000:]

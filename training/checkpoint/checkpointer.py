@@ -2,7 +2,8 @@
 
 Saving copies this rank's state to host memory between two steps and writes it from a thread while training goes on.
 No thread takes part in a collective: every rank renames its finished files into place, and the first rank marks the
-checkpoint complete once it sees all of them. The folder must therefore be on a file system that all ranks share.
+checkpoint complete, with the hashes of all files, once it sees all of them. The folder must therefore be on a file
+system that all ranks share.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from training.checkpoint import files as files
+from training.checkpoint.proof import marker_text, read_marker, what_is_broken
 from training.config.settings import CheckpointSettings
 from training.data.loader import Cursor
 from training.distributed.engine import Ranks
@@ -69,17 +71,65 @@ class Checkpointer:
         self.settings, self.ranks, self.facts = settings, ranks, facts
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
+        self._verified: Path | None = None
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, the same on all ranks; leftovers of killed saves are removed."""
-        found: list[Path | None] = [None]
+        """The newest checkpoint that is whole by its hashes, the same on all ranks; None where there is none at all.
+
+        Leftovers of killed saves are removed. A complete checkpoint whose files are not as they were written is set
+        aside and the one before it taken, said loudly. Raises UserError instead with checkpoint.on_broken=stop, and
+        where every checkpoint is broken: to start anew in silence would lose the run.
+        """
+        found: list[list[Path]] = [[]]
         if self.ranks.is_first and self.root.exists():
-            found = [*files.complete_checkpoints(self.root)[-1:], None][:1]
+            found = [files.complete_checkpoints(self.root)]
             for leftover in files.incomplete_checkpoints(self.root):
                 logger.warning("removing %s: its save was cut short", leftover)
-                self._delete(leftover, is_old=found[0] is not None and leftover < found[0])
+                is_old = bool(found[0]) and files.step_of(leftover) < files.step_of(found[0][-1])
+                self._delete(leftover, is_old=is_old)
         dist.broadcast_object_list(found, src=0)
-        return found[0]
+        broken: list[tuple[Path, list[str]]] = []
+        for folder in reversed(found[0]):
+            problems = self._problems(folder)
+            if not problems:
+                self._verified = folder
+                self._report_broken(broken, folder)
+                return folder
+            broken.append((folder, problems))
+            if self.settings.on_broken == "stop":
+                break
+        self._report_broken(broken, None)
+        return None
+
+    def _problems(self, folder: Path) -> list[str]:
+        """What is broken of a checkpoint, known to all ranks, each of which reads its share of the files."""
+        own = what_is_broken(folder, part=self.ranks.rank, num_parts=self.ranks.world_size)
+        shares: list[list[str]] = [[] for _ in range(self.ranks.world_size)]
+        dist.all_gather_object(shares, own)
+        if not any(shares) and self.ranks.is_first and read_marker(folder) is None:
+            logger.warning("%s: of an earlier version, without hashes: its files are read as they are", folder)
+        return [line for share in shares for line in share]
+
+    def _report_broken(self, broken: list[tuple[Path, list[str]]], whole: Path | None) -> None:
+        """Say what was broken and what is lost by going back to `whole`; UserError where nothing is to go back to."""
+        if not broken:
+            return
+        said = "; ".join(f"{folder}: {', '.join(problems)}" for folder, problems in broken)
+        if whole is None:
+            way_out = (
+                "put back a copy of it, or go back to the checkpoint before it with checkpoint.on_broken=fall_back"
+                if self.settings.on_broken == "stop"
+                else "no whole checkpoint is left: put back a copy, or start anew under another run.name"
+            )
+            raise UserError(f"broken checkpoint: {said}; {way_out}")
+        if self.ranks.is_first:
+            newest = files.step_of(broken[0][0])
+            for folder, problems in broken:
+                logger.error("%s is BROKEN: %s; set aside as %s", folder, ", ".join(problems), files.set_aside(folder))
+            logger.error(
+                "going back to %s: the %d optimizer steps after it, up to %d, are lost and made again",
+                whole, newest - files.step_of(whole), newest,
+            )  # fmt: skip
 
     def save(self, engine, state: RunState, *, wait: bool = False) -> None:
         """Start writing the state after optimizer step `state.step`; every rank calls this. With `wait`, finish it.
@@ -195,15 +245,18 @@ class Checkpointer:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         folder.mkdir(parents=True, exist_ok=True)
         self._require_space(folder, sum(t.nbytes for f in fragments for t in f.tensors.values()))
-        files.write_tensors(files.random_file(folder, rank, world_size), generators, {})
+        hashes = {}
+        path = files.random_file(folder, rank, world_size)
+        hashes[path.name] = files.write_tensors(path, generators, {})
         if rank == 0:
-            for name, text in self.facts.items():
-                files.write_atomically(folder / name, text.encode())
-            files.write_atomically(folder / "state.json", json.dumps(content, indent=2).encode())
-        files.write_fragments(files.fragment_file(folder, rank, world_size), fragments)
+            for name, text in {**self.facts, "state.json": json.dumps(content, indent=2)}.items():
+                hashes[name] = files.write_atomically(folder / name, text.encode())
+        path = files.fragment_file(folder, rank, world_size)
+        hashes[path.name] = files.write_fragments(path, fragments)
+        files.write_atomically(files.hashes_file(folder, rank), json.dumps(hashes).encode())
         if rank == 0:
-            self._await_all_ranks(folder)
-            files.write_atomically(folder / files.MARKER, b"")
+            hashes = self._hashes_of_all_ranks(folder)
+            files.write_atomically(folder / files.MARKER, marker_text(hashes).encode())
             self._delete_old()
 
     def _require_space(self, folder: Path, num_bytes: int) -> None:
@@ -215,9 +268,11 @@ class Checkpointer:
                 f"{to_write / 1e9:.2f} GB needed by {self.ranks.world_size} ranks together, {free / 1e9:.2f} GB free"
             )
 
-    def _await_all_ranks(self, folder: Path) -> None:
+    def _hashes_of_all_ranks(self, folder: Path) -> dict[str, str]:
+        """Wait for every rank's part; the hashes of all files, taken out of the ranks' own."""
         deadline = time.monotonic() + 60 * self.settings.save_timeout_minutes
-        missing = {files.fragment_file(folder, rank, self.ranks.world_size) for rank in range(self.ranks.world_size)}
+        parts = [files.hashes_file(folder, rank) for rank in range(self.ranks.world_size)]
+        missing = set(parts)
         while missing := {path for path in missing if not path.exists()}:
             if failed := sorted(folder.glob(files.failure_file(folder, "*").name)):
                 raise OSError(f"{len(failed)} other ranks could not write their part ({failed[0].name})")
@@ -226,12 +281,18 @@ class Checkpointer:
                     f"{len(missing)} ranks did not write their part within {self.settings.save_timeout_minutes} minutes"
                 )
             time.sleep(_POLL_SECONDS)
+        hashes: dict[str, str] = {}
+        for part in parts:
+            hashes.update(json.loads(part.read_text()))
+            part.unlink()
+        return hashes
 
     def _delete_old(self) -> None:
+        """Those beyond `keep_last`, but never the one that was read back and found whole when the run was resumed."""
         complete = files.complete_checkpoints(self.root)
         every = self.settings.keep_every_steps
         for folder in complete[: -max(1, self.settings.keep_last)]:
-            if every and files.step_of(folder) % every == 0:
+            if folder == self._verified or (every and files.step_of(folder) % every == 0):
                 continue
             self._delete(folder, is_old=True)
 

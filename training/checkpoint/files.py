@@ -3,9 +3,10 @@
 checkpoints/step-00000120/
     state.json                      cursor, totals, run id, ...: everything that is not a tensor
     config.yaml, environment.json   what the run was: resolved recipe, versions, git state
-    fragments-00-of-02.safetensors  one per rank: its pieces of weights and moments
-    random-00-of-02.safetensors     one per rank: generator states
-    COMPLETE                        written when everything above is on disk
+    fragments-000-of-002.safetensors one per rank: its pieces of weights and moments
+    random-000-of-002.safetensors    one per rank: generator states
+    COMPLETE                        written when everything above is on disk: the hash of each file
+While ranks write, hashes-000.json holds those of a rank's files; the first rank collects them into the marker.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,10 +23,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from training.checkpoint.proof import MARKER, hash_of_bytes, hash_of_tensors
 from training.distributed.fragments import KINDS, Fragment
 from training.errors import UserError
 
-MARKER = "COMPLETE"
+_NAME = re.compile(r"step-\d{8,}")
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -37,29 +40,53 @@ def step_of(folder: Path) -> int:
 
 def complete_checkpoints(root: Path) -> list[Path]:
     """Folders that can be resumed from, oldest first."""
-    return sorted(folder for folder in root.glob("step-*") if (folder / MARKER).exists())
+    return [folder for folder in _checkpoints(root) if (folder / MARKER).exists()]
 
 
 def incomplete_checkpoints(root: Path) -> list[Path]:
-    return sorted(folder for folder in root.glob("step-*") if not (folder / MARKER).exists())
+    return [folder for folder in _checkpoints(root) if not (folder / MARKER).exists()]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file exists whole or not at all, also after a power cut."""
+def _checkpoints(root: Path) -> list[Path]:
+    # Only names that a save gives: a user's copy `step-best` is none, and neither is one that was set aside as broken.
+    return sorted((folder for folder in root.glob("step-*") if _NAME.fullmatch(folder.name)), key=step_of)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a broken checkpoint, so that it is none any more and can be looked at; returns where it lies."""
+    aside = folder.with_name(f"{folder.name}.broken")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.broken-{number}")
+    return folder.rename(aside)
+
+
+def write_atomically(path: Path, data: bytes) -> str:
+    """The file exists whole or not at all, also after a power cut. Returns the hash of its bytes."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    return hash_of_bytes(data)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str:
+    """Contiguous tensors on the CPU as one file. Returns the hash of the bytes it should have."""
     partial = path.with_name(f".{path.name}.partial")
     save_file(tensors, partial, metadata=header)
     with partial.open("rb") as file:
         os.fsync(file.fileno())
+    digest = hash_of_tensors(partial, tensors)
     partial.replace(path)
+    return digest
+
+
+def hashes_file(folder: Path, rank: int) -> Path:
+    """Written by a rank after all its other files: name -> hash of each."""
+    return folder / f"hashes-{rank:03d}.json"
 
 
 def fragment_file(folder: Path, rank: int, world_size: int) -> Path:
@@ -75,14 +102,17 @@ def failure_file(folder: Path, rank: int | str) -> Path:
     return folder / f"failed-{rank if isinstance(rank, str) else f'{rank:03d}'}"
 
 
-def write_fragments(path: Path, fragments: Iterable[Fragment]) -> None:
-    """One file with the tensors `name:kind`; its header says where each piece begins and the parameter's shape."""
+def write_fragments(path: Path, fragments: Iterable[Fragment]) -> str:
+    """One file with the tensors `name:kind`; its header says where each piece begins and the parameter's shape.
+
+    Returns the hash of the bytes it should have.
+    """
     tensors, places = {}, {}
     for fragment in fragments:
         places[fragment.name] = {"start": fragment.start, "shape": fragment.shape}
         for kind, tensor in fragment.tensors.items():
             tensors[f"{fragment.name}:{kind}"] = tensor
-    write_tensors(path, tensors, {"places": json.dumps(places)})
+    return write_tensors(path, tensors, {"places": json.dumps(places)})
 
 
 class FragmentReader:

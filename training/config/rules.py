@@ -79,6 +79,7 @@ RANGES: dict[str, _Range] = {
     "checkpoint.keep_last": _at_least(1),
     "checkpoint.keep_every_steps": _at_least(0),
     "checkpoint.on_error": _one_of("stop", "continue"),
+    "checkpoint.on_broken": _one_of("fall_back", "stop"),
     "checkpoint.on_changed_data": _one_of("stop", "next_epoch"),
     "checkpoint.save_timeout_minutes": _POSITIVE,
     "tracking.wandb": _one_of("auto", "online", "offline", "disabled"),

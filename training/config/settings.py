@@ -129,11 +129,14 @@ class CheckpointSettings:
     every_steps: int = 0
     """Save the full training state every n steps; 0 saves only at the end and when stopped."""
     keep_last: int = 2
-    """Complete checkpoints to keep; older ones are deleted."""
+    """Complete checkpoints to keep; older ones are deleted, save the one that the run was last resumed from."""
     keep_every_steps: int = 0
     """Checkpoints at multiples of this step are kept for good; 0 keeps none beyond keep_last."""
     on_error: str = "stop"
     """stop or continue: what a failed save (disk full) does to the run; earlier checkpoints are intact either way."""
+    on_broken: str = "fall_back"
+    """fall_back or stop: what a start does where the newest checkpoint's files are not as they were written (each has
+    a hash): go on from the newest whole one, or let someone look."""
     on_changed_data: str = "stop"
     """stop or next_epoch: what a start does where the data, its order or data.samples_per_step are not the
     checkpoint's: refuse, or go on with a new epoch of what there is now."""
