@@ -106,6 +106,18 @@ def test_a_bad_override_is_one_line_that_names_the_field(recipe, override, messa
         ("data: {sources: [{path: a, wieght: 2}]}\n", "did you mean 'data.sources.0.weight'"),
         ("base: recipe.yaml\n", "in a circle"),
         ("base: missing.yaml\n", "no such recipe"),
+        ("optim: {lr: 1}\nmodel: {path: a}\noptim: {eps: 1}\n", "key 'optim' stands twice, in lines 1 and 3"),
+        ("optim:\n  lr: 1\n  eps: 1\n  lr: 2\n", "key 'lr' stands twice, in lines 2 and 4"),
+        ("run: &r {name: a}\nmodel: *r\n", r"alias \*r"),
+        ("run: {name: 2026-99-99}\n", "not valid YAML"),
+        ("base: 5\n", r"base: expected another recipe's file name, relative to this one, got 5 \(int\)"),
+        ("base: ''\n", "base: expected another recipe's file name"),
+        ("base: [a.yaml, b.yaml]\n", "base: expected another recipe's file name"),
+        (f"base: {'x' * 300}.yaml\n", "cannot be read as a recipe: File name too long"),
+        (MINIMAL + f"run: {{name: {'x' * 300}}}\n", "run.name: expected a folder name of at most 200 bytes"),
+        (MINIMAL + "optim: {learning_rte: 1}\n", "did you mean 'optim.lr'"),
+        (MINIMAL + "run: {output_dir: a}\n", "did you mean 'run.folder'"),
+        ("[" * 2000, "not valid YAML"),
         ("data: {sources: [{path: a}]}\n", "model.path: expected a Hugging Face model folder"),
         ("model: {path: a}\n", "data.sources: expected at least one"),
     ],
@@ -115,6 +127,20 @@ def test_a_bad_recipe_is_one_line_that_names_the_field(recipe, text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_recipe(recipe)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "latin-1"])
+def test_a_recipe_that_is_not_utf8_is_one_line(recipe, encoding):
+    recipe.write_bytes("run: {name: é}\n".encode(encoding))
+    with pytest.raises(ConfigError, match=r"recipe\.yaml: (expected UTF-8 text|not valid YAML)") as caught:
+        load_recipe(recipe)
+    assert "\n" not in str(caught.value)
+    assert ("save it as UTF-8" in str(caught.value)) == (encoding == "utf-16")
+
+
+def test_an_editors_byte_order_mark_is_no_text(recipe):
+    recipe.write_text("\ufeff" + MINIMAL, encoding="utf-8")
+    assert load_recipe(recipe).model.path
 
 
 def test_numbers_in_scientific_notation_are_numbers(recipe):

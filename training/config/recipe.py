@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -12,8 +12,38 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from training.config.recipe_file import parse_yaml, recipe_chain
 from training.config.rules import check_config
 from training.config.settings import Config, ConfigError
+
+_NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "batch_size": "samples_per_step",
+    "global_batch_size": "samples_per_step",
+    "per_device_train_batch_size": "samples_per_step",
+    "gradient_accumulation_steps": "samples_per_step",
+    "max_length": "pack_tokens",
+    "cutoff_len": "pack_tokens",
+    "max_seq_length": "pack_tokens",
+    "num_train_epochs": "epochs",
+    "warmup_ratio": "warmup_steps",
+    "save_steps": "every_steps",
+    "save_total_limit": "keep_last",
+    "eval_steps": "every_steps",
+    "logging_steps": "log_every",
+    "model_name_or_path": "path",
+    "attn_implementation": "attention",
+    "flash_attn": "attention",
+    "gradient_checkpointing": "recompute_llm",
+    "lora_rank": "rank",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "report_to": "wandb",
+    "output_dir": "folder",
+    "run_name": "name",
+}
+"""What Hugging Face's Trainer, ms-swift and LLaMA-Factory call fields of ours."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -27,7 +57,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     tree = OmegaConf.structured(Config)
     _make_writable(tree)
-    for source, content in _recipe_chain(Path(path)):
+    for source, content in recipe_chain(Path(path)):
         _refuse_interpolation(content, source)
         _check_keys(content, Config, prefix="", source=source)
         tree = _merge(tree, content, source)
@@ -62,34 +92,6 @@ def show(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
-def _recipe_chain(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
-    """The recipe and what it is based on, the base first."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such recipe")
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: recipes are based on each other in a circle")
-    try:
-        content = yaml.load(path.read_text(), Loader=_Loader) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected sections like `optim:` at the top level, got a {type(content).__name__}")
-    base = content.pop("base", None)
-    earlier = _recipe_chain(path.parent / base, (*seen, path.resolve())) if base else []
-    return [*earlier, (str(path), content)]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-5 as text; numbers in recipes are numbers."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def _make_writable(node: Any) -> None:
     """OmegaConf makes frozen dataclasses read-only; a recipe must still be able to set their fields."""
     OmegaConf.set_readonly(node, False)
@@ -113,9 +115,9 @@ def _with_override(tree: DictConfig, override: str) -> DictConfig:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key=value, for example optim.lr=2e-5")
     try:
-        value = yaml.load(text, Loader=_Loader) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: not a valid value: {_one_line(error)}") from error
+        value = parse_yaml(text) if text else ""
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: not a valid value: {error}") from error
     _refuse_interpolation({key: value}, "command line")
     _check_path(key, tree)
     parts = key.split(".")
@@ -169,10 +171,17 @@ def _field_type(kind: Any, key: str, prefix: str, source: str) -> Any:
     if key in hints:
         return hints[key]
     name = f"{prefix}.{key}" if prefix else key
-    close = difflib.get_close_matches(key, hints, n=1, cutoff=0.4)
+    close = _nearest(key, hints)
     nearest = f"{prefix}.{close[0]}" if close and prefix else close[0] if close else ""
     advice = f"did you mean {nearest!r}?" if nearest else f"valid keys are {', '.join(hints)}"
     raise ConfigError(f"{source}: unknown key {name!r}; {advice}")
+
+
+def _nearest(key: str, fields: Iterable[str]) -> list[str]:
+    """The field that was probably meant: what other trainers call it counts as near, also misspelt."""
+    names = {name: name for name in fields}
+    names |= {other: name for other, name in _NAMES_ELSEWHERE.items() if name in names}
+    return [names[close] for close in difflib.get_close_matches(key, names, n=1, cutoff=0.55)]
 
 
 def _refuse_interpolation(content: Any, source: str) -> None:

@@ -29,7 +29,10 @@ _EVERY_K = _Range(
     f"{AUTO} (chosen at the start), 0 (no layer), 1 (every layer) or k (every k-th)", lambda value: value >= AUTO
 )
 _PRECISION = _one_of("", "bfloat16", "float32")
-_FOLDER_NAME = _Range("a folder name", lambda value: value not in ("", ".", "..") and "/" not in value)
+_FOLDER_NAME = _Range(
+    "a folder name of at most 200 bytes",  # file systems take 255; the longest name made of it adds 20
+    lambda value: value not in ("", ".", "..") and not set(value) & {"/", "\0"} and len(value.encode()) <= 200,
+)
 
 RANGES: dict[str, _Range] = {
     "run.name": _FOLDER_NAME,
