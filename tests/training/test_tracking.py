@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 
 import pytest
 
 from training.config.settings import TrackingSettings
+from training.errors import RankError
 from training.tracking import wandb_mirror
 from training.tracking.tracker import Tracker, read_metrics
 
@@ -53,3 +55,44 @@ def test_wandb_without_its_server_costs_no_row(tmp_path, monkeypatch, caplog, mo
     assert "wandb: offline" in caplog.text
     assert len(read_metrics(tmp_path)) == 3
     assert list((tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb"))
+
+
+@pytest.fixture
+def room(tmp_path):
+    """No file of this process grows beyond 100 bytes: the operating system itself refuses, half-way through a line."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_rows_that_find_no_room_are_missing_and_said(tmp_path, room, caplog):
+    tracker = Tracker(tmp_path, DISABLED, "run", {}, go_on=True)
+    for step in range(1, 8):
+        tracker.log(step, {"loss": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
+    assert caplog.text.count("cannot be written: File too large; going on without the rows from step 5") == 1
+    room()
+    tracker.log(8, {"loss": 1.0})
+    tracker.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 8]
+    assert "3 rows are missing" in caplog.text
+
+
+def test_a_row_that_finds_no_room_ends_the_run_in_one_line(tmp_path, room):
+    tracker = Tracker(tmp_path, DISABLED, "run", {})
+    with pytest.raises(
+        RankError, match=r"metrics\.jsonl: the row of step 5 cannot be written: File too large .*on_error"
+    ):
+        for step in range(1, 8):
+            tracker.log(step, {"loss": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe", b'{"step": 2, "lo', b"[]", b'{"loss": 1}', b""])
+def test_a_damaged_line_is_cut_out_and_said(tmp_path, caplog, damage):
+    whole = [b'{"step": 1}', b'{"step": 3}', b'{"step": 4}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([whole[0], damage, *whole[1:], b""]))
+    Tracker(tmp_path, DISABLED, "run", {}, restored_step=3).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 3}\n'
+    assert "line 2 is damaged and left out" in caplog.text

@@ -133,7 +133,8 @@ class CheckpointSettings:
     keep_every_steps: int = 0
     """Checkpoints at multiples of this step are kept for good; 0 keeps none beyond keep_last."""
     on_error: str = "stop"
-    """stop or continue: what a failed save (disk full) does to the run; earlier checkpoints are intact either way."""
+    """stop or continue: what a failed save or a row of metrics that cannot be written (disk full) does to the run;
+    earlier checkpoints are intact either way."""
     on_broken: str = "fall_back"
     """fall_back or stop: what a start does where the newest checkpoint's files are not as they were written (each has
     a hash): go on from the newest whole one, or let someone look."""

@@ -27,6 +27,7 @@ class Journal:
                 config_to_dict(config),
                 run_id=state.tracker_id,
                 restored_step=state.step,
+                go_on=config.checkpoint.on_error == "continue",
             )
 
     def has_evaluation(self, step: int) -> bool:
