@@ -38,6 +38,7 @@ from pixelprune.prompter import Prompter
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.sample import Sample
 from pixelprune.settings import PruneSettings, ResizeSettings
+from training.composition.toy import build_toy_model, texts_of_records
 from training.config.settings import ScheduleSettings
 from training.data.settings import SourceSettings
 from training.evaluation.answering import AnswerSettings, predict, read_tasks
@@ -45,7 +46,6 @@ from training.evaluation.scoring import summarise
 from training.loss.supervised import LossSettings
 from training.model.loading import SupervisedModel
 from training.model.parameters import lr_factor
-from training.toy_model import build_toy_model, texts_of_records
 
 RESIZE = ResizeSettings(min_pixels=1024)
 PRUNES = {"Full": PruneSettings("none"), "PixelPrune": PruneSettings()}

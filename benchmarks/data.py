@@ -34,7 +34,7 @@ from pixelprune.records.prepare import Preparer
 from pixelprune.records.reader import parse_record
 from pixelprune.sample import build_sample
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.toy_model import build_tokenizer, texts_of_records, toy_config
+from training.composition.toy import build_tokenizer, texts_of_records, toy_config
 
 SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples"
 PIXELS = {"min_pixels": 256 * 256, "max_pixels": 4096 * 4096}

@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.parts.record import markdown_table, write_record
-from training.toy_model import build_toy_model
+from training.composition.toy import build_toy_model
 from training.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parents[1]

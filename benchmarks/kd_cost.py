@@ -25,17 +25,17 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from benchmarks.parts.one_rank import is_rank, run_as_rank
 from benchmarks.parts.record import markdown_table, write_record
 from pixelprune.flops import CostModel
-from training.cache_teacher import build_cache
+from training.composition.toy import build_toy_model, texts_of_records
 from training.config.recipe import load_recipe
 from training.config.settings import Config
 from training.data.loader import MicroBatch, PackLoader
 from training.distributed.engine import Ranks, build_engine, join_ranks
 from training.loop.feed import build_feed
 from training.loop.run import run_step
+from training.loop.teacher_cache import build_cache
 from training.model.loading import SupervisedModel, load_model, load_model_files
 from training.teacher.files import find_teaching
 from training.teacher.teachers import build_teacher
-from training.toy_model import build_toy_model, texts_of_records
 from training.tracking.meter import StepMeter
 
 SAMPLES = Path("data_tools/samples/train.jsonl")

@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from benchmarks.parts.one_rank import is_rank, run_as_rank
 from benchmarks.parts.record import markdown_table, write_record
 from pixelprune.settings import BLOCK
+from training.composition.toy import build_toy_model
 from training.config.recipe import load_recipe
 from training.config.settings import Config
 from training.data.loader import PackLoader
@@ -39,7 +40,6 @@ from training.loop.feed import build_feed
 from training.loop.run import run
 from training.loss.supervised import LossSettings
 from training.model.loading import SupervisedModel, load_model, load_model_files
-from training.toy_model import build_toy_model
 
 SAMPLES = Path("data_tools/samples")
 SIDE = 192

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from benchmarks.parts.record import markdown_table, write_record
 from launch.processes import Process, descendants, ranks_below, send
 from training.checkpoint.files import complete_checkpoints, incomplete_checkpoints, step_of
-from training.toy_model import build_toy_model
+from training.composition.toy import build_toy_model
 from training.tracking.tracker import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -35,10 +35,10 @@ from pixelprune.images.image import decode_image, resize_image
 from pixelprune.prompter import Prompter
 from pixelprune.selection import select
 from pixelprune.settings import PruneSettings, ResizeSettings
+from training.composition.toy import build_tokenizer
 from training.config.settings import ATTENTION_NAMES
 from training.model.attention import choose_attention, load_pretrained
 from training.model.loading import DTYPES
-from training.toy_model import build_tokenizer
 
 SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples" / "images"
 QUESTION = "Click the button that saves the settings."

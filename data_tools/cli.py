@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from types import FrameType
 
 from rich.console import Console
-from rich.markup import escape
 
 from data_tools.render.browser import BrowserError
+from pixelprune.command import run_command
 
 console = Console(stderr=True)
 
@@ -20,7 +20,7 @@ def _terminate(signum: int, _: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 1 a failure the user can mend, 2 wrong arguments."""
+    """Run one command. Returns the exit code: 0 done, 2 wrong arguments or what else is the user's to change."""
     from data_tools.convert import commands as convert_commands
     from data_tools.render import command as render_command
     from data_tools.sheet import command as sheet_command
@@ -33,12 +33,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
-    try:
-        options.run(options)
-    except (ValueError, BrowserError, OSError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped")
-        return 130
-    return 0
+    return run_command(lambda: options.run(options), expected=(ValueError, BrowserError, OSError))

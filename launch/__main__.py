@@ -6,7 +6,6 @@ Exit codes: 0 finished, 2 user error, 85 stopped on request and saved (the same 
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import sys
 from pathlib import Path
@@ -24,30 +23,30 @@ from launch.local import default_num_ranks, local_command, run_local
 from launch.ports import free_port
 from launch.restart import RestartPolicy
 from launch.slurm import SlurmSettings, slurm_script, submit
+from training.command import run_command, set_up_logging
 from training.errors import UserError
-from training.exit_codes import USER_ERROR
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
-    try:
-        if args.slurm:
-            return _slurm(args)
-        if args.hostfile:
-            return _hosts(args)
-        if args.node_rank is not None or args.master:
-            raise UserError("--node-rank and --master belong to a --hostfile, which is the same on all nodes")
-        num_ranks = args.ranks if args.ranks is not None else default_num_ranks()
-        if num_ranks < 1:
-            raise UserError(f"--ranks: expected at least 1, got {num_ranks}")
-        if args.dry_run:
-            print(shlex.join(local_command(args.recipe, args.overrides, num_ranks)))
-            return 0
-        policy = RestartPolicy(args.restarts, args.pause)
-        return run_local(args.recipe, args.overrides, num_ranks, restarts=policy, grace_seconds=args.grace)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+    return run_command(lambda: _launch(args))
+
+
+def _launch(args: argparse.Namespace) -> int:
+    if args.slurm:
+        return _slurm(args)
+    if args.hostfile:
+        return _hosts(args)
+    if args.node_rank is not None or args.master:
+        raise UserError("--node-rank and --master belong to a --hostfile, which is the same on all nodes")
+    num_ranks = args.ranks if args.ranks is not None else default_num_ranks()
+    if num_ranks < 1:
+        raise UserError(f"--ranks: expected at least 1, got {num_ranks}")
+    if args.dry_run:
+        print(shlex.join(local_command(args.recipe, args.overrides, num_ranks)))
+        return 0
+    policy = RestartPolicy(args.restarts, args.pause)
+    return run_local(args.recipe, args.overrides, num_ranks, restarts=policy, grace_seconds=args.grace)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,5 +136,5 @@ def _hosts(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s launch: %(message)s", datefmt="%H:%M:%S")
+    set_up_logging(name="launch")
     sys.exit(main())

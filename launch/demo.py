@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.panel import Panel
 
 from launch.local import default_num_ranks, run_local
-from training.errors import UserError
-from training.report import plot_convergence, summarise
+from training.command import run_command
+from training.errors import need
+from training.tracking.report import plot_convergence, summarise
 from training.tracking.tracker import read_metrics
 
 RECIPE = Path("configs/demo.yaml")
@@ -24,28 +25,25 @@ NEXT_COMMAND = (
 
 
 def main() -> int:
+    return run_command(_demo)
+
+
+def _demo() -> int:
+    need(SAMPLES.is_dir(), "run the demo from the root of the repository (`make demo`)")
     console = Console(highlight=False)
-    if not SAMPLES.is_dir():
-        Console(stderr=True).print("error: run the demo from the root of the repository (`make demo`)")
-        return 2
-    try:
-        _make_start_model(console)
-        # A second demo is a new run, not the continuation of a finished one.
-        (RUN / "metrics.jsonl").unlink(missing_ok=True)
-        num_ranks = default_num_ranks()
-        console.print(f"training with {num_ranks} ranks: {RECIPE}")
-        code = run_local(RECIPE, [], num_ranks)
-        if code:
-            return code
+    _make_start_model(console)
+    # A second demo is a new run, not the continuation of a finished one.
+    (RUN / "metrics.jsonl").unlink(missing_ok=True)
+    num_ranks = default_num_ranks()
+    console.print(f"training with {num_ranks} ranks: {RECIPE}")
+    code = run_local(RECIPE, [], num_ranks)
+    if code == 0:
         _show_result(console)
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", soft_wrap=True)
-        return 2
-    return 0
+    return code
 
 
 def _make_start_model(console: Console) -> None:
-    from training.toy_model import build_toy_model, texts_of_records
+    from training.composition.toy import build_toy_model, texts_of_records
 
     folder = build_toy_model(RUN / "start", texts_of_records(SAMPLES / "train.jsonl"))
     console.print(f"a toy Qwen3-VL of 4 million random weights, in the form of the real ones: {folder}")

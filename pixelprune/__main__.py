@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pixelprune.command import USER_ERROR, run_command
 from pixelprune.images.image import PrunedImage, decode_image, prune_pixels, resize_image
 from pixelprune.selection import METRICS, check_settings
 from pixelprune.selection.overlay import draw_overlay, side_by_side
@@ -25,13 +26,9 @@ from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 nothing could be measured, 2 wrong usage."""
+    """Run one command; returns the exit code: 0 done, 2 wrong usage, or nothing that could be measured."""
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (ValueError, OSError) as error:  # ImageError included; a file that cannot be written
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True)
-        return 2
+    return run_command(lambda: options.run(options))  # ValueErrors, ImageError among them, and files are the user's
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,7 +96,7 @@ def _stats(options: argparse.Namespace) -> int:
         print(json.dumps(result.as_dict(), indent=2))
     else:
         _print_stats(result, list(rules), options.extremes)
-    return 0 if result.images else 1
+    return 0 if result.images else USER_ERROR
 
 
 def _print_stats(result: DatasetStats, labels: list[str], num_extremes: int) -> None:

@@ -38,7 +38,7 @@ def _no_stale_build_lock():
 
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory) -> Path:
-    from training.toy_model import build_toy_model
+    from training.composition.toy import build_toy_model
 
     return build_toy_model(tmp_path_factory.mktemp("toy") / "model")
 
@@ -66,7 +66,7 @@ def geometry(toy_model):
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from training.toy_model import build_tokenizer
+    from training.composition.toy import build_tokenizer
 
     return build_tokenizer()
 
@@ -74,7 +74,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def model_folder(tokenizer, tmp_path_factory) -> Path:
     """Tokenizer and config; data preparation needs no weights."""
-    from training.toy_model import toy_config
+    from training.composition.toy import toy_config
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer.save_pretrained(folder)
@@ -85,7 +85,7 @@ def model_folder(tokenizer, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def cost(tokenizer):
     from pixelprune.flops import CostModel
-    from training.toy_model import toy_config
+    from training.composition.toy import toy_config
 
     return CostModel.from_config(toy_config(tokenizer))
 

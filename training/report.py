@@ -6,155 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.ticker import MaxNLocator
 from rich.console import Console
-from rich.table import Table
 
-from training.tracking.tracker import read_metrics
-
-SPEED = {"samples_per_s": "samples/s", "kept_tokens_per_s": "kept tokens/s", "mfu": "MFU on kept tokens"}
-MEMORY = {"peak_memory_gb": "peak memory of the first rank, GB", "host_memory_gb": "host memory of the first rank, GB"}
-
-
-def plot_convergence(runs: dict[str, list[dict]], path: Path) -> Path:
-    """Training loss (thin: every step, thick: running mean) and held-out loss over optimizer steps."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=150)
-    for number, (name, rows) in enumerate(runs.items()):
-        colour = f"C{number}"
-        train = [(row["step"], loss) for row in rows if (loss := _cross_entropy(row)) is not None]
-        held_out = [(row["step"], row["eval_loss"]) for row in rows if row.get("eval_loss") is not None]
-        if train:
-            steps, losses = zip(*train, strict=True)
-            axes.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, _running_mean(losses), color=colour, label=f"{name}: training")
-        if held_out:
-            steps, losses = zip(*held_out, strict=True)
-            axes.plot(steps, losses, "o--", color=colour, markersize=4, label=f"{name}: held-out")
-    axes.set_xlabel("optimizer step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("cross-entropy per supervised token (nats)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
-
-
-def plot_metrics(runs: dict[str, list[dict]], metrics: dict[str, str], path: Path) -> Path | None:
-    """One panel for each metric (name -> label) over optimizer steps, a curve per run; None when no run has any."""
-    found = {
-        name: label for name, label in metrics.items() if any(name in row for rows in runs.values() for row in rows)
-    }
-    if not found:
-        return None
-    figure, all_axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), dpi=150, squeeze=False)
-    for axes, (name, label) in zip(all_axes[0], found.items(), strict=True):
-        for number, (run, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
-                axes.plot(steps, _running_mean(values), color=f"C{number}", label=run)
-        axes.set_xlabel("optimizer step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    all_axes[0][0].legend(frameon=False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    plt.close(figure)
-    return path
-
-
-def summarise(rows: list[dict]) -> dict[str, float]:
-    """First and last of a run; speeds are medians over its steps. A skipped step has no loss."""
-    train = [row for row in rows if "loss" in row]
-    losses = [row["loss"] for row in train if row["loss"] is not None]
-    held_out = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
-    facts: dict[str, float] = {}
-    if train:
-        facts |= {
-            "steps": train[-1]["step"],
-            "retain ratio": train[-1]["retain_ratio"],
-            "samples/s": _median([row["samples_per_s"] for row in train]),
-            "kept tokens/s": _median([row["kept_tokens_per_s"] for row in train]),
-            "step s": _median([row["step_s"] for row in train]),
-            "data wait share": _median([row["data_wait_share"] for row in train]),
-            "peak memory GB": max(row["peak_memory_gb"] for row in train),
-        }
-    if losses:
-        facts |= {"first loss": losses[0], "last loss": losses[-1]}
-    if num_skipped := sum(row["loss"] is None for row in train):
-        facts["steps without a loss"] = num_skipped
-    if held_out:
-        facts |= {"held-out loss before": held_out[0], "held-out loss after": held_out[-1]}
-    return facts
-
-
-def print_table(runs: dict[str, list[dict]], console: Console) -> None:
-    facts = {name: summarise(rows) for name, rows in runs.items()}
-    table = Table()
-    table.add_column("")
-    for name in runs:
-        table.add_column(name, justify="right")
-    for key in dict.fromkeys(key for run in facts.values() for key in run):
-        table.add_row(key, *(f"{run[key]:,.4g}" if key in run else "-" for run in facts.values()))
-    console.print(table)
+from training.command import run_command
+from training.tracking.report import report
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="training.report", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders (they hold metrics.jsonl)")
     parser.add_argument("-o", "--out", type=Path, help="folder of the pictures; the first run's by default")
     args = parser.parse_args(argv)
-    console = Console()
-    for run in args.runs:
-        if not (run / "metrics.jsonl").exists():
-            Console(stderr=True).print(f"error: {run}: no metrics.jsonl; expected the folder of a run", style="red")
-            return 2
-    runs = {name: read_metrics(run) for name, run in _named(args.runs).items()}
-    print_table(runs, console)
-    out = args.out or args.runs[0]
-    pictures = [
-        plot_convergence(runs, out / "convergence.png"),
-        plot_metrics(runs, SPEED, out / "speed.png"),
-        plot_metrics(runs, MEMORY, out / "memory.png"),
-    ]
-    console.print("pictures:", *(str(picture) for picture in pictures if picture), soft_wrap=True)
-    return 0
-
-
-def _named(folders: list[Path]) -> dict[str, Path]:
-    """Folders by their last parts, as many as tell them apart."""
-    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
-    num_parts = 1
-    while len(names := {"/".join(folder.parts[-num_parts:]): folder for folder in folders}) < len(folders):
-        num_parts += 1
-    return names
-
-
-def _cross_entropy(row: dict) -> float | None:
-    """The training loss in nats per token: without the distillation term, which is in `loss`."""
-    return row.get("ce", row.get("loss"))
-
-
-def _running_mean(values: tuple[float, ...]) -> list[float]:
-    """Mean over a centred window of a twentieth of the run: smooth, without lagging behind."""
-    half = max(1, len(values) // 40)
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+    return run_command(lambda: report(args.runs, args.out or args.runs[0], Console()))
 
 
 if __name__ == "__main__":

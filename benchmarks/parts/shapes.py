@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
+from training.composition.toy import build_tokenizer, toy_config
 from training.model.attention import use_varlen
-from training.toy_model import build_tokenizer, toy_config
 
 # Published configs of Qwen3-VL-{2B,4B,8B}-Instruct. All share heads of 128 and 8 key-value heads.
 TEXT = {

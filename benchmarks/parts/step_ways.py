@@ -20,13 +20,14 @@ import torch
 from benchmarks.parts.shapes import random_model, shape_config
 from pixelprune.flops import CostModel
 from pixelprune.settings import MERGE
-from training.cache_teacher import build_cache
+from training.composition.toy import build_tokenizer
 from training.config.recipe import load_recipe
 from training.config.settings import Config
 from training.data.index import Index
 from training.data.loader import MicroBatch, PackLoader
 from training.distributed.engine import Ranks, build_engine
 from training.loop.feed import Feed, build_feed
+from training.loop.teacher_cache import build_cache
 from training.model.attention import choose_attention
 from training.model.loading import (
     DTYPES,
@@ -39,7 +40,6 @@ from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts
 from training.teacher.files import Teaching, find_teaching
 from training.teacher.teachers import build_teacher
-from training.toy_model import build_tokenizer
 
 RECIPE = Path(__file__).parents[2] / "configs" / "debug.yaml"
 MODES: dict[str, tuple[str, ...]] = {

@@ -193,7 +193,7 @@ def test_bytes_that_are_no_text_cost_one_line(corpus: Path) -> None:
 def test_nothing_written_is_an_error(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (corpus / "in.json").write_text("[]")
     out = corpus / "out.jsonl"
-    assert main(["jedi", str(corpus / "in.json"), "--images", str(corpus), "--out", str(out)]) == 1
+    assert main(["jedi", str(corpus / "in.json"), "--images", str(corpus), "--out", str(out)]) == 2
     assert "no record was written" in capsys.readouterr().err
     assert not out.exists()
 
@@ -384,14 +384,14 @@ def test_records_may_not_name_images_outside_their_folder(corpus: Path, capsys: 
     (corpus / "in.json").write_text(json.dumps([sharegpt("<image>\nClick", "(100, 200)")]))
     out = corpus / "elsewhere" / "out.jsonl"
     command = ["jedi", str(corpus / "in.json"), "--images", str(corpus), "--out", str(out)]
-    assert main(command) == 1
+    assert main(command) == 2
     assert "--copy-images" in capsys.readouterr().err
     assert main([*command, "--copy-images"]) == 0
     record = json.loads(out.read_text())
     assert record["messages"][0]["content"][0]["image"] == "images/shots/a.png"
     assert (out.parent / "images" / "shots" / "a.png").read_bytes() == (corpus / "shots" / "a.png").read_bytes()
     assert (out.parent / "out.sheet.png").is_file()
-    assert main(command) == 1  # exists already
+    assert main(command) == 2  # exists already
     assert "--overwrite" in capsys.readouterr().err
 
 
@@ -415,7 +415,7 @@ def test_a_copy_never_stands_for_another_corpus_image(
     (corpus / "all" / "images" / ".0001.png.partial").write_bytes(b"cut short by a kill")
     assert convert("one") == 0
     assert convert("same") == 0
-    assert convert("two") == 1
+    assert convert("two") == 2
     said = " ".join(capsys.readouterr().err.split())
     assert str(corpus / "two" / "0001.png") in said
     assert str(corpus / "all" / "images" / "0001.png") in said

@@ -224,7 +224,7 @@ def test_themes_scrolls_duplicates_and_splits(tmp_path: Path, capsys: pytest.Cap
         with Image.open(out / record["messages"][0]["content"][0]["image"]) as image:
             background[record["metadata"]["theme"]] = image.convert("RGB").getpixel((399, 299))
     assert background == {"light": (255, 255, 255), "dark": (17, 17, 17)}
-    assert main(command) == 1
+    assert main(command) == 2
     assert "--overwrite" in capsys.readouterr().err
 
 
@@ -278,7 +278,7 @@ def test_chromium_ends_with_the_run_however_it_ends(tmp_path: Path, how: signal.
 
 def test_a_missing_or_broken_chromium_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.html").write_text("<button>x</button>")
-    assert main(["render", str(tmp_path), "--out", str(tmp_path / "o"), "--chromium", "/bin/false"]) == 1
+    assert main(["render", str(tmp_path), "--out", str(tmp_path / "o"), "--chromium", "/bin/false"]) == 2
     assert "/bin/false ended with code 1 while starting" in capsys.readouterr().err
     mute = tmp_path / "mute"
     mute.write_text("#!/bin/sh\nexec sleep 60\n")
@@ -311,7 +311,7 @@ def test_a_killed_run_leaves_no_file_that_looks_complete(tmp_path: Path, monkeyp
     running.close()  # what SystemExit and KeyboardInterrupt do to it as well
     assert not (out / "train.jsonl").exists()
     assert [json.loads(line)["metadata"]["name"] for line in (out / "train.jsonl.partial").open()] == ["Go a"]
-    assert main(["render", str(tmp_path), "--out", str(out)]) == 1
+    assert main(["render", str(tmp_path), "--out", str(out)]) == 2
 
 
 def test_what_is_covered_while_it_is_read_is_left_out(browser: Browser, tmp_path: Path, monkeypatch) -> None:

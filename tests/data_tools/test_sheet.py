@@ -56,8 +56,8 @@ def test_the_command_draws_and_names_what_is_wrong(tmp_path: Path, capsys: pytes
     with Image.open(out) as sheet:
         assert sheet.size == (2 * 628 + 8, 3 * 428 + 8)
     file.write_text('{"messages": []}\n{oops\n')
-    assert main(["sheet", str(file), "--out", str(out)]) == 1
+    assert main(["sheet", str(file), "--out", str(out)]) == 2
     assert "line 2: not JSON" in capsys.readouterr().err
     file.write_text('{"messages": []}\n')
-    assert main(["sheet", str(file), "--out", str(out)]) == 1
+    assert main(["sheet", str(file), "--out", str(out)]) == 2
     assert "no record with an image" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_stats_of_one_image_lists_it(folder: Path, capsys: pytest.CaptureFixture
 
 
 def test_stats_without_any_readable_image_fails(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(["stats", str(tmp_path / "gone.png")]) == 1
+    assert main(["stats", str(tmp_path / "gone.png")]) == 2
     assert "gone.png: no such file" in capsys.readouterr().out
     assert main(["stats", str(tmp_path)]) == 2
     assert "no PNG, JPEG or WebP image below" in capsys.readouterr().err
@@ -81,7 +81,7 @@ def test_wrong_values_are_one_clear_line(folder: Path, extra: list[str], words: 
     code = main(["stats", str(folder), *extra])
     captured = capsys.readouterr()
     if words == "min_pixels":  # the size rule refuses each image, so each is listed with the reason
-        assert code == 1
+        assert code == 2
         assert captured.out.count("min_pixels") == 3
     else:
         assert code == 2

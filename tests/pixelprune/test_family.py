@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from pixelprune.family import FAMILIES, lora_targets
 from pixelprune.pack import VisionGeometry
-from training.toy_model import build_tokenizer, toy_config
+from training.composition.toy import build_tokenizer, toy_config
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

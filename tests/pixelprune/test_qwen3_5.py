@@ -106,7 +106,7 @@ class Toy:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
-    from training.toy_model import build_toy_model
+    from training.composition.toy import build_toy_model
 
     root = tmp_path_factory.mktemp("families")
     return {name: str(build_toy_model(root / name, family=name)) for name in NEW_FAMILIES}

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 import training.loop.run
 from tests.ranks import without_launcher_arguments
-from training.cache_teacher import build_cache
 from training.config.recipe import load_recipe
 from training.config.settings import Config
 from training.data.targets import TargetReader
 from training.distributed.engine import join_ranks, leave_ranks
 from training.errors import UserError
 from training.exit_codes import leave_process
+from training.loop.teacher_cache import build_cache
 from training.model.parameters import part_of
 from training.teacher.files import find_teaching
 from training.tracking.tracker import read_metrics

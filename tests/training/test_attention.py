@@ -17,6 +17,7 @@ from pixelprune.sample import ChatTokens, build_sample
 from tests.conftest import screen
 from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
+from training.composition.toy import build_toy_model
 from training.errors import UserError
 from training.model.attention import (
     _has_varlen,
@@ -28,7 +29,6 @@ from training.model.attention import (
     varlen_attention,
     varlen_mask,
 )
-from training.toy_model import build_toy_model
 
 CPU = torch.device("cpu")
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))

@@ -24,6 +24,7 @@ from tests.kernels import needs_plain_layers
 from tests.ranks import ROOT
 from tests.training.test_qwen3_5 import REASONING_TEMPLATE
 from training import evaluate
+from training.composition.toy import CHAT_TEMPLATE, build_toy_model
 from training.data.settings import SourceSettings
 from training.errors import UserError
 from training.evaluation import answering
@@ -32,7 +33,6 @@ from training.evaluation.inputs import default_out, name_sources
 from training.evaluation.prediction_files import PredictionFiles
 from training.evaluation.prediction_sheet import draw_sheet
 from training.evaluation.scoring import Prediction
-from training.toy_model import CHAT_TEMPLATE, build_toy_model
 
 NUM_GOOD = 6
 SMALL = ["--min-pixels", "1024", "--max-new-tokens", "6"]

@@ -182,7 +182,7 @@ def test_sdpa_pays_for_its_mask(big):
 
 
 def test_families_without_formulas_recompute_everything(tmp_path):
-    from training.toy_model import build_tokenizer, toy_config
+    from training.composition.toy import build_tokenizer, toy_config
 
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(toy_config(build_tokenizer(), "qwen3_5"))

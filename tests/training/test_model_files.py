@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
+from training.composition.toy import build_toy_model
 from training.config.settings import ConfigError, ModelSettings
 from training.model.loading import load_model, load_model_files
-from training.toy_model import build_toy_model
 
 
 def test_a_model_folder_without_its_tokenizer_is_not_the_datas_fault(toy_folder, tmp_path):

@@ -26,13 +26,13 @@ from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
 from tests.ranks import ROOT
 from tests.training.debug_run import overrides, write_records
+from training.composition.toy import build_toy_model
 from training.config.settings import ModelSettings, OptimSettings
 from training.data.taught import with_full_rows
 from training.loss.supervised import LossSettings
 from training.model.loading import SupervisedModel, enable_recomputation, load_model, load_model_files
 from training.model.parameters import PARTS, parameter_groups, part_of
 from training.teacher.teachers import OnlineTeacher
-from training.toy_model import build_toy_model
 from training.tracking.tracker import read_metrics
 
 FAMILIES = ["qwen3_5", "qwen3_5_moe", "qwen3_vl_moe"]

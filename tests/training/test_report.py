@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from training.report import main, plot_convergence, summarise
+from training.report import main
+from training.tracking.report import plot_convergence, summarise
 
 SPEEDS = {"retain_ratio": 0.5, "samples_per_s": 2.0, "kept_tokens_per_s": 9.0, "step_s": 0.5, "data_wait_share": 0.1}
 

@@ -21,10 +21,10 @@ from pixelprune.sample import build_sample
 from pixelprune.settings import PruneSettings
 from tests.conftest import screen
 from tests.pixelprune.reference import chat_of, stock_inputs
-from training.cache_teacher import target_bytes, target_values
 from training.config.settings import Config, ConfigError, ModelSettings
 from training.data.taught import TaughtPack, with_full_rows
 from training.distributed.engine import Ranks
+from training.loop.teacher_cache import target_bytes, target_values
 from training.loss.supervised import LossSettings
 from training.model.loading import SupervisedModel, load_model_files
 from training.model.parameters import freeze_parts

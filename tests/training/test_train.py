@@ -74,8 +74,8 @@ def test_export_gives_the_same_logits_as_the_model_in_memory(toy_model, toy_fold
     from pixelprune.prompter import PRUNE_FILE, read_prune_file
     from pixelprune.settings import PruneSettings, ResizeSettings
     from tests.pixelprune.reference import make_sample
+    from training.checkpoint.export import export_model
     from training.config.settings import Config, ModelSettings
-    from training.export import export_model
     from training.model.loading import load_model_files
 
     config = Config(prune=PruneSettings("serpentine", "mae", 0.02), resize=ResizeSettings(2048, 4096))

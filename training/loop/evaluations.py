@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from training.checkpoint.export import export_model
 from training.config.settings import Config
 from training.distributed.engine import Ranks
 from training.distributed.stopping import Agreement, StopRequest
 from training.evaluation.during_training import GroundingEvaluator
-from training.export import export_model
 from training.loop.held_out_loss import Validator
 from training.loop.journal import Journal
 from training.model.loading import ModelFiles

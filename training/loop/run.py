@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from training.checkpoint.checkpointer import Checkpointer, RunState
+from training.checkpoint.export import export_model, run_facts
 from training.config.recipe import show
 from training.config.settings import Config
 from training.data.loader import START, Cursor, MicroBatch, PackLoader
@@ -23,7 +24,6 @@ from training.distributed.engine import Ranks, build_engine, join_ranks
 from training.distributed.stopping import Agreement, StopRequest
 from training.errors import RankError, StopAskedError, UserError
 from training.exit_codes import FINISHED, RESUMABLE
-from training.export import export_model, run_facts
 from training.loop.evaluations import Evaluations
 from training.loop.feed import Feed, build_feed
 from training.loop.folder_lock import FolderLock

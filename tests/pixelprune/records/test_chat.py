@@ -8,7 +8,7 @@ import pytest
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import RecordError
-from training.toy_model import build_tokenizer
+from training.composition.toy import build_tokenizer
 
 
 def conversation(*turns):

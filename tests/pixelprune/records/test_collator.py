@@ -11,7 +11,7 @@ from pixelprune.records.collator import DUMMY_ID, DUMMY_TOKENS, PixelPruneCollat
 from pixelprune.records.record import RecordError
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.samples import chat_row, draw_screen
-from training.toy_model import build_toy_model
+from training.composition.toy import build_toy_model
 
 SMALL = ResizeSettings(min_pixels=32 * 32)
 

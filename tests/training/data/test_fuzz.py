@@ -12,12 +12,12 @@ from pixelprune.records.prepare import PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.samples import chat_row, draw_screen, encode
+from training.composition.toy import toy_config
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
 from training.data.plan import PlanSettings
 from training.data.quarantine import read_quarantine
 from training.data.settings import DataSettings, SourceSettings
-from training.toy_model import toy_config
 
 NUM_RECORDS = 1000
 CODES = {

@@ -8,7 +8,8 @@ from PIL import Image
 from pixelprune.images.image import prune_image
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 from tests.samples import chat_row, write_jsonl
-from training.inspect import main, render_tokens, spread
+from training.data.inspection import render_tokens, spread
+from training.inspect import main
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.collator import PixelPruneCollator
 from pixelprune.records.prepare import Preparer
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.toy_model import toy_config
+from training.composition.toy import toy_config
 
 SAMPLES = Path(__file__).parents[3] / "data_tools" / "samples"
 FILES = [SAMPLES / "train.jsonl", SAMPLES / "eval.jsonl"]

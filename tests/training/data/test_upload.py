@@ -8,9 +8,9 @@ import torch
 from pixelprune.pack import VisionGeometry
 from pixelprune.records.collator import PixelPruneCollator
 from tests.samples import chat_row, draw_screen
+from training.composition.toy import toy_config
 from training.data.upload import copy_stream, upload_ahead
 from training.data.worker import PackResult
-from training.toy_model import toy_config
 
 
 @pytest.fixture

@@ -1,0 +1,91 @@
+"""How every command ends: one line, text in [brackets] whole, exit code 2, said once whichever launcher started it."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pixelprune.command import run_command
+from tests.ranks import ROOT
+from training import command
+from training.errors import RankError, UserError
+
+WRONG = {
+    "training.train": ["no/[such].yaml"],
+    "training.inspect": ["no/[such].yaml"],
+    "training.cache_teacher": ["no/[such].yaml"],
+    "training.evaluate": ["no/[such]", "--data", "no/[such].jsonl"],
+    "training.report": ["no/[such]"],
+    "training.export": ["no/[such]", "-o", "out"],
+    "training.compose": ["--vision", "./no/[such]", "--language", "./no/[such]", "--out", "out"],
+    "launch": ["no/[such].yaml"],
+    "data_tools": ["render", "no/[such]", "--out", "out"],
+    "pixelprune": ["show", "no/[such].png", "-o", "out.png"],
+}
+
+
+@pytest.mark.parametrize("module", WRONG)
+def test_what_is_the_users_is_one_line_and_exit_code_2(module, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", module, *WRONG[module]], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "no/[such]" in line
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_is_tried_here():
+    commands = {f"training.{path.stem}" for path in (ROOT / "training").glob("*.py") if "main(" in path.read_text()}
+    assert commands - {"training.toy_model"} <= set(WRONG)  # it has no input that could be wrong
+
+
+def test_under_torchrun_it_is_said_once():
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--module"]
+    done = subprocess.run(
+        [*start, "training.inspect", "no/such.yaml"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: no/such.yaml: no such recipe") == 1
+
+
+def fail(error: BaseException):
+    def do() -> None:
+        raise error
+
+    return do
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES])
+def test_a_disk_that_refuses_is_one_line_that_names_the_file(code, capsys):
+    assert command.run_command(fail(OSError(code, "refused", "some/file"))) == 2
+    assert capsys.readouterr().err == "error: some/file: refused\n"
+
+
+def test_faults_of_the_program_keep_their_traceback():
+    for error in (ValueError("bug"), OSError(errno.EBADF, "bug"), KeyError("bug")):
+        with pytest.raises(type(error)):
+            command.run_command(fail(error))
+
+
+def test_a_rank_that_is_not_the_first_speaks_of_its_own_mistakes_only(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_is_first_here", lambda: False)
+    waited = []
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    assert command.run_command(fail(UserError("of all"))) == 2
+    assert waited == [command.SECONDS_TO_SPEAK]  # the first must have spoken before this one leaves
+    assert command.run_command(fail(RankError("of this one"))) == 2
+    assert capsys.readouterr().err == "error: of this one\n"
+
+
+def test_names_that_are_not_unicode_and_ctrl_c(capsys):
+    path = Path(b"caf\xe9".decode("utf-8", "surrogateescape"))
+    assert run_command(fail(ValueError(f"{path} [x]"))) == 2
+    assert capsys.readouterr().err == "error: caf\\udce9 [x]\n"
+    assert run_command(fail(KeyboardInterrupt())) == 130
+    assert run_command(lambda: None) == 0
+    assert run_command(lambda: 85) == 85

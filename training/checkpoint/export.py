@@ -1,0 +1,162 @@
+"""The trained model as a Hugging Face folder: from a model in training, or from a checkpoint without a GPU."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from pixelprune.prompter import PRUNE_FILE
+from training.config.settings import Config
+from training.errors import UserError
+from training.model.loading import ModelFiles, load_model, load_model_files
+from training.model.lora import adapter_weights, add_adapters, export_weights, trained_mergers
+from training.tracking.meter import RunTotals
+from training.tracking.tracker import read_metrics
+
+CARD_METRICS = {
+    "ce": "training cross-entropy per token",
+    "eval_loss": "held-out cross-entropy per token",
+    "eval_token_accuracy": "held-out token accuracy",
+    "eval_accuracy": "grounding accuracy",
+    "eval_accuracy_full": "grounding accuracy on all tokens",
+}
+"""Metrics that go into the model card, and how it calls them."""
+
+
+def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config: Config, facts: dict) -> Path:
+    """Write weights, tokenizer, preprocessor, prune and resize settings and a model card; complete or not at all.
+
+    The folder is written beside its final place and renamed when it is whole. With lora.merge_on_export off it holds
+    the adapters (and a trained merger) only, as peft loads them onto config.model.path.
+    Raises UserError when something else than an earlier export is there.
+    """
+    folder = folder.absolute()
+    _refuse_to_replace(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    if config.lora.rank and not config.lora.merge_on_export:
+        adapters = {name: tensor.contiguous().cpu() for name, tensor in adapter_weights(model).items()}
+        save_file(adapters, partial / "adapter_model.safetensors")
+        peft_config = copy.copy(model.peft_config["default"])  # type: ignore[attr-defined,index]
+        peft_config.base_model_name_or_path = config.model.path
+        peft_config.modules_to_save = trained_mergers(model) or None
+        peft_config.save_pretrained(partial)
+    else:
+        model.save_pretrained(partial, state_dict=_in_host_memory(export_weights(model)))
+    files.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
+    if files.preprocessor:
+        (partial / "preprocessor_config.json").write_text(json.dumps(files.preprocessor, indent=2) + "\n")
+    settings = {"prune": dataclasses.asdict(config.prune), "resize": dataclasses.asdict(config.resize)}
+    (partial / PRUNE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    (partial / "README.md").write_text(_model_card(config, facts))
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+    return folder
+
+
+def _in_host_memory(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights on the CPU, tied ones still one tensor.
+
+    transformers would copy every view of ZeRO's flat buffers on the device: a second model beside the training.
+    """
+    copies: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    return {
+        name: copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.cpu()) for name, tensor in weights.items()
+    }
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """UserError unless the place is free, or holds an earlier export."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / PRUNE_FILE).is_file() or (folder / "checkpoints").exists():
+        raise UserError(f"--out: {folder} exists and is not an export; name a new folder")
+
+
+def export_checkpoint(path: Path, out: Path, *, trust_remote_code: bool = False) -> Path:
+    """Export a checkpoint, or the newest complete one of a run's folder, on the CPU, from its own recipe.
+
+    trust_remote_code: a checkpoint alone, which may come from anywhere, does not get to run a model folder's code.
+    Raises UserError when there is none, when the model it was trained from is gone, or when `out` is something else.
+    """
+    import torch
+
+    from training.checkpoint.files import MARKER, FragmentReader, complete_checkpoints
+    from training.checkpoint.proof import what_is_broken
+    from training.config.recipe import config_from_dict
+
+    if (path / "checkpoints").is_dir():
+        path = (complete_checkpoints(path / "checkpoints") or [path])[-1]
+    if not (path / MARKER).exists():
+        raise UserError(f"{path}: expected a complete checkpoint or a run's folder that holds one")
+    if problems := what_is_broken(path):
+        raise UserError(f"{path}: {'; '.join(problems)}; give another checkpoint of the run")
+    _refuse_to_replace(out)
+    config = config_from_dict(yaml.safe_load((path / "config.yaml").read_text()))
+    if config.model.trust_remote_code and not trust_remote_code:
+        raise UserError(
+            f"{path}: its recipe has model.trust_remote_code=true; read the code in {config.model.path}, then give "
+            "--trust-remote-code"
+        )
+    files = load_model_files(config.model)
+    model = load_model(config.model, attention="sdpa", device=torch.device("cpu"))
+    add_adapters(model, config.lora)
+    reader = FragmentReader(path)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in reader.shapes:
+            # The engine's module holds the stock model as `model`.
+            parameters[name.removeprefix("model.")].copy_(reader.read(name, "weight").view(reader.shapes[name]))
+    state = json.loads((path / "state.json").read_text())
+    facts = run_facts(path.parent.parent, state["step"], RunTotals(**state["totals"]))
+    return export_model(out, model, files, config, facts)
+
+
+def run_facts(run: Path, step: int, totals: RunTotals) -> dict[str, str]:
+    """What the model card says of a run after `step` steps, with the newest figures of its metrics.jsonl."""
+    ratio = totals.kept_blocks / totals.full_blocks if totals.full_blocks else 1.0
+    facts = {"optimizer steps": str(step), "samples seen": f"{totals.num_samples:,}", "retain ratio": f"{ratio:.4f}"}
+    rows = read_metrics(run)
+    for name, words in CARD_METRICS.items():
+        values = [row[name] for row in rows if row["step"] <= step and row.get(name) is not None]
+        if values:
+            facts[words] = f"{values[-1]:.4f}"
+    return facts
+
+
+def _model_card(config: Config, facts: dict) -> str:
+    prune = config.prune
+    data = ", ".join(f"`{Path(source.path).name}`" for source in config.data.sources)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "tags: [pixelprune]",
+        "---",
+        "",
+        "# Fine-tuned with PixelPrune",
+        "",
+        f"Started from `{config.model.path}`, trained on {data}.",
+        f"Blocks are omitted with strategy `{prune.strategy}`, metric `{prune.metric}`, threshold {prune.threshold};",
+        f"evaluate and serve with the settings in `{PRUNE_FILE}`.",
+        "",
+        "| fact | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in facts.items()),
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,57 @@
+"""How a command on several ranks ends: who speaks, what is logged, which errors are the user's."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+
+import pixelprune.command
+from pixelprune.command import USER_ERROR, print_error
+from training.errors import RankError, UserError
+
+SECONDS_TO_SPEAK = 10.0
+
+_FULL_OR_LOCKED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+
+
+def run_command(do: Callable[[], int | None]) -> int:
+    """As `pixelprune.command.run_command`, said once per machine, whichever launcher started the ranks.
+
+    All ranks meet the same mistakes of a recipe, and the first speaks; one that may be a rank's own (memory, a disk) is
+    said by each that meets it.
+    """
+
+    def do_or_wait() -> int | None:
+        try:
+            return do()
+        except RankError:
+            raise
+        except UserError:
+            if _is_first_here():
+                raise
+            # Launchers end all ranks as the first one leaves, which must not be before the one that speaks has spoken.
+            time.sleep(SECONDS_TO_SPEAK)
+            return USER_ERROR
+        except OSError as error:
+            if error.filename is None and error.errno not in _FULL_OR_LOCKED:
+                raise
+            raise RankError(f"{error.filename or 'a file'}: {error.strerror}") from error
+
+    return pixelprune.command.run_command(do_or_wait, expected=(UserError,))
+
+
+def set_up_logging(level: int = logging.INFO, name: str = "%(name)s") -> None:
+    """Lines with the time and who says them, on stderr."""
+    logging.basicConfig(level=level, format=f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S")
+
+
+def _is_first_here() -> bool:
+    """Whether this process speaks for its machine."""
+    import torch.distributed as dist
+
+    return dist.get_node_local_rank(fallback_rank=0) == 0
+
+
+__all__ = ["USER_ERROR", "print_error", "run_command", "set_up_logging"]

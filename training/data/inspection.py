@@ -1,0 +1,108 @@
+"""What the model will really see of a few records: tokens as text, supervision marked, omitted blocks veiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from pixelprune.images.image import PrunedImage, decode_image, resize_image
+from pixelprune.records.images import read_image
+from pixelprune.records.prepare import PreparedRecord, Preparer, PrepareSettings
+from pixelprune.records.record import RecordError
+from pixelprune.selection.overlay import draw_overlay
+from pixelprune.settings import BLOCK
+from training.config.settings import Config
+from training.data.sources import Source, open_sources
+from training.errors import UserError
+
+SUPERVISED = "bold green"
+IMAGE = "bold cyan"
+
+
+def inspect(config: Config, console: Console, folder: Path, *, num: int) -> None:
+    """Print `num` records of every source and write their pictures to `folder`. Raises UserError for unusable data."""
+    try:
+        sources = open_sources(config.data.sources)
+        preparer = PrepareSettings(config.model.path, config.prune, config.resize, config.data.last_turn_only).build()
+    except (ValueError, OSError) as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    console.print(Text.assemble("Supervised tokens look ", ("like this", SUPERVISED), "."))
+    for source in sources:
+        for row in spread(len(source), num):
+            _inspect_record(source, row, preparer, console, folder)
+
+
+def spread(num_rows: int, num: int) -> list[int]:
+    """Up to `num` rows, evenly over the source."""
+    return sorted({int(row) for row in np.linspace(0, num_rows - 1, min(num, num_rows)).round()})
+
+
+def _inspect_record(source: Source, row: int, preparer: Preparer, console: Console, folder: Path) -> None:
+    record_id = source.record_id(row)
+    console.rule(f"{record_id}  ({source.rows.where(row)})", align="left")
+    try:
+        prepared = preparer.prepare(
+            source.rows[row], source.root, record_format=source.settings.format, record_id=record_id
+        )
+    except RecordError as error:
+        console.print(Text(f"quarantined: {error.reason}: {error}", "bold red"))
+        return
+    sample = prepared.sample
+    console.print(render_tokens(prepared, preparer))
+    num_full = sum(image.num_full_blocks for image in sample.images)
+    num_kept = sum(image.selection.num_kept for image in sample.images)
+    console.print(
+        f"{len(sample)} tokens ({len(sample) - num_kept + num_full} unpruned), {sample.num_supervised} supervised, "
+        f"{sample.num_patches} ViT patches",
+        style="dim",
+    )
+    for number, (ref, image) in enumerate(zip(prepared.record.images, sample.images, strict=True), start=1):
+        picture = decode_image(read_image(ref, source.root), preparer.resize)
+        pixels = resize_image(picture, preparer.resize)
+        if image.unscaled_blocks:  # the baseline "resize" was given other pixels: show these
+            rows, cols = image.selection.keep.shape
+            grid = image.blocks.reshape(rows, cols, BLOCK, BLOCK, 3)
+            pixels = grid.swapaxes(1, 2).reshape(rows * BLOCK, cols * BLOCK, 3)
+        overlay = draw_overlay(pixels, image.selection)
+        path = folder / f"{record_id.replace(':', '-')}-image{number}.png"
+        Image.fromarray(overlay).save(path)
+        console.print(f"image {number}: {describe_image(image)}; {path}", style="dim", soft_wrap=True)
+
+
+def describe_image(image: PrunedImage) -> str:
+    """Sizes and kept blocks in words."""
+    rows, cols = image.selection.keep.shape
+    height, width = image.original_size
+    kept, total = image.selection.num_kept, image.num_full_blocks
+    return (
+        f"{width} x {height} pixels, resized to {cols * BLOCK} x {rows * BLOCK}, "
+        f"{kept} of {total} blocks kept ({100 * kept / total:.1f} %)"
+    )
+
+
+def render_tokens(prepared: PreparedRecord, preparer: Preparer) -> Text:
+    """The row's tokens as text: runs of image tokens as their number, supervised tokens marked."""
+    sample, text = prepared.sample, Text()
+    image_number = 0
+    for ids, is_supervised in runs(sample.input_ids, sample.supervised, preparer.image_token_id):
+        if ids[0] == preparer.image_token_id:
+            # Two images never touch: the template puts their start and end tokens between them.
+            image_number += 1
+            text.append(f"[image {image_number}: {len(ids)} tokens]", IMAGE)
+        else:
+            text.append(preparer.chat.tokenizer.decode(ids), SUPERVISED if is_supervised else "")
+    return text
+
+
+def runs(ids: np.ndarray, supervised: np.ndarray, image_token_id: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """Stretches of tokens that are all images or all text, and all supervised or none."""
+    kind = 2 * (ids == image_token_id) + supervised
+    edges = np.flatnonzero(np.diff(kind)) + 1
+    for start, end in zip([0, *edges], [*edges, len(ids)], strict=True):
+        yield ids[start:end], bool(supervised[start])

@@ -1,0 +1,225 @@
+"""Passes over held-out records, one per mode: answered on all ranks, scored, written down as they are made."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pixelprune.prompter import Prompter
+from pixelprune.selection import check_settings
+from pixelprune.selection.registry import get_strategy
+from pixelprune.settings import PruneSettings
+from training.checkpoint.files import write_atomically
+from training.errors import UserError
+from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
+from training.evaluation.inputs import default_out, model_fingerprint, name_sources
+from training.evaluation.prediction_files import PredictionFiles
+from training.evaluation.prediction_sheet import draw_sheet
+from training.evaluation.scoring import Prediction, summarise
+from training.model.attention import choose_attention, load_pretrained
+from training.model.loading import DTYPES
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MODES = ("full", "pruned")
+_SECONDS_BETWEEN_LOG_LINES = 15.0
+
+
+def evaluate(args: argparse.Namespace, ranks: PartialState, console: Console) -> dict[str, dict[str, Any]]:
+    """Every mode asked for: mode -> result, as in result.json (empty on all ranks but the first).
+
+    Raises UserError for data, checkpoint or settings that cannot be used, the same one on every rank.
+    """
+    tasks, refused = _together(ranks, lambda: _read_data(args))
+    modes = MODES if args.mode == "both" else (args.mode,)
+    prompters = _together(ranks, lambda: {mode: _prompter(args, mode) for mode in modes})
+    model = _together(ranks, lambda: _load_model(args, ranks.device))
+    answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size, args.template_kwargs)
+    out = args.out or default_out(args.checkpoint)
+    results = {}
+    for mode, prompter in prompters.items():
+        settings = {
+            "checkpoint": args.checkpoint,
+            "weights": model_fingerprint(args.checkpoint, model.config) if ranks.is_main_process else "",
+            "data": [str(Path(path).resolve()) if Path(path).exists() else path for path in args.data],
+            "prune": dataclasses.asdict(prompter.prune),
+            "resize": dataclasses.asdict(prompter.resize),
+            "max_new_tokens": answers.max_new_tokens,
+            "answer_format": answers.answer_format,
+            "template_kwargs": answers.template_kwargs,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+        files = PredictionFiles(out / mode, settings)
+        _run_pass(model, prompter, tasks, answers, files, ranks, console, retry_failed=args.retry_failed)
+        if ranks.is_main_process:
+            predictions = files.merge({task.id: task.fingerprint for task in tasks})
+            results[mode] = _write_result(files, tasks, predictions, refused)
+            draw_sheet(list(zip(tasks, predictions, strict=True)), files.folder / "sheet.png", prompter.resize)
+        ranks.wait_for_everyone()
+    return results
+
+
+def _together(ranks: PartialState, do: Callable[[], T]) -> T:
+    """`do` on every rank; a UserError of any is raised by all, with the rank where not all have met the same."""
+    result, problem = None, ""
+    try:
+        result = do()
+    except UserError as error:
+        problem = str(error)
+    problems = [problem]
+    if ranks.num_processes > 1:
+        problems = [""] * ranks.num_processes
+        torch.distributed.all_gather_object(problems, problem)
+    if len(set(problems)) > 1:
+        raise UserError("; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem))
+    if problem:
+        raise UserError(problem)
+    return result  # type: ignore[return-value]
+
+
+def _read_data(args: argparse.Namespace) -> tuple[list[Task], dict[str, str]]:
+    tasks, refused = read_tasks(name_sources(args.data))
+    if not tasks:
+        reason = next(iter(refused.values()), "no records")
+        raise UserError(f"--data: no record can be evaluated; the first of {len(refused)}: {reason}")
+    return tasks[: args.limit or None], refused
+
+
+def _run_pass(
+    model: Any,
+    prompter: Prompter,
+    tasks: list[Task],
+    answers: AnswerSettings,
+    files: PredictionFiles,
+    ranks: PartialState,
+    console: Console,
+    *,
+    retry_failed: bool,
+) -> None:
+    """Answer what is not answered yet, this rank's share of it."""
+    _together(ranks, lambda: files.start(retry_failed=retry_failed) if ranks.is_main_process else None)
+    done = files.done({task.id: task.fingerprint for task in tasks})
+    pending = [task for task in tasks if task.id not in done]
+    ranks.wait_for_everyone()  # all have read what is done before anyone adds to it
+    if done and pending and ranks.is_main_process:
+        console.print(f"{files.folder}: continuing, {len(tasks) - len(pending)} of {len(tasks)} are answered")
+    mine = pending[ranks.process_index :: ranks.num_processes]
+    with _ProgressLine(files.folder.name, len(mine), console, is_shown=ranks.is_main_process) as line:
+        for predictions in predict(model, prompter, mine, answers):
+            files.append(ranks.process_index, predictions)
+            line.advance(predictions)
+    ranks.wait_for_everyone()
+
+
+def _write_result(
+    files: PredictionFiles, tasks: list[Task], predictions: list[Prediction], refused: dict[str, str]
+) -> dict[str, Any]:
+    result = {**files.settings, **summarise(predictions), "num_refused": len(refused), "refused": refused}
+    write_atomically(files.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    return result
+
+
+class _ProgressLine:
+    """The first rank's share of the work: a bar on a terminal, a log line every 15 seconds elsewhere."""
+
+    def __init__(self, name: str, total: int, console: Console, *, is_shown: bool):
+        self._name, self._total, self._console, self._is_shown = name, total, console, is_shown
+        self._num = self._num_hits = 0
+        self._last = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
+
+    def __enter__(self) -> _ProgressLine:
+        if self._is_shown and self._console.is_terminal:
+            self._row = self._bar.add_task(self._name, total=self._total, status="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def advance(self, predictions: list[Prediction]) -> None:
+        self._num += len(predictions)
+        self._num_hits += sum(prediction.hit for prediction in predictions)
+        if not self._is_shown:
+            return
+        status = f"accuracy so far {self._num_hits / self._num:.1%}"
+        if self._console.is_terminal:
+            self._bar.update(self._row, completed=self._num, status=status)
+        elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LOG_LINES or self._num == self._total:
+            self._last = time.monotonic()
+            self._console.print(f"{self._name}: {self._num}/{self._total} on this rank, {status}", soft_wrap=True)
+
+
+def result_table(mode: str, result: dict[str, Any]) -> Table:
+    """One line per group: accuracy, failures, retain ratio, speed."""
+    prune = result["prune"]
+    strategy = prune["strategy"] if prune["strategy"] == "none" else f"{prune['strategy']}, {prune['threshold']:g}"
+    table = Table(title=f"{mode} ({strategy})", title_justify="left")
+    for head in ("", "records", "accuracy", "not parsed", "failed", "retain", "tokens", "first token s"):
+        table.add_column(head, justify="left" if not head else "right")
+    for group in ("overall", "subset", "element"):
+        for name, score in result[group].items():
+            table.add_row(
+                name,
+                str(score["num"]),
+                f"{score['accuracy']:.2%}",
+                str(score["num_unparsed"]),
+                str(score["num_failed"]),
+                _shown(score["retain_ratio"], "{:.2%}"),
+                _shown(score["tokens_per_answer"], "{:.1f}"),
+                _shown(score["first_token_s"], "{:.3f}"),
+            )
+        table.add_section()
+    if result["num_refused"]:
+        table.caption = f"{result['num_refused']} records cannot be evaluated: see result.json"
+    return table
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _prompter(args: argparse.Namespace, mode: str) -> Prompter:
+    """Prompts of a mode: all blocks, or pruned as the model was trained unless the command line says otherwise."""
+    try:
+        prompter = Prompter.load(str(args.checkpoint))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    resize = dataclasses.replace(prompter.resize, **{name: value for name, value in limits.items() if value})
+    if mode == "full":
+        return dataclasses.replace(prompter, prune=PruneSettings("none"), resize=resize)
+    trained = prompter.prune if prompter.prune.strategy != "none" else PruneSettings()
+    given = {"strategy": args.strategy, "metric": args.metric, "threshold": args.threshold, "seed": args.seed}
+    prune = dataclasses.replace(trained, **{name: value for name, value in given.items() if value is not None})
+    try:
+        check_settings(prune)
+        get_strategy(prune.strategy)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return dataclasses.replace(prompter, prune=prune, resize=resize)
+
+
+def _load_model(args: argparse.Namespace, device: torch.device) -> Any:
+    name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    attention = choose_attention(args.attention, device, DTYPES[name])
+    try:
+        model = load_pretrained(str(args.checkpoint), attention=attention, dtype=DTYPES[name])
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.checkpoint} is not a loadable model folder: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval()
