@@ -38,7 +38,7 @@ class SlurmSettings:
 def slurm_script(
     recipe: Path, overrides: list[str], settings: SlurmSettings, *, run_folder: Path, grace_seconds: float
 ) -> str:
-    """The sbatch script. It runs in the folder that it was submitted from, which all nodes must share."""
+    """The sbatch script. It runs in the checkout, which it was submitted from and all nodes must share."""
     options = [
         f"--job-name={run_folder.name}",
         f"--nodes={settings.num_nodes}",
@@ -57,6 +57,7 @@ def slurm_script(
     front = [sys.executable, "-m", "launch", str(recipe), *overrides, "--grace", f"{grace_seconds:g}"]
     return _TEMPLATE.format(
         options="\n".join(f"#SBATCH {option}" for option in options),
+        checkout=shlex.quote(str(Path.cwd())),
         hosts=shlex.quote(f"{run_folder}/hosts-") + '"$SLURM_JOB_ID"',
         slots=settings.gpus_per_node,
         front=shlex.join(front),
@@ -78,6 +79,7 @@ _TEMPLATE = """\
 #!/bin/bash
 {options}
 set -u
+cd {checkout} || exit 1  # the packages are found in the working directory, and paths in the recipe start there
 hosts={hosts}
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={slots}/' > "$hosts"
 master=$(head -n 1 "$hosts" | cut -d ' ' -f 1):$((20000 + SLURM_JOB_ID % 20000))

@@ -41,6 +41,7 @@ def save_snapshot(run_folder: Path, command: Sequence[str], resolved_config: str
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "command": shlex.join(command),
+        "working_directory": str(Path.cwd()),
     }
     facts |= _save_code(folder, checkout) if _git(checkout, "rev-parse", "HEAD") else {"code": "not a git checkout"}
     (folder / "launch.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -8,4 +8,16 @@ from pixelprune.images.sizing import fit_size
 from pixelprune.selection import Selection, select
 from pixelprune.settings import PruneSettings, ResizeSettings
 
-__all__ = ["Compressed", "PruneSettings", "ResizeSettings", "Selection", "decode", "encode", "fit_size", "select"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compressed",
+    "PruneSettings",
+    "ResizeSettings",
+    "Selection",
+    "__version__",
+    "decode",
+    "encode",
+    "fit_size",
+    "select",
+]

@@ -13,6 +13,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+__all__ = [
+    "FORMATS",
+    "MAX_TEXT_LEN",
+    "POINTER_CALLS",
+    "RELATIVE",
+    "Answer",
+    "format_box",
+    "format_point",
+    "parse_answer",
+    "to_absolute",
+    "to_relative",
+]
+
 RELATIVE = 1000
 """Relative coordinates run from 0 to this."""
 FORMATS = ("auto", "point", "box", "point_absolute", "box_absolute", "tool_call", "tool_call_absolute")

@@ -12,6 +12,8 @@ import numpy as np
 from pixelprune.selection import check_settings, select
 from pixelprune.settings import BLOCK, PruneSettings
 
+__all__ = ["MAX_PIXELS", "Compressed", "decode", "decode_sources", "encode"]
+
 _FORMAT = "pixelprune-compressed-1"
 MAX_PIXELS = 100_000_000
 """The largest image that `Compressed.load` takes unless told otherwise: the limit of decoding images, too."""

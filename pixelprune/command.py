@@ -7,6 +7,8 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.text import Text
 
+__all__ = ["INTERRUPTED", "USER_ERROR", "print_error", "run_command"]
+
 USER_ERROR = 2
 """Wrong arguments, or data that cannot be used: the line on stderr says what, and the way out."""
 

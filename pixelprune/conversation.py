@@ -16,6 +16,8 @@ from pixelprune.prompter import Messages, Prompter
 from pixelprune.sample import ChatTokens, Sample, build_sample
 from pixelprune.settings import PruneSettings, ResizeSettings
 
+__all__ = ["EMPTY", "Conversation"]
+
 logger = logging.getLogger(__name__)
 
 

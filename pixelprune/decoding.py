@@ -7,6 +7,8 @@ from typing import Any
 
 from pixelprune.prompter import Prompter
 
+__all__ = ["ASSISTED", "DEFAULT_NEW_TOKENS", "RESERVED", "decode", "end_token_ids", "generation_settings", "trim"]
+
 RESERVED = ("inputs", "input_ids", "attention_mask", "position_ids", "past_key_values", "mm_encoder_outputs")
 """Arguments of the stock `generate` that are made here."""
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens")

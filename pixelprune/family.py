@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+__all__ = ["FAMILIES", "Family", "family_of", "lora_targets"]
+
 
 @dataclass(frozen=True)
 class Family:

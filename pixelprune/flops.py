@@ -25,6 +25,8 @@ import numpy as np
 
 from pixelprune.family import FAMILIES, Family
 
+__all__ = ["DELTA_CHUNK", "CostModel"]
+
 DELTA_CHUNK = 64
 """Tokens per chunk of the gated delta rule in transformers and flash-linear-attention."""
 

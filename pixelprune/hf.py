@@ -15,6 +15,18 @@ from pixelprune.prompter import Messages, Prompter
 from pixelprune.sample import Sample, build_sample
 from pixelprune.settings import PruneSettings, ResizeSettings
 
+__all__ = [
+    "Generation",
+    "PrunedInputs",
+    "encode_images",
+    "generate",
+    "model_arguments",
+    "padded_rows",
+    "prefill_logits",
+    "prepare",
+    "stock_model",
+]
+
 # B = conversations, L = tokens of the longest prompt, V = vocabulary
 
 

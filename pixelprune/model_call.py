@@ -21,6 +21,8 @@ from transformers.utils.generic import is_flash_attention_requested
 from pixelprune.family import family_of
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, vision_inputs
 
+__all__ = ["DELTA_CHUNK", "KERNEL_PACKAGES", "final_hidden", "group_by_length", "takes_packed_rows"]
+
 logger = logging.getLogger(__name__)
 
 KERNEL_PACKAGES = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}

@@ -21,6 +21,16 @@ from pixelprune.images.image import PrunedImage
 from pixelprune.sample import Sample
 from pixelprune.settings import BLOCK, MERGE, PATCH
 
+__all__ = [
+    "Pack",
+    "VisionGeometry",
+    "decoding_index",
+    "model_inputs",
+    "normalise_blocks",
+    "pack_samples",
+    "vision_inputs",
+]
+
 # L = tokens of the row, S = samples, I = images, K = kept blocks, P = 4 K = ViT patches, N = supervised tokens
 
 

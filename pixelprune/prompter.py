@@ -18,6 +18,17 @@ from pixelprune.images.image import ImageError, ImageSource, PrunedImage, prune_
 from pixelprune.sample import ChatTokens
 from pixelprune.settings import PruneSettings, ResizeSettings
 
+__all__ = [
+    "IMAGE_TYPES",
+    "PREPROCESSOR_FILE",
+    "PRUNE_FILE",
+    "TEXT_TYPES",
+    "Prompter",
+    "check_image_token",
+    "image_of_part",
+    "read_prune_file",
+]
+
 PRUNE_FILE = "pixelprune.json"
 """Beside a trained model's weights: the prune and resize settings it was trained with."""
 PREPROCESSOR_FILE = "preprocessor_config.json"

@@ -10,6 +10,8 @@ from pixelprune.images.image import PrunedImage
 from pixelprune.selection import Selection
 from pixelprune.settings import MERGE
 
+__all__ = ["ChatTokens", "Sample", "build_sample", "mrope_of_image"]
+
 # L = tokens of the pruned row, n = tokens of the chat with one placeholder per image, K = kept blocks
 
 

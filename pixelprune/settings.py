@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+__all__ = ["BLOCK", "MERGE", "PATCH", "PruneSettings", "ResizeSettings"]
+
 PATCH = 16
 """Side of a ViT patch, pixels."""
 MERGE = 2

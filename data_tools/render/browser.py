@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pixelprune.extras import require_extra
+
 log = logging.getLogger(__name__)
 
 EXECUTABLES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "headless_shell")
@@ -133,7 +135,8 @@ class Browser:
         return str(self.call("Browser.getVersion", {}, deadline=time.monotonic() + 10)["product"])
 
     def _start(self) -> None:
-        import websocket  # the optional extra `screens`
+        require_extra("data_tools render", "screens", ("websocket",))
+        import websocket
 
         self._profile = tempfile.mkdtemp(prefix="pixelprune-chromium-")
         command = [self.executable, *_FLAGS, f"--user-data-dir={self._profile}", "about:blank"]

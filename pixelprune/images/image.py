@@ -29,6 +29,18 @@ from pixelprune.images.sizing import fit_size
 from pixelprune.selection import Selection, check_settings, select
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 
+__all__ = [
+    "FORMATS",
+    "ImageError",
+    "PrunedImage",
+    "decode_image",
+    "gather_blocks",
+    "open_image",
+    "prune_image",
+    "prune_pixels",
+    "resize_image",
+]
+
 ImageSource = Path | str | bytes | Image.Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")

@@ -20,6 +20,8 @@ import numpy as np
 from numba import njit
 from PIL import Image
 
+__all__ = ["resize_bicubic"]
+
 logger = logging.getLogger(__name__)
 
 _BITS = 22

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+__all__ = ["fit_size"]
+
 
 def fit_size(
     height: int,

@@ -17,6 +17,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from pixelprune.records.record import Message, Record, RecordError
 from pixelprune.sample import ChatTokens
 
+__all__ = ["GENERATION_TAG", "SENTINELS", "ChatEncoder"]
+
 Span = tuple[int, int]
 """Characters [start, end) of the rendered conversation."""
 

@@ -21,6 +21,8 @@ from pixelprune.sample import ChatTokens, Sample, build_sample
 from pixelprune.selection import Selection
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 
+__all__ = ["DUMMY_ID", "DUMMY_TOKENS", "IGNORED_LABEL", "PixelPruneCollator", "dummy_sample"]
+
 IGNORED_LABEL = -100
 """What Hugging Face losses skip."""
 DUMMY_ID = "dummy"

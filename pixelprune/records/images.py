@@ -8,6 +8,8 @@ from PIL import Image
 
 from pixelprune.records.record import ImageRef, RecordError
 
+__all__ = ["read_image"]
+
 
 def read_image(ref: ImageRef, root: Path | None) -> bytes | Image.Image:
     """The encoded bytes of an image (or the picture, if it came decoded).

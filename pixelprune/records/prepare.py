@@ -21,6 +21,8 @@ from pixelprune.selection import Selection
 from pixelprune.selection.registry import is_recoverable
 from pixelprune.settings import PruneSettings, ResizeSettings
 
+__all__ = ["PrepareSettings", "PreparedRecord", "Preparer", "hash_content", "unpruned_without_pixels"]
+
 
 @dataclass(frozen=True)
 class PreparedRecord:

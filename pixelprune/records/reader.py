@@ -25,6 +25,18 @@ from PIL import Image
 
 from pixelprune.records.record import ROLES, ImageRef, Message, Part, Record, RecordError
 
+__all__ = [
+    "BOX_KEYS",
+    "FORMATS",
+    "PLACEHOLDER",
+    "RESERVED",
+    "SHAREGPT_ROLES",
+    "SUPERVISION_KEYS",
+    "UNREAD_KEYS",
+    "image_ref",
+    "parse_record",
+]
+
 FORMATS = ("auto", "sharegpt", "messages")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)

@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import Image
 
+__all__ = ["ROLES", "ImageRef", "Message", "Record", "RecordError"]
+
 ROLES = ("system", "user", "assistant")
 
 

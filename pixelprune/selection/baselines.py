@@ -15,6 +15,8 @@ from pixelprune.selection.selection import Selection
 from pixelprune.selection.strategies import pixel_bytes, pred2d
 from pixelprune.settings import BLOCK, PruneSettings
 
+__all__ = ["block_budget", "budget_size", "component_shares", "conncomp", "random", "resize"]
+
 
 def block_budget(image: np.ndarray, settings: PruneSettings, block: int = BLOCK) -> int:
     """Number of blocks PixelPrune (pred2d) keeps of this uint8 image (height, width, 3)."""

@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pixelprune.selection import Selection
 
+__all__ = ["draw_overlay", "side_by_side"]
+
 _FADE = 0.25
 _VEIL = np.array([112, 118, 140], dtype=np.float32)
 

@@ -11,6 +11,8 @@ from pixelprune.selection import baselines, strategies
 from pixelprune.selection.selection import Selection
 from pixelprune.settings import PruneSettings
 
+__all__ = ["BUILT_IN", "Strategy", "get_strategy", "is_recoverable", "register", "strategy_names"]
+
 Run = Callable[[np.ndarray, PruneSettings, int], Selection]
 Replay = Callable[[np.ndarray, np.ndarray, PruneSettings, int], np.ndarray]
 

@@ -14,6 +14,16 @@ import numpy as np
 from pixelprune.images.image import ImageError, decode_image, prune_pixels, resize_image
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 
+__all__ = [
+    "SUFFIXES",
+    "DatasetStats",
+    "ImageStats",
+    "find_images",
+    "measure_files",
+    "measure_image",
+    "num_unique_blocks",
+]
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
