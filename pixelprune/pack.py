@@ -243,13 +243,26 @@ def normalise_blocks(blocks: torch.Tensor, geometry: VisionGeometry) -> torch.Te
     Every uint8 value has one float32 image under scale and normalise, so a table looked up per channel gives the HF
     processor's bits on any device: it multiplies by 1/255 in float64, rounds to float32, then normalises in float32.
     """
-    num_blocks = len(blocks)
-    patches = blocks.view(num_blocks, MERGE, PATCH, MERGE, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
     table = _normalisation_table(geometry.image_mean, geometry.image_std, blocks.device)
     channel_offset = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=blocks.device).view(3, 1, 1)
-    values = table[patches.to(torch.int32) + channel_offset]  # (K, 2, 2, 3, 16, 16)
-    frames = values.unsqueeze(4).expand(-1, -1, -1, -1, geometry.temporal_patch, -1, -1)
-    return frames.reshape(num_blocks * MERGE * MERGE, 3 * geometry.temporal_patch * PATCH * PATCH)
+    values = table[_by_patch(blocks).to(torch.int32) + channel_offset]
+    return _twice(values, geometry.temporal_patch)
+
+
+def patches_of_blocks(blocks: torch.Tensor, temporal_patch: int) -> torch.Tensor:
+    """uint8 blocks (K, 32, 32, 3) to uint8 patches (4 K, 3 * temporal * 256), in the HF processor's layout."""
+    return _twice(_by_patch(blocks), temporal_patch)
+
+
+def _by_patch(blocks: torch.Tensor) -> torch.Tensor:
+    """(K, 32, 32, 3) to (K, 2, 2, 3, 16, 16): the patches of a block, row by row, channels first."""
+    return blocks.view(len(blocks), MERGE, PATCH, MERGE, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
+
+
+def _twice(patches: torch.Tensor, temporal_patch: int) -> torch.Tensor:
+    """(K, 2, 2, 3, 16, 16) to (4 K, 3 * temporal * 256): an image is a video whose frames are all the same."""
+    frames = patches.unsqueeze(4).expand(-1, -1, -1, -1, temporal_patch, -1, -1)
+    return frames.reshape(len(patches) * MERGE * MERGE, 3 * temporal_patch * PATCH * PATCH)
 
 
 @lru_cache(maxsize=8)

@@ -73,7 +73,7 @@ class Prompter:
                 f"expected a model folder, a hub id or a processor with a tokenizer, got {type(source).__name__}"
             )
         trained = parts.pop("trained_with")
-        limits = _size_limits(parts.pop("preprocessor"))
+        limits = size_limits(parts.pop("preprocessor"))
         if isinstance(prune, str):
             prune = PruneSettings(strategy=prune)
         return cls(
@@ -225,7 +225,7 @@ def _from_folder(path: str) -> dict:
     if getattr(config, "image_token_id", None) is None:
         raise ValueError(f"{path}: a {config.model_type} model takes no images (no image_token_id in its config)")
     check_image_token(tokenizer, config, path)
-    preprocessor = json.loads(_read_model_file(path, PREPROCESSOR_FILE) or "{}")
+    preprocessor = json.loads(read_model_file(path, PREPROCESSOR_FILE) or "{}")
     return _parts(tokenizer, None, config.image_token_id, preprocessor)
 
 
@@ -251,11 +251,11 @@ def _parts(tokenizer: Any, chat_template: str | None, image_token_id: int, prepr
     chat_template = chat_template or tokenizer.chat_template
     path = tokenizer.name_or_path
     if not isinstance(chat_template, str):
-        stored = _read_model_file(path, "chat_template.json")  # where older folders keep it
+        stored = read_model_file(path, "chat_template.json")  # where older folders keep it
         chat_template = json.loads(stored)["chat_template"] if stored else None
     if not chat_template:
         raise ValueError(f"{path}: the tokenizer has no chat template")
-    stored = _read_model_file(path, PRUNE_FILE)
+    stored = read_model_file(path, PRUNE_FILE)
     return {
         "tokenizer": tokenizer,
         "chat_template": chat_template,
@@ -267,8 +267,8 @@ def _parts(tokenizer: Any, chat_template: str | None, image_token_id: int, prepr
     }
 
 
-def _read_model_file(path: str, name: str) -> str | None:
-    """A file of a model folder or hub id; None where it has none."""
+def read_model_file(path: str, name: str, revision: str | None = None) -> str | None:
+    """A file of a model folder or hub id (at a revision); None where it has none."""
     if not path:
         return None
     if not Path(path).is_dir():
@@ -276,14 +276,18 @@ def _read_model_file(path: str, name: str) -> str | None:
 
         # Optional files: absent from the repository, or from the local copy of a machine without network.
         found = cached_file(
-            path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+            path,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
         )
         return Path(found).read_text() if found else None
     file = Path(path) / name
     return file.read_text() if file.exists() else None
 
 
-def _size_limits(preprocessor: dict) -> dict[str, int]:
+def size_limits(preprocessor: dict) -> dict[str, int]:
     """min_pixels and max_pixels of the image processor; its `size` names them shortest_edge and longest_edge."""
     size = preprocessor.get("size") or {}
     size = size if isinstance(size, Mapping) else dataclasses.asdict(size)

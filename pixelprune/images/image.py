@@ -24,7 +24,6 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from pixelprune.images.resample import resize_bicubic
 from pixelprune.images.sizing import fit_size
 from pixelprune.selection import Selection, check_settings, select
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
@@ -158,6 +157,8 @@ def resize_image(picture: Image.Image, resize: ResizeSettings) -> np.ndarray:
         raise ImageError("aspect_ratio", f"image of {width}x{height} pixels: {error}") from error
     image = np.asarray(picture)
     if (new_width, new_height) != (width, height):
+        from pixelprune.images.resample import resize_bicubic  # numba loads here, not with the package
+
         image = resize_bicubic(image, new_height, new_width)
     return image
 
@@ -182,7 +183,8 @@ def prune_pixels(image: np.ndarray, prune: PruneSettings, original_size: tuple[i
 
 
 def _scale_to_budget(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
-    from pixelprune.selection.baselines import block_budget, budget_size  # numba loads here, not with the package
+    from pixelprune.images.resample import resize_bicubic  # numba loads here, not with the package
+    from pixelprune.selection.baselines import block_budget, budget_size
 
     check_settings(prune)
     height, width = image.shape[:2]

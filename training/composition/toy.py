@@ -134,7 +134,8 @@ def toy_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen3_vl") -> 
 
 
 def _layers(facts: Family) -> dict[str, Any]:
-    rope = {"rope_type": "default", "rope_theta": 5e6}
+    # The stock model takes interleaved sections for granted; vLLM asks, and computes other positions without.
+    rope = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
     if not facts.linear_attention:
         return {"head_dim": 32, "rope_parameters": {**rope, "mrope_section": [6, 5, 5]}}
     return {

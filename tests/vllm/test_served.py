@@ -1,0 +1,43 @@
+"""Served equals trained: vLLM's greedy answers against `pixelprune.hf.generate` on the same checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.vllm.engine import ask_hugging_face, ask_vllm, assert_same, needs_vllm
+
+pytestmark = needs_vllm
+
+
+def test_every_kind_of_prompt_sent_together_and_again_from_the_prefix_cache(
+    served_folder, stock_model, conversations, tmp_path
+):
+    folder = served_folder()
+    reference = ask_hugging_face(stock_model(folder), folder, list(conversations.values()))
+    assert len(reference) >= 18
+    first, again = ask_vllm(folder, list(conversations.values()), tmp_path, rounds=2, engine={"block_size": 32})
+    assert_same(first, reference)
+    assert_same(again, reference)
+    assert sum(answer.cached for answer in again) > sum(answer.prompt_tokens for answer in again) / 2
+
+
+def test_chunked_prefill_cuts_inside_images_without_prefix_cache(served_folder, stock_model, conversations, tmp_path):
+    folder = served_folder()
+    reference = ask_hugging_face(stock_model(folder), folder, list(conversations.values()))
+    chunked = {"enable_prefix_caching": False, "max_num_batched_tokens": 48, "max_num_seqs": 2}
+    (served,) = ask_vllm(folder, list(conversations.values()), tmp_path, engine=chunked)
+    assert max(answer.prompt_tokens for answer in reference) > 2 * chunked["max_num_batched_tokens"]
+    assert_same(served, reference)
+
+
+def test_wrong_positions_are_seen(served_folder, stock_model, conversations, tmp_path):
+    """The comparison bites: without our positions, answers to images are others, those to text the same."""
+    folder = served_folder()
+    reference = ask_hugging_face(stock_model(folder), folder, list(conversations.values()))
+    (served,) = ask_vllm(folder, list(conversations.values()), tmp_path, mutate=True)
+    with pytest.raises(AssertionError):
+        assert_same(served, reference)
+    same = [one.token_ids == other.token_ids for one, other in zip(served, reference, strict=True)]
+    by_name = dict(zip(conversations, same, strict=True))
+    assert by_name["text"]
+    assert not by_name["wide"]
