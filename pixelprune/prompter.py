@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -12,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pixelprune.images.image import ImageError, ImageSource, PrunedImage, prune_image
+from pixelprune.records.image_part import IMAGE_KEYS, image_of_part
+from pixelprune.records.record import RecordError
 from pixelprune.sample import ChatTokens
 from pixelprune.settings import PruneSettings, ResizeSettings
 
@@ -25,7 +24,6 @@ __all__ = [
     "TEXT_TYPES",
     "Prompter",
     "check_image_token",
-    "image_of_part",
     "read_prune_file",
 ]
 
@@ -151,7 +149,13 @@ class Prompter:
             raise ValueError(f"{where}: expected text and image parts, got {_short(part)}")
         kind = part.get("type") or next((name for name in ("image", "image_url", "text") if name in part), None)
         if kind in IMAGE_TYPES:
-            images.append(image_of_part(part, where))
+            try:
+                image = image_of_part(part)
+            except RecordError as error:
+                raise ValueError(f"{where}: {error}") from error
+            if image is None:
+                raise ValueError(f"{where}: expected an image part with one of {', '.join(IMAGE_KEYS)}")
+            images.append(image)
             return {"type": "image"}
         if kind in TEXT_TYPES:
             self._check_text(part.get("text"), where)
@@ -163,36 +167,6 @@ class Prompter:
             raise ValueError(f"{where}: expected text as a string, got {_short(text)}")
         if self.image_token in text:
             raise ValueError(f"{where}: the text contains {self.image_token!r}; give the image as a part of its own")
-
-
-def image_of_part(part: Mapping, where: str) -> ImageSource:
-    """The image of a message part: a path, encoded bytes, a picture or a uint8 array (H, W), (H, W, 3) or (H, W, 4).
-
-    Read from the keys image, path, url, base64 or image_url (OpenAI). Nothing is fetched from the network.
-    Raises ValueError saying what was expected.
-    """
-    values = [part[key] for key in ("image", "path", "url", "base64", "image_url") if part.get(key) is not None]
-    if len(values) != 1:
-        raise ValueError(f"{where}: expected an image part with one of image, path, url, base64 or image_url")
-    value = values[0]["url"] if isinstance(values[0], Mapping) and "url" in values[0] else values[0]
-    if part.get("base64") is not None:
-        return _decode_base64(value, where)
-    if isinstance(value, str):
-        if value.startswith("data:"):
-            return _decode_base64(value.partition(",")[2], where)
-        if value.startswith(("http://", "https://")):
-            raise ValueError(f"{where}: {_short(value)} is not fetched; download it and give its path or bytes")
-        return value.removeprefix("file://")
-    if isinstance(value, np.ndarray):
-        if value.dtype != np.uint8 or value.ndim not in (2, 3) or value.shape[2:] not in ((), (3,), (4,)):
-            raise ValueError(
-                f"{where}: expected a uint8 array of shape (H, W), (H, W, 3) or (H, W, 4), "
-                f"got {value.dtype} {value.shape}"
-            )
-        return Image.fromarray(value)
-    if isinstance(value, Path | bytes | Image.Image):
-        return value
-    raise ValueError(f"{where}: expected an image as path, bytes, picture or uint8 array, got {type(value).__name__}")
 
 
 def read_prune_file(content: str, name: str = PRUNE_FILE) -> tuple[PruneSettings, ResizeSettings]:
@@ -296,13 +270,6 @@ def size_limits(preprocessor: dict) -> dict[str, int]:
         "max_pixels": size.get("longest_edge") or preprocessor.get("max_pixels"),
     }
     return {name: int(value) for name, value in limits.items() if value}
-
-
-def _decode_base64(data: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise ValueError(f"{where}: the image is not valid base64: {error}") from error
 
 
 def _short(value: Any) -> str:

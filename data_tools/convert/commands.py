@@ -141,7 +141,7 @@ def run_convert(options: argparse.Namespace) -> None:
     report = converter.report
     counts = {"read": report.num_read, "written": count, "answers rewritten": report.num_answers}
     dropped = {"records": report.dropped_records, "exchanges of kept records": report.dropped_turns}
-    _finish(options, counts, dropped, Counter())
+    _finish(options, counts, dropped, Counter(), report.examples)
 
 
 def run_screenspot(options: argparse.Namespace) -> None:
@@ -167,7 +167,11 @@ def run_screenspot(options: argparse.Namespace) -> None:
 
 
 def _finish(
-    options: argparse.Namespace, counts: dict[str, int], dropped: dict[str, Counter[str]], subsets: Counter[str]
+    options: argparse.Namespace,
+    counts: dict[str, int],
+    dropped: dict[str, Counter[str]],
+    subsets: Counter[str],
+    examples: dict[str, str] | None = None,
 ) -> None:
     """Show the counts and write them beside the records, draw the sheet, and refuse an empty result."""
     table = Table(title=", ".join(f"{name} {number}" for name, number in counts.items()), show_header=False)
@@ -177,7 +181,7 @@ def _finish(
         for reason, number in reasons.most_common():
             table.add_row(f"{what} dropped: {reason}", str(number))
     console.print(table)
-    report = {**counts, "subsets": subsets, "dropped": dropped}
+    report = {**counts, "subsets": subsets, "dropped": dropped, "examples": examples or {}}
     options.out.with_suffix(".report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if not counts["written"]:
         options.out.unlink()

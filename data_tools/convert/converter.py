@@ -9,8 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_tools.convert.coordinates import read_place, write_place
+from data_tools.convert.dropped import DropError, check_unicode
 from data_tools.convert.image_files import ImageFiles
-from data_tools.convert.shapes import DropError, Turn, check_unicode, read_turns
+from data_tools.convert.leniency import plain_row
+from pixelprune.records.reader import parse_record
+from pixelprune.records.record import ImageRef, Message, Record, RecordError
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,10 @@ class ConvertReport:
     num_written: int = 0
     num_answers: int = 0
     dropped_records: Counter[str] = field(default_factory=Counter)
+    """By reason: the reader's codes, as the trainer's quarantine has them, or words of the conversion."""
     dropped_turns: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first record dropped under each reason, and what was wrong with it."""
 
 
 class Converter:
@@ -50,21 +56,24 @@ class Converter:
         self.report.num_read += 1
         try:
             made = self._convert(record, number)
-        except DropError as error:
-            self.report.dropped_records[str(error)] += 1
+        except (DropError, RecordError) as error:
+            reason = error.reason if isinstance(error, RecordError) else str(error)
+            self.report.dropped_records[reason] += 1
+            self.report.examples.setdefault(reason, f"record {number}: {error}")
             return None
         self.report.num_written += 1
         return made
 
     def _convert(self, record: Any, number: int) -> dict[str, Any]:
-        turns = read_turns(record)
+        read = parse_record(plain_row(record))
+        turns = list(read.messages)
         record_id = record.get("id")
         written = f"{self.settings.source}-{number:08d}" if record_id is None else str(record_id)
-        check_unicode([written, *(value for turn in turns for _, value in turn.parts)])
-        names = [name for turn in turns for name in turn.images]
+        names = [_file_name(image) for image in read.images]
+        check_unicode([written, *names, *(message.text for message in turns)])
         with_coordinates = self.settings.coordinates is not None
         sizes = [self.images.size(name, has_coordinates=with_coordinates) for name in names]
-        metadata = _own_metadata(record)
+        metadata = _own_metadata(read)
         metadata |= {"source": self.settings.source, "image_sizes": [list(size) for size in sizes]}
         if not self.settings.keep_system:
             turns = [turn for turn in turns if turn.role != "system"]
@@ -78,16 +87,16 @@ class Converter:
                 metadata.update(places[0])
         if not any(turn.role == "assistant" for turn in turns):
             raise DropError("no answer")
-        weight = {"weight": _weight(record)} if "weight" in record else {}
+        weight = {"weight": read.weight} if record.get("weight") is not None else {}
         return {"id": written, "messages": [self._message(turn) for turn in turns], "metadata": metadata, **weight}
 
-    def _relative(self, turns: list[Turn], size: tuple[int, int]) -> tuple[list[Turn], list[dict[str, Any]]]:
+    def _relative(self, turns: list[Message], size: tuple[int, int]) -> tuple[list[Message], list[dict[str, Any]]]:
         """Keep the exchanges whose answer gives a place, and write it relative; the image stays in the first one."""
         assert self.settings.coordinates is not None
-        kept: list[Turn] = []
-        asked: list[Turn] = []
+        kept: list[Message] = []
+        asked: list[Message] = []
         places: list[dict[str, Any]] = []
-        lost_images: tuple[tuple[str, str], ...] = ()
+        lost_images: tuple[ImageRef, ...] = ()
         reasons: Counter[str] = Counter()
         for turn in turns:
             if turn.role == "system":
@@ -102,11 +111,13 @@ class Converter:
                     text = write_place(answer, size, self.settings.answer)
                 except DropError as error:
                     reasons[str(error)] += 1
-                    lost_images += tuple(part for question in asked for part in question.parts if part[0] == "image")
+                    lost_images += tuple(
+                        part for question in asked for part in question.parts if isinstance(part, ImageRef)
+                    )
                 else:
                     asked[0] = replace(asked[0], parts=lost_images + asked[0].parts)
                     lost_images = ()
-                    kept += [*asked, replace(turn, parts=(("text", text),))]
+                    kept += [*asked, replace(turn, parts=(text,))]
                     place: dict[str, Any] = {"point": [round(side, 3) for side in answer.point or ()]}
                     if answer.box is not None:
                         place["bbox"] = [round(side, 3) for side in answer.box]
@@ -118,32 +129,29 @@ class Converter:
         self.report.num_answers += len(places)
         return kept, places
 
-    def _message(self, turn: Turn) -> dict[str, Any]:
+    def _message(self, message: Message) -> dict[str, Any]:
         content = [
-            {"type": "text", "text": value}
-            if kind == "text"
-            else {"type": "image", "image": self.images.relative(value)}
-            for kind, value in turn.parts
+            {"type": "image", "image": self.images.relative(_file_name(part))}
+            if isinstance(part, ImageRef)
+            else {"type": "text", "text": part}
+            for part in message.parts
         ]
         # As the trainer reads it: an answer counts unless it says otherwise.
-        loss = {"loss": False} if turn.role == "assistant" and not turn.supervised else {}
-        return {"role": turn.role, "content": content, **loss}
+        loss = {"loss": False} if message.role == "assistant" and not message.supervised else {}
+        return {"role": message.role, "content": content, **loss}
 
 
-def _own_metadata(record: dict[str, Any]) -> dict[str, Any]:
-    metadata = record.get("metadata")
-    if not isinstance(metadata, dict):
-        return {}
+def _file_name(image: ImageRef) -> str:
+    if not isinstance(image.source, str):
+        raise DropError("an image is inline data, not a file")
+    return image.source
+
+
+def _own_metadata(record: Record) -> dict[str, Any]:
+    """What the record says beside its conversation; its id is written where it stood."""
+    metadata = {key: value for key, value in record.metadata.items() if key != "id"}
     check_unicode([json.dumps(metadata, ensure_ascii=False)])
-    return dict(metadata)
-
-
-def _weight(record: dict[str, Any]) -> float | None:
-    weight = record["weight"]
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if weight is not None and not (is_number and 0 <= weight < 1e6):
-        raise DropError("its weight is no number from 0 to 1e6")
-    return weight
+    return metadata
 
 
 def _check_stated_size(record: dict[str, Any], size: tuple[int, int]) -> None:

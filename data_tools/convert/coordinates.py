@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from data_tools.convert.shapes import DropError
+from data_tools.convert.dropped import DropError
 from pixelprune.answers import POINTER_CALLS, Answer, format_box, format_point, parse_answer
 
 SYSTEMS = ("absolute", "relative", "fraction")

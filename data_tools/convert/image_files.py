@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from data_tools.convert.shapes import DropError
+from data_tools.convert.dropped import DropError
 from pixelprune.images.image import open_image
 
 
@@ -52,7 +52,7 @@ class ImageFiles:
     def _read_size(self, name: str) -> tuple[int, int, int] | str:
         """(width, height, EXIF orientation 1-8) of the upright image, or why there is none."""
         try:
-            path = (self.folder / name.lstrip("/")).resolve()
+            path = self._path(name)
             if not path.is_relative_to(self.folder):
                 return "image outside the image folder"
             if not path.is_file():
@@ -67,12 +67,19 @@ class ImageFiles:
             # ValueError: a NUL in the name, or no image; RuntimeError: a loop of symlinks.
             return "image unreadable"
 
+    def _path(self, name: str) -> Path:
+        """An absolute path into the folder means itself; else it starts at the folder, as some corpora write theirs."""
+        path = Path(name)
+        if path.is_absolute() and path.resolve().is_relative_to(self.folder):
+            return path.resolve()
+        return (self.folder / name.lstrip("/")).resolve()
+
     def relative(self, name: str) -> str:
         """The path to write, with forward slashes; copies the file first where asked to.
 
         Raises ValueError when another image has the name of the copy already.
         """
-        path = (self.folder / name.lstrip("/")).resolve()
+        path = self._path(name)
         if not self.copy:
             return path.relative_to(self.out).as_posix()
         target = self.out / "images" / path.relative_to(self.folder)

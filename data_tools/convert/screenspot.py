@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from data_tools.convert.dropped import DropError, check_unicode
 from data_tools.convert.image_files import ImageFiles
-from data_tools.convert.shapes import DropError, check_unicode
 from data_tools.records import grounding_record
 from pixelprune.answers import format_point
 

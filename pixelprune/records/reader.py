@@ -7,22 +7,21 @@ messages   {"messages": [{"role": "user", "content": [{"type": "image", "image":
            with `image_url` parts (OpenAI), parts without a source that take the next of `images`, or plain strings.
 
 In both, `system` beside the turns is a system turn in front of them, and `loss`, `train` or `weight` of an assistant
-turn (0 or 1) says whether it is trained on. What other readers would train on and this one does not know (tools and
-calls of them, reasoning apart from the answer, videos) is refused: without it one would train on something else.
+turn (0 or 1) says whether it is trained on. An image stands exactly where its mark stood: the line break that ShareGPT
+files write behind `<image>` is text of the prompt, as LLaMA-Factory and ms-swift have it. What other readers would
+train on and this one does not know (tools and calls of them, reasoning apart from the answer, videos) is refused:
+without it one would train on something else.
 Rows from Arrow and Parquet carry None for keys another row has: None always means absent.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from PIL import Image
-
+from pixelprune.records.image_part import image_of_part, image_source
 from pixelprune.records.record import ROLES, ImageRef, Message, Part, Record, RecordError
 
 __all__ = [
@@ -33,7 +32,6 @@ __all__ = [
     "SHAREGPT_ROLES",
     "SUPERVISION_KEYS",
     "UNREAD_KEYS",
-    "image_ref",
     "parse_record",
 ]
 
@@ -97,37 +95,11 @@ class _ImageSupply:
         if self.num_used > len(self.images):
             # Count on, so that the message can say how many there are; check_all_used refuses the record.
             return ImageRef("")
-        return image_ref(self.images[self.num_used - 1])
+        return ImageRef(image_source(self.images[self.num_used - 1]))
 
     def check_all_used(self) -> None:
         if self.num_used != len(self.images):
             raise RecordError("image_count", f"{self.num_used} placeholders in the text, {len(self.images)} images")
-
-
-def image_ref(value: Any) -> ImageRef:
-    """A path, data: URL, bytes, PIL picture, or `datasets` Image ({"bytes", "path"}) as an ImageRef."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path") or value.get("url")
-    if isinstance(value, str):
-        if value.startswith("data:"):
-            return ImageRef(_data_url(value))
-        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", value) and not value.startswith("file://"):
-            raise RecordError("remote_image", f"image {value[:80]!r} must be downloaded first and given as a file")
-        if value:
-            return ImageRef(value.removeprefix("file://"))
-    if isinstance(value, bytes | Image.Image):
-        return ImageRef(value)
-    raise RecordError("bad_image", f"image is {value!r:.80}, expected a path, bytes or a picture")
-
-
-def _data_url(url: str) -> bytes:
-    header, _, body = url.partition(",")
-    if not header.endswith(";base64"):
-        raise RecordError("bad_image", f"data URL {header[:60]!r} is not base64")
-    try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise RecordError("bad_image", f"data URL {header[:60]!r} is damaged: {error}") from error
 
 
 def _sharegpt_turn(turn: Any, supply: _ImageSupply) -> Message:
@@ -151,7 +123,8 @@ def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
         return Message(role, tuple(_split_text(content, supply)), _is_supervised(turn, role))
     if not isinstance(content, list | tuple):
         raise RecordError("bad_content", f"{role} turn: content is {type(content).__name__}, expected text or parts")
-    return Message(role, tuple(_typed_part(part, role, supply) for part in content), _is_supervised(turn, role))
+    parts = [_typed_part(part, role, supply) for part in content]
+    return Message(role, tuple(part for part in parts if part != ""), _is_supervised(turn, role))
 
 
 def _turn_object(turn: Any) -> dict:
@@ -177,7 +150,7 @@ def _system_turn(system: Any, messages: list[Message]) -> list[Message]:
         if messages[0].text != system:
             raise RecordError("two_systems", "the record's system and its first turn are different system prompts")
         return []
-    return [Message("system", (system,))] if system else []
+    return [Message("system", (system,), supervised=False)] if system else []
 
 
 def _is_supervised(turn: dict, role: str) -> bool:
@@ -197,7 +170,7 @@ def _split_text(text: str, supply: _ImageSupply) -> Iterator[Part]:
         if match.start() > cut:
             yield text[cut : match.start()]
         inline = match.group(1)
-        yield supply.next() if inline is None else image_ref(inline.strip())
+        yield supply.next() if inline is None else ImageRef(image_source(inline.strip()))
         cut = match.end()
     if cut < len(text):
         yield text[cut:]
@@ -215,10 +188,8 @@ def _typed_part(part: Any, role: str, supply: _ImageSupply) -> Part:
             raise RecordError("bad_content", f"{role} turn: a text part holds {part.get('text')!r:.60}")
         return part["text"]
     if kind in ("image", "image_url"):
-        for key in ("image", "image_url", "path", "url"):
-            if key in part:
-                return image_ref(part[key])
-        return supply.next()
+        source = image_of_part(part)
+        return supply.next() if source is None else ImageRef(source)
     raise RecordError("bad_content", f"{role} turn: part of type {kind!r:.60}, expected text or image")
 
 

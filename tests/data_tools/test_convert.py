@@ -12,9 +12,10 @@ from PIL import Image
 from data_tools.cli import main
 from data_tools.convert import json_stream
 from data_tools.convert.json_stream import iter_json
+from data_tools.convert.leniency import plain_row
 from pixelprune.images.image import decode_image
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import ImageRef, Message
+from pixelprune.records.record import ImageRef
 from pixelprune.settings import ResizeSettings
 
 SIZE = (2000, 1000)  # one relative unit is 2 pixels across and 1 pixel down
@@ -71,7 +72,7 @@ def test_jedi_coordinates_become_relative_to_the_original_image(corpus: Path) ->
     assert made[0]["id"] == "one"
     assert made[0]["messages"][0]["content"] == [
         {"type": "image", "image": "shots/a.png"},
-        {"type": "text", "text": "Click Send"},
+        {"type": "text", "text": "\nClick Send"},
     ]
     assert made[0]["metadata"]["point"] == [1024, 87]
     assert made[2]["metadata"]["bbox"] == [100, 200, 300, 401]
@@ -144,13 +145,13 @@ BAD = {
     "not valid Unicode  ": sharegpt("<image>\nClick", "(1, 2)", image="shots/\ud800.png"),
     "not valid Unicode   ": sharegpt("<image>\nClick", "(1, 2)", id="\ud800"),
     "image outside the image folder": sharegpt("<image>\nClick", "(1, 2)", image="../../../../etc/hostname"),
-    "more image placeholders than images": sharegpt("<image><image>\nClick", "pyautogui.click(x=1, y=2)"),
-    "no messages or conversations": {"image": "shots/a.png"},
-    "not a JSON object": "text",
+    "image_count": sharegpt("<image><image>\nClick", "pyautogui.click(x=1, y=2)"),
+    "unknown_format": {"image": "shots/a.png"},
+    "not_an_object": "text",
     "no image": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "(1, 2)"}]},
-    "unknown role 'robot'": {"image": "shots/a.png", "conversations": [{"from": "robot", "value": "x"}]},
-    "'tools', which is not read": sharegpt("<image>\nClick", "(1, 2)", tools=[{"name": "click"}]),
-    "two different system prompts": {
+    "unknown_role": {"image": "shots/a.png", "conversations": [{"from": "robot", "value": "x"}]},
+    "unread_key": sharegpt("<image>\nClick", "(1, 2)", tools=[{"name": "click"}]),
+    "two_systems": {
         "system": "One.",
         "conversations": [
             {"from": "system", "value": "Two."},
@@ -159,8 +160,8 @@ BAD = {
         ],
         "image": "shots/a.png",
     },
-    "its weight is no number from 0 to 1e6": sharegpt("<image>\nClick", "(1, 2)", weight="high"),
-    "'loss' of a turn is not 0 or 1, or of a turn that is no answer": {
+    "bad_weight": sharegpt("<image>\nClick", "(1, 2)", weight="high"),
+    "bad_weight ": {
         "image": "shots/a.png",
         "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "(1, 2)", "loss": 0.5}],
     },
@@ -185,9 +186,9 @@ def test_bytes_that_are_no_text_cost_one_line(corpus: Path) -> None:
     out = corpus / "out.jsonl"
     assert main(["jedi", str(corpus / "in.jsonl"), "--images", str(corpus), "--out", str(out), "--sheet", "0"]) == 0
     texts = [json.loads(line)["messages"][0]["content"][1]["text"] for line in out.read_text().splitlines()]
-    assert texts == ["Click 0", "Click 3"]
+    assert texts == ["\nClick 0", "\nClick 3"]
     report = json.loads((corpus / "out.report.json").read_text())
-    assert report["dropped"]["records"] == {"not valid Unicode": 1, "not a JSON object": 1}
+    assert report["dropped"]["records"] == {"not valid Unicode": 1, "not_an_object": 1}
 
 
 def test_nothing_written_is_an_error(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,13 +210,13 @@ def test_messages_in_every_common_shape_become_typed_content(corpus: Path) -> No
     image = {"type": "image", "image": "shots/a.png"}
     question = {"type": "text", "text": "What?"}
     shapes = [
-        {"messages": [{"role": "user", "content": "<image>\nWhat?"}], "images": ["shots/a.png"]},
+        {"messages": [{"role": "user", "content": "<image>What?"}], "images": ["shots/a.png"]},
         {"messages": [{"role": "user", "content": "What?"}], "images": ["shots/a.png"]},
         {"messages": [{"role": "user", "content": [image, question]}]},
         {"messages": [{"role": "user", "content": [{"type": "image"}, question]}], "images": [{"path": "shots/a.png"}]},
         {"messages": [{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "file://shots/a.png"}}, question]}]},
-        {"conversations": [{"from": "human", "value": "<image>\nWhat?"}], "image": "shots/a.png"},
+        {"conversations": [{"from": "human", "value": "<image>What?"}], "image": "shots/a.png"},
     ]  # fmt: skip
     for shape in shapes:
         if "messages" in shape:
@@ -246,35 +247,57 @@ AS_THE_TRAINER_READS = [
     user("<img>shots/a.png</img>What?"),
     user("<image>What?", images=[None, {"bytes": None, "path": "shots/a.png"}]),
     user([{"type": "image", "text": None, "image": "shots/a.png"}, {"type": "text", "text": "A </b>?", "image": None}]),
+    user([{"type": "image", "image": "shots/a.png"}, {"type": "text", "text": ""}, {"type": "text", "text": "What?"}]),
+    user("<image>\n\nWhat?\n<image>", images=["shots/a.png", "shots/a.png"]),
     user([{"image": "shots/a.png"}, {"text": "What does <image> or <img>x</img> do in HTML?"}, "Say."]),
     {"messages": [{"role": "user", "content": "Hi", "from": None}, {"role": "assistant", "content": "Ho"}]},
     {"conversations": [{"from": "human", "role": None, "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
 ]  # fmt: skip
 
 
-def as_lists(messages: tuple[Message, ...]) -> list[tuple[str, list[str]]]:
-    """Roles, and per message its parts; neighbouring texts joined; a line break behind an image belongs to its mark."""
-    turns = []
-    for message in messages:
-        parts: list[str] = []
-        for part in message.parts:
-            if isinstance(part, ImageRef):
-                parts += [f"image {part.source}", ""]
-            elif parts and not parts[-1].startswith("image "):
-                parts[-1] += part
-            else:
-                parts.append(part)
-        after_image = [bool(i) and parts[i - 1].startswith("image ") for i in range(len(parts))]
-        parts = [part.removeprefix("\n") if after else part for part, after in zip(parts, after_image, strict=True)]
-        turns.append((message.role, [part for part in parts if part]))
-    return turns
-
-
 @pytest.mark.parametrize("number", range(len(AS_THE_TRAINER_READS)))
 def test_converted_records_are_those_that_the_trainer_reads_directly(corpus: Path, number: int) -> None:
     record = AS_THE_TRAINER_READS[number]
     made = run("convert", corpus, [record])
-    assert as_lists(parse_record(made[0]).messages) == as_lists(parse_record(record).messages)
+    assert parse_record(made[0]).messages == parse_record(record).messages
+
+
+A, B = "image shots/a.png", "image shots/b.png"
+LENIENT = [
+    (user("What?", images=["shots/a.png"]), [A, "What?"]),
+    (user("One <image> two", images=["shots/a.png", "shots/b.png"]), [B, "One ", A, " two"]),
+    (user([{"type": "text", "text": "One <image> two"}], images=["shots/a.png"]), ["One ", A, " two"]),
+    (user([{"type": "text", "text": "<image>, <image>?"}], images=["shots/a.png"]), [A, ", <image>?"]),
+    (user("<img>shots/b.png</img>What?", images=["shots/a.png"]), [A, B, "What?"]),
+    (user([{"type": "image_url", "image_url": {"url": "file://shots/a.png"}}, "What?"]), [A, "What?"]),
+    (user("<image>What?", images=[{"image": "shots/a.png"}]), [A, "What?"]),
+    (
+        {
+            "conversations": [{"role": "USER", "content": "<image>What?"}, {"from": "Model", "value": "Grey."}],
+            "image": "shots/a.png",
+        },
+        [A, "What?"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(LENIENT)))
+def test_leniency_gives_every_image_its_place(number: int) -> None:
+    record, expected = LENIENT[number]
+    first, answer = parse_record(plain_row(record)).messages
+    assert (first.role, answer.role) == ("user", "assistant")
+    assert [f"image {part.source}" if isinstance(part, ImageRef) else part for part in first.parts] == expected
+
+
+@pytest.mark.parametrize("number", range(len(AS_THE_TRAINER_READS)))
+def test_leniency_leaves_what_the_reader_takes_as_it_is(number: int) -> None:
+    record = AS_THE_TRAINER_READS[number]
+    assert parse_record(plain_row(record)) == parse_record(record)
+
+
+def test_an_absolute_path_into_the_folder_is_that_file(corpus: Path) -> None:
+    made = run("convert", corpus, [user("<image>A?", images=[str(corpus / "shots" / "a.png")])])
+    assert made[0]["messages"][0]["content"][0] == {"type": "image", "image": "shots/a.png"}
 
 
 def test_what_a_record_says_of_itself_is_kept(corpus: Path) -> None:
@@ -293,7 +316,7 @@ def test_what_a_record_says_of_itself_is_kept(corpus: Path) -> None:
     }
     made = run("convert", corpus, [record])
     read = parse_record(made[0])
-    assert as_lists(read.messages) == as_lists(parse_record(record).messages)
+    assert read.messages == parse_record(record).messages
     assert read.messages[0].text == "Be brief."
     assert [message.supervised for message in read.messages if message.role == "assistant"] == [False, True]
     assert read.weight == 0.5
