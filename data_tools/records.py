@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pixelprune.files import whole_file
+
 
 def grounding_record(
     record_id: str, image: str, instruction: str, answer: str, metadata: dict[str, Any]
@@ -22,19 +24,13 @@ def grounding_record(
     }
 
 
-PARTIAL = ".partial"
-"""Ends the name of a file that is being written."""
-
-
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:
     """Write one JSON object per line; the file appears under its name only when complete. Returns the count."""
-    partial = path.with_name(path.name + PARTIAL)
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path, in_sight=True) as partial, partial.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             count += 1
-    partial.replace(path)
     return count
 
 

@@ -88,3 +88,10 @@ def test_no_file_is_a_smell():
         # numba's cache on disk does not see changes in other files: all kernels stay in one, or stale code would run.
         limit = 450 if path.name == "kernels.py" else 400
         assert len(path.read_text().splitlines()) <= limit, path.relative_to(ROOT)
+
+
+def test_one_file_knows_how_a_file_appears_whole():
+    pattern = re.compile(r"os\.fsync|\.partial\b|\{PARTIAL\}")
+    owners = {str(path.relative_to(ROOT)) for path in FILES if pattern.search(path.read_text())}
+    # Two ask what a killed run left: one before it writes to the folder, one to remove it.
+    assert owners == {"pixelprune/files.py", "data_tools/render/output.py", "training/loop/teacher_cache.py"}

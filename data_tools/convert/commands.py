@@ -20,6 +20,7 @@ from data_tools.convert.json_stream import iter_json
 from data_tools.convert.screenspot import ScreenSpotReader
 from data_tools.records import read_jsonl, write_jsonl
 from data_tools.sheet.draw import make_sheet
+from pixelprune.files import write_whole
 
 console = Console(stderr=True)
 
@@ -182,7 +183,7 @@ def _finish(
             table.add_row(f"{what} dropped: {reason}", str(number))
     console.print(table)
     report = {**counts, "subsets": subsets, "dropped": dropped, "examples": examples or {}}
-    options.out.with_suffix(".report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_whole(options.out.with_suffix(".report.json"), (json.dumps(report, indent=1) + "\n").encode())
     if not counts["written"]:
         options.out.unlink()
         raise ValueError("no record was written; the reasons are listed above")

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from data_tools.convert.dropped import DropError
+from pixelprune.files import whole_file
 from pixelprune.images.image import open_image
 
 
@@ -97,13 +98,12 @@ class ImageFiles:
                 )
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.partial")  # a copy that a kill cut short must not be taken for one
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(path, partial)
-        except OSError:  # another file system, or one without hard links
-            shutil.copyfile(path, partial)
-        partial.replace(target)
+        # A copy that a kill cut short must not be taken for one. Waiting for the disk would cost more than the copy.
+        with whole_file(target, is_durable=False) as partial:
+            try:
+                os.link(path, partial)
+            except OSError:  # another file system, or one without hard links
+                shutil.copyfile(path, partial)
 
 
 def _orientation(image: Image.Image) -> int:

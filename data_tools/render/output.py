@@ -7,12 +7,14 @@ import shutil
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from data_tools.records import PARTIAL
 from data_tools.render.png import encode_png
 from data_tools.render.shot import Shot
+from pixelprune.files import PARTIAL, whole_file
 
 
 def prepare_out(out: Path, *, overwrite: bool) -> None:
@@ -39,19 +41,22 @@ class RenderOutput:
     def __init__(self, out: Path, splits: Sequence[str], png_level: int) -> None:
         self._out = out
         self._png_level = png_level
-        self._files = {split: (out / f"{split}.jsonl{PARTIAL}").open("w", encoding="utf-8") for split in splits}
+        self._open = ExitStack()
+        self._files = {}
+        for split in splits:
+            partial = self._open.enter_context(whole_file(out / f"{split}.jsonl", in_sight=True))
+            self._files[split] = self._open.enter_context(partial.open("w", encoding="utf-8"))
         self._pool = ThreadPoolExecutor(2)
         self._writes: deque[Future[int]] = deque()
 
     def __enter__(self) -> RenderOutput:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pool.shutdown(wait=True)
-        for split, file in self._files.items():
-            file.close()
-            if kind is None:
-                Path(file.name).replace(self._out / f"{split}.jsonl")
+        self._open.__exit__(kind, error, trace)
 
     def add(self, shot: Shot, split: str, records: list[dict[str, Any]]) -> None:
         """Write one screenshot and its records. Raises OSError, also for an earlier image."""

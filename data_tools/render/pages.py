@@ -17,6 +17,7 @@ from data_tools.render.output import RenderOutput
 from data_tools.render.shot import RenderSettings, Shot, shot_records
 from data_tools.render.site import Site
 from data_tools.render.view import PageView, Viewport
+from pixelprune.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -166,5 +167,5 @@ def render(
             report.seconds = time.monotonic() - started
             yield report
         output.finish()
-    (out / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    write_whole(out / "report.json", (json.dumps(report.as_dict(), indent=1) + "\n").encode())
     yield report

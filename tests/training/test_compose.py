@@ -438,7 +438,7 @@ def test_what_a_killed_composition_left_is_named(toys, tmp_path, caplog):
     write_composition(
         plan_composition(toys["qwen3_5"], toys["qwen3_5"]), toys["qwen3_5"], toys["qwen3_5"], tmp_path / "out"
     )
-    assert f"{left} is left of a composition that was killed" in caplog.text
+    assert f"{left} is left of a writer that was killed" in caplog.text
     assert left.exists(), "it may still run, on another host"
 
 
@@ -446,7 +446,7 @@ def test_a_folder_that_cannot_be_written_costs_one_line(toys, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     arguments = ["--vision", str(toys["qwen3_5"]), "--language", str(toys["qwen3_5"])]
     assert compose.main([*arguments, "--out", str(tmp_path / "file" / "out")]) == 2
-    assert re.search(r"^error: .*/file/\.out\S*: Not a directory$", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(r"^error: .*/file/out: Not a directory$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_random_weights_need_an_image_text_configuration(toy_tokenizer, tmp_path):

@@ -250,13 +250,13 @@ class Checkpointer:
         hashes[path.name] = files.write_tensors(path, generators, {})
         if rank == 0:
             for name, text in {**self.facts, "state.json": json.dumps(content, indent=2)}.items():
-                hashes[name] = files.write_atomically(folder / name, text.encode())
+                hashes[name] = files.write_bytes(folder / name, text.encode())
         path = files.fragment_file(folder, rank, world_size)
         hashes[path.name] = files.write_fragments(path, fragments)
-        files.write_atomically(files.hashes_file(folder, rank), json.dumps(hashes).encode())
+        files.write_bytes(files.hashes_file(folder, rank), json.dumps(hashes).encode())
         if rank == 0:
             hashes = self._hashes_of_all_ranks(folder)
-            files.write_atomically(folder / files.MARKER, marker_text(hashes).encode())
+            files.write_bytes(folder / files.MARKER, marker_text(hashes).encode())
             self._delete_old()
 
     def _require_space(self, folder: Path, num_bytes: int) -> None:

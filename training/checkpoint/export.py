@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ import yaml
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from pixelprune.files import whole_folder
 from pixelprune.prompter import PRUNE_FILE
 from training.config.settings import Config
 from training.errors import UserError
@@ -40,33 +40,27 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config
     """
     folder = folder.absolute()
     _refuse_to_replace(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with whole_folder(folder, replace=True) as partial:
+        _write_weights(partial, model, config)
+        files.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
+        if files.preprocessor:
+            (partial / "preprocessor_config.json").write_text(json.dumps(files.preprocessor, indent=2) + "\n")
+        settings = {"prune": dataclasses.asdict(config.prune), "resize": dataclasses.asdict(config.resize)}
+        (partial / PRUNE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        (partial / "README.md").write_text(_model_card(config, facts))
+    return folder
+
+
+def _write_weights(folder: Path, model: PreTrainedModel, config: Config) -> None:
     if config.lora.rank and not config.lora.merge_on_export:
         adapters = {name: tensor.contiguous().cpu() for name, tensor in adapter_weights(model).items()}
-        save_file(adapters, partial / "adapter_model.safetensors")
+        save_file(adapters, folder / "adapter_model.safetensors")
         peft_config = copy.copy(model.peft_config["default"])  # type: ignore[attr-defined,index]
         peft_config.base_model_name_or_path = config.model.path
         peft_config.modules_to_save = trained_mergers(model) or None
-        peft_config.save_pretrained(partial)
+        peft_config.save_pretrained(folder)
     else:
-        model.save_pretrained(partial, state_dict=_in_host_memory(export_weights(model)))
-    files.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
-    if files.preprocessor:
-        (partial / "preprocessor_config.json").write_text(json.dumps(files.preprocessor, indent=2) + "\n")
-    settings = {"prune": dataclasses.asdict(config.prune), "resize": dataclasses.asdict(config.resize)}
-    (partial / PRUNE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    (partial / "README.md").write_text(_model_card(config, facts))
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
-    return folder
+        model.save_pretrained(folder, state_dict=_in_host_memory(export_weights(model)))
 
 
 def _in_host_memory(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pixelprune.files import whole_file, write_whole
 from training.checkpoint.proof import MARKER, hash_of_bytes, hash_of_tensors
 from training.distributed.fragments import KINDS, Fragment
 from training.errors import UserError
@@ -62,26 +62,17 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-def write_atomically(path: Path, data: bytes) -> str:
-    """The file exists whole or not at all, also after a power cut. Returns the hash of its bytes."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_bytes(path: Path, data: bytes) -> str:
+    """The file exists whole or not at all. Returns the hash of its bytes."""
+    write_whole(path, data)
     return hash_of_bytes(data)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str:
     """Contiguous tensors on the CPU as one file. Returns the hash of the bytes it should have."""
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata=header)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    digest = hash_of_tensors(partial, tensors)
-    partial.replace(path)
-    return digest
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata=header)
+        return hash_of_tensors(partial, tensors)
 
 
 def hashes_file(folder: Path, rank: int) -> Path:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import glob
-import logging
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText
 
+from pixelprune.files import whole_folder
 from training.composition.plan import EMBEDDING, HEAD, Composition, read_config, read_vocabulary
 from training.errors import need
 from training.model.loading import DTYPES, without_prediction_layers
 from training.model.tensor_files import TensorFiles, write_shards
-
-logger = logging.getLogger(__name__)
 
 SIDE_FILES = (
     "tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.*",
@@ -37,7 +32,8 @@ def write_composition(
     float32 among bfloat16), and the vision checkpoint's take that of the embedding. Raises UserError when `out` exists.
     """
     generator = torch.Generator().manual_seed(seed)
-    with _new_folder(out) as partial, TensorFiles(vision) as from_vision, TensorFiles(language) as from_language:
+    _refuse_to_replace(out)
+    with whole_folder(out) as partial, TensorFiles(vision) as from_vision, TensorFiles(language) as from_language:
         files = {"vision": from_vision, "language": from_language}
         kind = DTYPES[dtype] if dtype else from_language.rows(composition.sources[EMBEDDING][1], [0]).dtype
         kept = Counter[str]()
@@ -91,7 +87,8 @@ def write_random(folder: Path, out: Path, *, dtype: str = "", seed: int = 0) -> 
         f"--random: {folder} holds a {config.model_type} config, expected one of an image-text model",
     )
     read_vocabulary(folder, "--random")
-    with _new_folder(out) as partial:
+    _refuse_to_replace(out)
+    with whole_folder(out) as partial:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForImageTextToText.from_config(config, dtype=DTYPES[dtype or "float32"])
@@ -103,20 +100,8 @@ def write_random(folder: Path, out: Path, *, dtype: str = "", seed: int = 0) -> 
     return out
 
 
-@contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` that becomes it when the block ends well, and goes when it does not."""
+def _refuse_to_replace(out: Path) -> None:
     need(not out.exists(), f"--out: {out} exists; name a new folder")
-    for left in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
-        logger.warning("%s is left of a composition that was killed, unless one still runs: remove it", left)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _copy_side_files(source: Path, out: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pixelprune.files import whole_file
 from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import RecordError
@@ -270,6 +270,5 @@ def _write_index(source: Source, folder: IndexFolder, table: pa.Table) -> None:
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
-    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+    with whole_file(path, is_shared=True) as partial:
+        pq.write_table(table, partial)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
+from pixelprune.files import write_whole
 from training.data.sources import Source
 
 INDEX_VERSION = 3
@@ -58,13 +58,7 @@ def open_folder(source: Source, fingerprint: dict, index_dir: str) -> IndexFolde
         return folder
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder.path / "settings.json", text + "\n")
+        write_whole(folder.path / "settings.json", f"{text}\n".encode(), is_shared=True)
     except OSError as error:
         raise ValueError(f"the index cannot be written to {folder.path}: {error.strerror} (data.index_dir)") from error
     return folder
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
-    partial.write_text(text)
-    partial.replace(path)

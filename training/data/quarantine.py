@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pixelprune.files import write_whole
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,11 +25,9 @@ class Quarantined:
 
 
 def write_quarantine(path: Path, entries: Iterable[Quarantined]) -> None:
-    """Replace the file by these entries, atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w") as file:
-        file.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
-    partial.replace(path)
+    """Replace the file by these entries, in one go."""
+    lines = "".join(json.dumps(asdict(entry)) + "\n" for entry in entries)
+    write_whole(path, lines.encode(), is_shared=True)
 
 
 def append_quarantine(path: Path | None, entry: Quarantined) -> None:

@@ -10,7 +10,6 @@ depends on is in the name of the folder (`training.teacher.files`).
 
 from __future__ import annotations
 
-import secrets
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pixelprune.files import whole_file
 from training.errors import UserError
 
 _LOOKUP = ("content_hash", "labels_hash", "starts")
@@ -109,10 +109,9 @@ def write_shard(folder: Path, entries: list[TargetEntry]) -> Path:
     for name in entries[0].values:
         tensors[name] = torch.cat([entry.values[name] for entry in entries]).contiguous()
     path = folder / f"shard-{xxhash.xxh3_64(content_hash.tobytes()).hexdigest()}.safetensors"
-    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
-    save_file(tensors, partial)
-    partial.chmod(0o644)  # safetensors writes files that only their owner can read
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial)
+        partial.chmod(0o644)  # safetensors writes files that only their owner can read
     return path
 
 

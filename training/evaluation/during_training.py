@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pixelprune.files import write_whole
 from pixelprune.prompter import Prompter
 from pixelprune.settings import PruneSettings
-from training.checkpoint.files import write_atomically
 from training.config.settings import Config
 from training.distributed.engine import Ranks
 from training.distributed.stopping import StopRequest
@@ -107,7 +107,7 @@ class GroundingEvaluator:
             if self.ranks.is_first:
                 export(self.folder / BEST_FOLDER, {"optimizer steps": step, "held-out accuracy": f"{accuracy:.4f}"})
         if self.ranks.is_first:
-            write_atomically(self.folder / STATE_FILE, (json.dumps(self.state, indent=2) + "\n").encode())
+            write_whole(self.folder / STATE_FILE, (json.dumps(self.state, indent=2) + "\n").encode())
         return metrics
 
     def _predictions(self, model: Any, prompter: Prompter) -> list[Prediction] | None:
@@ -128,7 +128,7 @@ class GroundingEvaluator:
     def _keep(self, predictions: list[Prediction], name: str) -> None:
         (self.folder / "grounding").mkdir(exist_ok=True)
         lines = "".join(json.dumps(to_row(prediction)) + "\n" for prediction in predictions)
-        write_atomically(self.folder / "grounding" / name, lines.encode())
+        write_whole(self.folder / "grounding" / name, lines.encode())
 
 
 def _metrics(predictions: list[Prediction], suffix: str) -> dict[str, float]:

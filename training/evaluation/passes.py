@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pixelprune.files import write_whole
 from pixelprune.prompter import Prompter
 from pixelprune.selection import check_settings
 from pixelprune.selection.registry import get_strategy
 from pixelprune.settings import PruneSettings
-from training.checkpoint.files import write_atomically
 from training.errors import UserError
 from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
 from training.evaluation.inputs import default_out, model_fingerprint, name_sources
@@ -129,7 +129,7 @@ def _write_result(
     files: PredictionFiles, tasks: list[Task], predictions: list[Prediction], refused: dict[str, str]
 ) -> dict[str, Any]:
     result = {**files.settings, **summarise(predictions), "num_refused": len(refused), "refused": refused}
-    write_atomically(files.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_whole(files.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint.files import write_atomically
+from pixelprune.files import write_whole
 from training.errors import UserError
 from training.evaluation.scoring import Prediction, to_row
 
@@ -37,10 +37,10 @@ class PredictionFiles:
                     "delete the folder"
                 )
         else:
-            write_atomically(path, (json.dumps(settings, indent=2) + "\n").encode())
+            write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
         for part in self._parts():
             rows = _whole_rows(part)
-            write_atomically(part, _lines(row for row in rows if not (retry_failed and row["error"])))
+            write_whole(part, _lines(row for row in rows if not (retry_failed and row["error"])))
 
     def done(self, fingerprints: Mapping[str, str]) -> dict[str, Prediction]:
         """Predictions so far, of all ranks of this and earlier starts, by record id.
@@ -60,7 +60,7 @@ class PredictionFiles:
         """The first rank calls this when all have finished: predictions.jsonl in the order of `fingerprints`."""
         done = self.done(fingerprints)
         predictions = [done[record_id] for record_id in fingerprints]
-        write_atomically(self.folder / PREDICTIONS_FILE, _lines(map(to_row, predictions)))
+        write_whole(self.folder / PREDICTIONS_FILE, _lines(map(to_row, predictions)))
         return predictions
 
     def _parts(self) -> list[Path]:

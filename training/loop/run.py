@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pixelprune.files import write_whole
 from training.checkpoint.checkpointer import Checkpointer, RunState
 from training.checkpoint.export import export_model, run_facts
 from training.config.recipe import show
@@ -263,7 +264,7 @@ def _settled(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
     if ranks.is_first:
         try:
             lock.acquire()
-            (folder / "config.yaml").write_text(show(config))
+            write_whole(folder / "config.yaml", show(config).encode())
         except UserError as error:
             refused = [str(error)]
     dist.broadcast_object_list(refused, src=0)

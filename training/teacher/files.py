@@ -14,6 +14,7 @@ import xxhash
 from safetensors import safe_open
 from torch import nn
 
+from pixelprune.files import write_whole
 from pixelprune.records.prepare import PrepareSettings
 from training.config.settings import Config, ConfigError
 from training.data.targets import TargetReader
@@ -80,7 +81,7 @@ def cache_folder(config: Config, teacher: ModelFiles, student: ModelFiles, ranks
         folder = Path(config.kd.cache_dir) / xxhash.xxh3_64(text.encode()).hexdigest()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "teacher.json").write_text(text + "\n")
+            write_whole(folder / "teacher.json", f"{text}\n".encode())
             shared[0] = str(folder)
         except OSError as error:
             shared[0] = ConfigError(f"kd.cache_dir: {folder} cannot be written: {error.strerror}")

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint.files import write_atomically
+from pixelprune.files import write_whole
 from training.errors import RankError
 
 METRICS_FILE = "metrics.jsonl"
@@ -25,7 +25,7 @@ class MetricsFile:
     def __init__(self, folder: Path, rows: list[dict[str, Any]], *, go_on: bool):
         """Starts with `rows`, in place of what is there. go_on: whether training outlives a row that finds no room."""
         self.path, self.go_on = folder / METRICS_FILE, go_on
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = self.path.open("r+b", buffering=0)
         self._end = self._file.seek(0, os.SEEK_END)
         self._num_missing = 0
