@@ -44,8 +44,8 @@ from training.data.settings import SourceSettings
 from training.evaluation.answering import AnswerSettings, predict, read_tasks
 from training.evaluation.scoring import summarise
 from training.loss.supervised import LossSettings
-from training.model.loading import SupervisedModel
 from training.model.parameters import lr_factor
+from training.model.supervised import SupervisedModel
 
 RESIZE = ResizeSettings(min_pixels=1024)
 PRUNES = {"Full": PruneSettings("none"), "PixelPrune": PruneSettings()}

@@ -33,7 +33,8 @@ from training.distributed.engine import Ranks, build_engine, join_ranks
 from training.loop.feed import build_feed
 from training.loop.run import run_step
 from training.loop.teacher_cache import build_cache
-from training.model.loading import SupervisedModel, load_model, load_model_files
+from training.model.loading import load_model, load_model_files
+from training.model.supervised import SupervisedModel
 from training.teacher.files import find_teaching
 from training.teacher.teachers import build_teacher
 from training.tracking.meter import StepMeter

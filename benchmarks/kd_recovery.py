@@ -39,7 +39,8 @@ from training.distributed.engine import Ranks, join_ranks
 from training.loop.feed import build_feed
 from training.loop.run import run
 from training.loss.supervised import LossSettings
-from training.model.loading import SupervisedModel, load_model, load_model_files
+from training.model.loading import load_model, load_model_files
+from training.model.supervised import SupervisedModel
 
 SAMPLES = Path("data_tools/samples")
 SIDE = 192

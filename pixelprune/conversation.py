@@ -69,10 +69,15 @@ class Conversation:
         resize: ResizeSettings | None = None,
         tools: list | None = None,
         template_kwargs: dict | None = None,
+        trust_remote_code: bool = False,
     ):
-        """source, prune, resize: as for `pixelprune.hf.prepare`."""
+        """source, prune, resize, trust_remote_code: as for `pixelprune.hf.prepare`."""
         self.model = model
-        self.prompter = source if isinstance(source, Prompter) else Prompter.load(source, prune=prune, resize=resize)
+        self.prompter = (
+            source
+            if isinstance(source, Prompter)
+            else Prompter.load(source, prune=prune, resize=resize, trust_remote_code=trust_remote_code)
+        )
         self.tools = tools
         self.template_kwargs = template_kwargs
         self.messages: Messages = []

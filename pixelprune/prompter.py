@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pixelprune.images.image import ImageError, ImageSource, PrunedImage, prune_image
+from pixelprune.model_folder import PRUNE_FILE, ModelFolder, read_model_file, read_prune_file, size_limits
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part
 from pixelprune.records.record import RecordError
 from pixelprune.sample import ChatTokens
@@ -19,17 +19,10 @@ from pixelprune.settings import PruneSettings, ResizeSettings
 
 __all__ = [
     "IMAGE_TYPES",
-    "PREPROCESSOR_FILE",
-    "PRUNE_FILE",
     "TEXT_TYPES",
     "Prompter",
-    "check_image_token",
-    "read_prune_file",
 ]
 
-PRUNE_FILE = "pixelprune.json"
-"""Beside a trained model's weights: the prune and resize settings it was trained with."""
-PREPROCESSOR_FILE = "preprocessor_config.json"
 IMAGE_TYPES = ("image", "image_url", "input_image")
 TEXT_TYPES = ("text", "input_text")
 
@@ -53,17 +46,24 @@ class Prompter:
 
     @classmethod
     def load(
-        cls, source: Any, *, prune: PruneSettings | str | None = None, resize: ResizeSettings | None = None
+        cls,
+        source: Any,
+        *,
+        prune: PruneSettings | str | None = None,
+        resize: ResizeSettings | None = None,
+        trust_remote_code: bool = False,
     ) -> Prompter:
         """From a model folder, a hub id, or a processor (an object with `.tokenizer` and `.image_processor`).
 
         prune, resize: where left out, the settings the model was trained with (pixelprune.json beside its weights),
         otherwise pred2d and the size limits of its image processor. `prune` may be a strategy's name; "none" keeps
         every block.
+        trust_remote_code: run code that comes with a folder.
         Raises ValueError for a source that is neither, or that has no chat template or image token.
         """
         if isinstance(source, str | Path):
-            parts = _from_folder(str(source))
+            folder = ModelFolder.open(source, trust_remote_code=trust_remote_code)
+            parts = _parts(folder.tokenizer, None, folder.config.image_token_id, folder.preprocessor)
         elif hasattr(source, "tokenizer"):
             parts = _from_processor(source)
         else:
@@ -169,40 +169,6 @@ class Prompter:
             raise ValueError(f"{where}: the text contains {self.image_token!r}; give the image as a part of its own")
 
 
-def read_prune_file(content: str, name: str = PRUNE_FILE) -> tuple[PruneSettings, ResizeSettings]:
-    """The settings a model was trained with, from the JSON beside its weights. Raises ValueError naming the file."""
-    try:
-        stored = json.loads(content)
-        return PruneSettings(**stored["prune"]), ResizeSettings(**stored["resize"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name}: expected the objects 'prune' and 'resize' with known settings: {error}") from error
-
-
-def check_image_token(tokenizer: Any, config: Any, path: str) -> None:
-    """Raises ValueError for a tokenizer without the config's image token, such as the one of a single token that
-    transformers makes, in silence, out of a folder without tokenizer files."""
-    if tokenizer.convert_ids_to_tokens(config.image_token_id) is None:
-        raise ValueError(
-            f"{path}: its tokenizer has {len(tokenizer)} tokens and no image token (id {config.image_token_id}); save "
-            "the model's tokenizer beside the weights"
-        )
-
-
-def _from_folder(path: str) -> dict:
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a loadable model folder: {str(error).splitlines()[0]}") from error
-    if getattr(config, "image_token_id", None) is None:
-        raise ValueError(f"{path}: a {config.model_type} model takes no images (no image_token_id in its config)")
-    check_image_token(tokenizer, config, path)
-    preprocessor = json.loads(read_model_file(path, PREPROCESSOR_FILE) or "{}")
-    return _parts(tokenizer, None, config.image_token_id, preprocessor)
-
-
 def _from_processor(processor: Any) -> dict:
     tokenizer = processor.tokenizer
     image_token_id = getattr(processor, "image_token_id", None)
@@ -239,37 +205,6 @@ def _parts(tokenizer: Any, chat_template: str | None, image_token_id: int, prepr
         "preprocessor": preprocessor,
         "trained_with": read_prune_file(stored, f"{path}/{PRUNE_FILE}") if stored else None,
     }
-
-
-def read_model_file(path: str, name: str, revision: str | None = None) -> str | None:
-    """A file of a model folder or hub id (at a revision); None where it has none."""
-    if not path:
-        return None
-    if not Path(path).is_dir():
-        from transformers.utils import cached_file
-
-        # Optional files: absent from the repository, or from the local copy of a machine without network.
-        found = cached_file(
-            path,
-            name,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return Path(found).read_text() if found else None
-    file = Path(path) / name
-    return file.read_text() if file.exists() else None
-
-
-def size_limits(preprocessor: dict) -> dict[str, int]:
-    """min_pixels and max_pixels of the image processor; its `size` names them shortest_edge and longest_edge."""
-    size = preprocessor.get("size") or {}
-    size = size if isinstance(size, Mapping) else dataclasses.asdict(size)
-    limits = {
-        "min_pixels": size.get("shortest_edge") or preprocessor.get("min_pixels"),
-        "max_pixels": size.get("longest_edge") or preprocessor.get("max_pixels"),
-    }
-    return {name: int(value) for name, value in limits.items() if value}
 
 
 def _short(value: Any) -> str:

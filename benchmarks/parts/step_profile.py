@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from training.model.loading import SupervisedModel
+from training.model.supervised import SupervisedModel
 
 PARTS = {
     "data wait": "#9e9e9e",

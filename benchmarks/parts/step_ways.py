@@ -29,15 +29,10 @@ from training.distributed.engine import Ranks, build_engine
 from training.loop.feed import Feed, build_feed
 from training.loop.teacher_cache import build_cache
 from training.model.attention import choose_attention
-from training.model.loading import (
-    DTYPES,
-    SupervisedModel,
-    Teacher,
-    load_model_files,
-    prepare_layers,
-)
+from training.model.loading import DTYPES, load_model_files, prepare_layers
 from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts
+from training.model.supervised import SupervisedModel, Teacher
 from training.teacher.files import Teaching, find_teaching
 from training.teacher.teachers import build_teacher
 

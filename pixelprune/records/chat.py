@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from pixelprune.model_folder import ModelFolder
 from pixelprune.records.record import Message, Record, RecordError
 from pixelprune.sample import ChatTokens
 
@@ -43,10 +44,12 @@ class ChatEncoder:
         self._forged = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, last_turn_only: bool = False) -> ChatEncoder:
-        from transformers import AutoTokenizer
-
-        return cls(AutoTokenizer.from_pretrained(str(folder)), last_turn_only=last_turn_only)
+    def from_folder(
+        cls, folder: str | Path, *, last_turn_only: bool = False, trust_remote_code: bool = False
+    ) -> ChatEncoder:
+        """Of a model folder or hub id."""
+        opened = ModelFolder.open(folder, trust_remote_code=trust_remote_code)
+        return cls(opened.tokenizer, last_turn_only=last_turn_only)
 
     def encode(self, record: Record) -> ChatTokens:
         """Token ids with one placeholder per image, and which of them are supervised.

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pixelprune.images.image import PrunedImage
+from pixelprune.model_folder import ModelFolder
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, pack_samples
 from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.sample import ChatTokens, Sample, build_sample
@@ -68,13 +69,13 @@ class PixelPruneCollator:
         last_turn_only: bool = False,
         root: str | Path | None = None,
         dummy_image: bool = True,
+        trust_remote_code: bool = False,
     ) -> PixelPruneCollator:
         """For a model folder or hub id. Size limits of the images come from `resize`, not from the model's folder."""
-        from transformers import AutoConfig
-
+        folder = ModelFolder.open(model_path, trust_remote_code=trust_remote_code)
         settings = PrepareSettings(model_path, prune or PruneSettings(), resize or ResizeSettings(), last_turn_only)
-        geometry = VisionGeometry.from_config(AutoConfig.from_pretrained(model_path))
-        return cls(settings.build(), geometry, Path(root) if root is not None else None, dummy_image)
+        preparer = settings.build_from(folder)
+        return cls(preparer, folder.geometry, Path(root) if root is not None else None, dummy_image)
 
     def __call__(self, records: Sequence[Any]) -> dict[str, Any]:
         """Records (mappings in any supported format, or `Record`) as one row on the CPU.

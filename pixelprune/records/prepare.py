@@ -11,7 +11,7 @@ import xxhash
 from PIL import Image
 
 from pixelprune.images.image import ImageError, PrunedImage, decode_image, prune_image
-from pixelprune.prompter import check_image_token
+from pixelprune.model_folder import ModelFolder
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.images import read_image
 from pixelprune.records.reader import parse_record
@@ -54,16 +54,16 @@ class PrepareSettings:
     with_full: bool = False
     """Prepare the unpruned sample too; the pruned one does not depend on it."""
 
-    def build(self) -> Preparer:
-        """Load tokenizer and config. Raises ValueError when they have no image token."""
-        from transformers import AutoConfig
+    trust_remote_code: bool = False
 
-        chat = ChatEncoder.from_folder(self.model_path, last_turn_only=self.last_turn_only)
-        config = AutoConfig.from_pretrained(self.model_path)
-        if getattr(config, "image_token_id", None) is None:
-            raise ValueError(f"{self.model_path}: expected a vision-language model with an image_token_id (model.path)")
-        check_image_token(chat.tokenizer, config, self.model_path)
-        return Preparer(chat, self.prune, self.resize, config.image_token_id, self.with_full)
+    def build(self) -> Preparer:
+        """Open the model folder. Raises ValueError when there is nothing that takes images."""
+        return self.build_from(ModelFolder.open(self.model_path, trust_remote_code=self.trust_remote_code))
+
+    def build_from(self, folder: ModelFolder) -> Preparer:
+        """From a folder that is open already."""
+        chat = ChatEncoder(folder.tokenizer, last_turn_only=self.last_turn_only)
+        return Preparer(chat, self.prune, self.resize, folder.config.image_token_id, self.with_full)
 
     def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
         """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pixelprune.prompter import PREPROCESSOR_FILE, PRUNE_FILE, read_model_file, read_prune_file, size_limits
+from pixelprune.model_folder import PREPROCESSOR_FILE, PRUNE_FILE, read_model_file, read_prune_file, size_limits
 from pixelprune.selection.selection import check_settings
 from pixelprune.settings import PruneSettings, ResizeSettings
 

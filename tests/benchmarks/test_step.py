@@ -22,7 +22,8 @@ from tests.pixelprune.reference import make_sample
 from training.composition.toy import build_tokenizer
 from training.config.settings import ModelSettings
 from training.loss.supervised import LossSettings
-from training.model.loading import SupervisedModel, enable_recomputation
+from training.model.loading import enable_recomputation
+from training.model.supervised import SupervisedModel
 
 NO_LATENCY = Network(100e9, 50e9, 0.0, 0.0, ranks_per_node=8, reached=1.0)
 NOTHING = Gradients(0.0, 0.0, 0.0, 1.0)

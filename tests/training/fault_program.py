@@ -17,7 +17,7 @@ import torch.distributed as dist
 from training.checkpoint import files as checkpoint_files
 from training.evaluation import during_training as grounding_eval
 from training.exit_codes import leave_process
-from training.model.loading import SupervisedModel
+from training.model.supervised import SupervisedModel
 from training.train import main
 
 

@@ -20,7 +20,8 @@ from training.distributed.engine import Ranks, build_engine, join_ranks, leave_r
 from training.exit_codes import leave_process
 from training.loop.run import run_step
 from training.model.compiled import compile_layers
-from training.model.loading import SupervisedModel, enable_recomputation, load_model, load_model_files
+from training.model.loading import enable_recomputation, load_model, load_model_files
+from training.model.supervised import SupervisedModel
 from training.tracking.meter import StepMeter
 
 NUM_STEPS = 2

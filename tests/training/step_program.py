@@ -18,7 +18,8 @@ from training.data.loader import START, MicroBatch
 from training.distributed.engine import Ranks, build_engine, join_ranks, leave_ranks
 from training.exit_codes import leave_process
 from training.loop.run import run_step
-from training.model.loading import SupervisedModel, enable_recomputation, load_model, load_model_files
+from training.model.loading import enable_recomputation, load_model, load_model_files
+from training.model.supervised import SupervisedModel
 from training.tracking.meter import StepMeter
 
 ANSWERS = [

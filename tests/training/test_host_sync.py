@@ -21,7 +21,8 @@ from tests.pixelprune.reference import make_sample
 from tests.ranks import ROOT
 from training.config.settings import ModelSettings
 from training.loss.supervised import LossSettings
-from training.model.loading import SupervisedModel, enable_recomputation
+from training.model.loading import enable_recomputation
+from training.model.supervised import SupervisedModel
 
 METHODS = (
     "item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "equal", "repeat_interleave",

@@ -20,9 +20,10 @@ from training.composition.toy import build_toy_model
 from training.config.settings import Config, GroupSettings, ModelSettings, OptimSettings
 from training.errors import UserError
 from training.loss.supervised import LossSettings
-from training.model.loading import SupervisedModel, load_model, load_model_files
+from training.model.loading import load_model, load_model_files
 from training.model.lora import LoraSettings, add_adapters
 from training.model.parameters import freeze_parts, trains_vision
+from training.model.supervised import SupervisedModel
 from training.tracking.tracker import read_metrics
 
 

@@ -30,8 +30,9 @@ from training.composition.toy import build_toy_model
 from training.config.settings import ModelSettings, OptimSettings
 from training.data.taught import with_full_rows
 from training.loss.supervised import LossSettings
-from training.model.loading import SupervisedModel, enable_recomputation, load_model, load_model_files
+from training.model.loading import enable_recomputation, load_model, load_model_files
 from training.model.parameters import PARTS, parameter_groups, part_of
+from training.model.supervised import SupervisedModel
 from training.teacher.teachers import OnlineTeacher
 from training.tracking.tracker import read_metrics
 

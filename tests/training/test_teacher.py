@@ -26,8 +26,9 @@ from training.data.taught import TaughtPack, with_full_rows
 from training.distributed.engine import Ranks
 from training.loop.teacher_cache import target_bytes, target_values
 from training.loss.supervised import LossSettings
-from training.model.loading import SupervisedModel, load_model_files
+from training.model.loading import load_model_files
 from training.model.parameters import freeze_parts
+from training.model.supervised import SupervisedModel
 from training.teacher.files import describe_targets, find_teaching, hash_weights, load_head, load_teacher_files
 from training.teacher.teachers import CachedTeacher, OnlineTeacher
 

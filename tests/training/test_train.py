@@ -70,8 +70,8 @@ def test_the_exported_folder_is_the_trained_model(finished_run, data):
 def test_export_gives_the_same_logits_as_the_model_in_memory(toy_model, toy_folder, toy_tokenizer, geometry, tmp_path):
     from transformers import AutoModelForImageTextToText
 
+    from pixelprune.model_folder import PRUNE_FILE, read_prune_file
     from pixelprune.pack import model_inputs, pack_samples
-    from pixelprune.prompter import PRUNE_FILE, read_prune_file
     from pixelprune.settings import PruneSettings, ResizeSettings
     from tests.pixelprune.reference import make_sample
     from training.checkpoint.export import export_model

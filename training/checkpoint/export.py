@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from pixelprune.files import whole_folder
-from pixelprune.prompter import PRUNE_FILE
+from pixelprune.model_folder import PRUNE_FILE, ModelFolder
 from training.config.settings import Config
 from training.errors import UserError
-from training.model.loading import ModelFiles, load_model, load_model_files
+from training.model.loading import load_model, load_model_files
 from training.model.lora import adapter_weights, add_adapters, export_weights, trained_mergers
 from training.tracking.meter import RunTotals
 from training.tracking.tracker import read_metrics
@@ -31,7 +31,7 @@ CARD_METRICS = {
 """Metrics that go into the model card, and how it calls them."""
 
 
-def export_model(folder: Path, model: PreTrainedModel, files: ModelFiles, config: Config, facts: dict) -> Path:
+def export_model(folder: Path, model: PreTrainedModel, files: ModelFolder, config: Config, facts: dict) -> Path:
     """Write weights, tokenizer, preprocessor, prune and resize settings and a model card; complete or not at all.
 
     The folder is written beside its final place and renamed when it is whole. With lora.merge_on_export off it holds

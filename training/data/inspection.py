@@ -28,7 +28,13 @@ def inspect(config: Config, console: Console, folder: Path, *, num: int) -> None
     """Print `num` records of every source and write their pictures to `folder`. Raises UserError for unusable data."""
     try:
         sources = open_sources(config.data.sources)
-        preparer = PrepareSettings(config.model.path, config.prune, config.resize, config.data.last_turn_only).build()
+        preparer = PrepareSettings(
+            config.model.path,
+            config.prune,
+            config.resize,
+            config.data.last_turn_only,
+            trust_remote_code=config.model.trust_remote_code,
+        ).build()
     except (ValueError, OSError) as error:
         raise UserError(str(error).splitlines()[0]) from error
     folder.mkdir(parents=True, exist_ok=True)

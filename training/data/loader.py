@@ -143,7 +143,7 @@ class PackLoader:
         first_step: int = 0,
         dummy_image: bool = True,
     ) -> PackLoader:
-        """The training loader of a run: Config, Feed, ModelFiles and Ranks of the packages above this one.
+        """The training loader of a run: Config, Feed, ModelFolder and Ranks of the packages above this one.
 
         dummy_image: needed unless all ranks run their backward, and a sharded teacher, without the vision tower.
         """

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pixelprune.files import write_whole
+from pixelprune.model_folder import ModelFolder
 from pixelprune.prompter import Prompter
 from pixelprune.settings import PruneSettings
 from training.config.settings import Config
@@ -21,7 +22,6 @@ from training.distributed.stopping import StopRequest
 from training.errors import UserError
 from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
 from training.evaluation.scoring import Prediction, summarise, to_row
-from training.model.loading import ModelFiles
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class GroundingEvaluator:
     """
 
     def __init__(
-        self, config: Config, files: ModelFiles, ranks: Ranks, folder: Path, tasks: list[Task], stop: StopRequest
+        self, config: Config, files: ModelFolder, ranks: Ranks, folder: Path, tasks: list[Task], stop: StopRequest
     ):
         self.config, self.ranks, self.folder, self.tasks, self.stop = config, ranks, folder, tasks, stop
         settings = config.eval
@@ -44,13 +44,16 @@ class GroundingEvaluator:
         if settings.grounding_on_full and config.prune.strategy != "none":
             prunes["_full"] = PruneSettings("none")
         self.prompters = {
-            suffix: Prompter.load(files.path, prune=prune, resize=config.resize) for suffix, prune in prunes.items()
+            suffix: Prompter.load(
+                files.path, prune=prune, resize=config.resize, trust_remote_code=config.model.trust_remote_code
+            )
+            for suffix, prune in prunes.items()
         }
         self.state: dict[str, Any] = {"best_step": None, "best_accuracy": None, "evaluated_steps": []}
 
     @classmethod
     def build(
-        cls, config: Config, files: ModelFiles, ranks: Ranks, folder: Path, stop: StopRequest
+        cls, config: Config, files: ModelFolder, ranks: Ranks, folder: Path, stop: StopRequest
     ) -> GroundingEvaluator | None:
         """None when eval.grounding_every_steps is 0. Raises UserError when no eval source has records with boxes."""
         if not config.eval.grounding_every_steps:

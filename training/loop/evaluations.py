@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pixelprune.model_folder import ModelFolder
 from training.checkpoint.export import export_model
 from training.config.settings import Config
 from training.distributed.engine import Ranks
@@ -11,7 +12,6 @@ from training.distributed.stopping import Agreement, StopRequest
 from training.evaluation.during_training import GroundingEvaluator
 from training.loop.held_out_loss import Validator
 from training.loop.journal import Journal
-from training.model.loading import ModelFiles
 
 
 class Evaluations:
@@ -24,7 +24,7 @@ class Evaluations:
     def __init__(
         self,
         config: Config,
-        files: ModelFiles,
+        files: ModelFolder,
         ranks: Ranks,
         folder: Path,
         num_steps: int,

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 from pixelprune.flops import CostModel
+from pixelprune.model_folder import ModelFolder
 from pixelprune.records.prepare import PrepareSettings
 from training.checkpoint.files import complete_checkpoints
 from training.config.settings import Config
@@ -24,7 +25,6 @@ from training.data.targets import BUILD_ADVICE, TargetReader
 from training.distributed.engine import Ranks, patient_barrier
 from training.distributed.stopping import Agreement, StopRequest
 from training.errors import UserError
-from training.model.loading import ModelFiles
 from training.teacher.files import Teaching
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Feed:
 def build_feed(
     config: Config,
     sources: list[SourceSettings],
-    files: ModelFiles,
+    files: ModelFolder,
     ranks: Ranks,
     folder: Path,
     *,
@@ -109,7 +109,9 @@ def build_feed(
     Raises StopAskedError then, and UserError for anything about the data that the user must mend.
     """
     data = config.data
-    prepare = PrepareSettings(files.path, config.prune, config.resize, data.last_turn_only)
+    prepare = PrepareSettings(
+        files.path, config.prune, config.resize, data.last_turn_only, trust_remote_code=config.model.trust_remote_code
+    )
     try:
         index = build_index(
             sources,

@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from pixelprune.model_folder import ModelFolder
 from training.config.settings import Config
 from training.data.loader import PackLoader
 from training.distributed.engine import Ranks
 from training.distributed.stopping import Agreement, StopRequest
 from training.loop.feed import Feed, build_feed
-from training.model.loading import ModelFiles
 
 
 class Validator:
     """Evaluates the mean cross-entropy per supervised token and the token accuracy on held-out records."""
 
     def __init__(
-        self, config: Config, feed: Feed, files: ModelFiles, ranks: Ranks, stop: StopRequest, agreement: Agreement
+        self, config: Config, feed: Feed, files: ModelFolder, ranks: Ranks, stop: StopRequest, agreement: Agreement
     ):
         self.ranks, self.stop, self.agreement = ranks, stop, agreement
         # Made once: its worker processes stay for the next validation.
@@ -27,7 +27,7 @@ class Validator:
 
     @classmethod
     def build(
-        cls, config: Config, files: ModelFiles, ranks: Ranks, folder: Path, stop: StopRequest, agreement: Agreement
+        cls, config: Config, files: ModelFolder, ranks: Ranks, folder: Path, stop: StopRequest, agreement: Agreement
     ) -> Validator | None:
         """None when the recipe has no data.eval_sources. Raises what `build_feed` raises."""
         sources = config.data.eval_sources

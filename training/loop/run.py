@@ -32,15 +32,10 @@ from training.loop.journal import Journal
 from training.loop.memory import plan_memory
 from training.loop.start_table import print_start_table
 from training.model.attention import choose_attention
-from training.model.loading import (
-    DTYPES,
-    SupervisedModel,
-    load_model,
-    load_model_files,
-    prepare_layers,
-)
+from training.model.loading import DTYPES, load_model, load_model_files, prepare_layers
 from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts, lr_factor, set_learning_rates, trains_vision
+from training.model.supervised import SupervisedModel
 from training.teacher.files import find_teaching
 from training.teacher.teachers import build_teacher
 from training.tracking.meter import StepMeter

@@ -6,19 +6,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from pixelprune.model_folder import ModelFolder
 from pixelprune.selection.registry import is_recoverable
 from training.config.settings import Config
 from training.distributed.engine import Ranks
 from training.loop.feed import Feed
 from training.loop.memory import MemoryPlan
-from training.model.loading import ModelFiles
 from training.model.parameters import count_parts
 
 
 def print_start_table(
     config: Config,
     ranks: Ranks,
-    files: ModelFiles,
+    files: ModelFolder,
     feed: Feed,
     model: nn.Module,
     attention: str,

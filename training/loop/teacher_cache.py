@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pixelprune.flops import CostModel
+from pixelprune.model_folder import ModelFolder
 from pixelprune.pack import Pack
 from pixelprune.settings import PruneSettings
 from training.config.settings import Config
@@ -33,7 +34,7 @@ from training.loop.feed import Feed, build_feed
 from training.loop.folder_lock import FolderLock
 from training.loss.divergence import tempered_log_softmax
 from training.model.attention import choose_attention
-from training.model.loading import DTYPES, ModelFiles, load_model_files
+from training.model.loading import DTYPES, load_model_files
 from training.teacher.files import Teaching, cache_folder, load_teacher_files, teacher_dtype
 from training.teacher.teachers import OnlineTeacher, build_online_teacher
 
@@ -81,7 +82,7 @@ def build_cache(config: Config, ranks: Ranks) -> Path:
     return folder
 
 
-def target_bytes(config: Config, teacher: ModelFiles, num_supervised: int) -> int:
+def target_bytes(config: Config, teacher: ModelFolder, num_supervised: int) -> int:
     """Size of the targets of that many supervised tokens."""
     if config.kd.top_k:
         return num_supervised * config.kd.top_k * (torch.float32.itemsize + torch.int32.itemsize)
@@ -131,7 +132,7 @@ def _from_first(ranks: Ranks, value: np.ndarray | None) -> np.ndarray:
 
 
 def _check_space(
-    config: Config, todo: Index, teacher: ModelFiles, folder: Path, ranks: Ranks, console: Console
+    config: Config, todo: Index, teacher: ModelFolder, folder: Path, ranks: Ranks, console: Console
 ) -> None:
     num_supervised = int(todo.num_supervised.sum())
     needed = target_bytes(config, teacher, num_supervised)
@@ -153,7 +154,7 @@ def _compute(
     config: Config,
     todo: Index,
     feed: Feed,
-    student: ModelFiles,
+    student: ModelFolder,
     teacher: OnlineTeacher,
     folder: Path,
     ranks: Ranks,

@@ -15,12 +15,13 @@ from safetensors import safe_open
 from torch import nn
 
 from pixelprune.files import write_whole
+from pixelprune.model_folder import ModelFolder
 from pixelprune.records.prepare import PrepareSettings
 from training.config.settings import Config, ConfigError
 from training.data.targets import TargetReader
 from training.distributed.engine import Ranks
 from training.errors import UserError
-from training.model.loading import DTYPES, ModelFiles, load_model_files
+from training.model.loading import DTYPES, load_model_files
 from training.model.tensor_files import weight_paths
 
 FORMAT_VERSION = 1
@@ -31,11 +32,11 @@ FORMAT_VERSION = 1
 class Teaching:
     """Who teaches, and how packs get the teacher's side: full rows, or targets read from a cache."""
 
-    files: ModelFiles
+    files: ModelFolder
     targets: TargetReader | None = None
 
 
-def find_teaching(config: Config, student: ModelFiles, ranks: Ranks) -> Teaching | None:
+def find_teaching(config: Config, student: ModelFolder, ranks: Ranks) -> Teaching | None:
     """None without distillation. Every rank calls this. Raises ConfigError for a teacher that does not fit."""
     if config.loss.kd_weight == 0:
         return None
@@ -45,14 +46,11 @@ def find_teaching(config: Config, student: ModelFiles, ranks: Ranks) -> Teaching
     return Teaching(files, TargetReader(cache_folder(config, files, student, ranks)))
 
 
-def load_teacher_files(config: Config, student: ModelFiles) -> ModelFiles:
+def load_teacher_files(config: Config, student: ModelFolder) -> ModelFolder:
     """The teacher's config, tokenizer and preprocessor; refuses one that does not fit. Raises ConfigError."""
     if config.kd.path in ("", student.path):
         return student
-    try:
-        files = load_model_files(dataclasses.replace(config.model, path=config.kd.path))
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("model.path", "kd.path")) from error
+    files = load_model_files(dataclasses.replace(config.model, path=config.kd.path), "kd.path")
     # The student's packs are the teacher's input: both must read ids and pixels alike.
     for what, mine, other in (
         ("output vocabulary", _vocab_size(student), _vocab_size(files)),
@@ -72,7 +70,7 @@ def teacher_dtype(config: Config) -> torch.dtype:
     return DTYPES[config.kd.dtype or config.model.dtype]
 
 
-def cache_folder(config: Config, teacher: ModelFiles, student: ModelFiles, ranks: Ranks) -> Path:
+def cache_folder(config: Config, teacher: ModelFolder, student: ModelFolder, ranks: Ranks) -> Path:
     """The folder of this teacher's targets, made if need be; every rank calls this, the first one reads the weights."""
     shared: list[Any] = [None]
     if ranks.is_first:
@@ -92,10 +90,10 @@ def cache_folder(config: Config, teacher: ModelFiles, student: ModelFiles, ranks
     return Path(shared[0])
 
 
-def describe_targets(config: Config, teacher: ModelFiles, student: ModelFiles) -> dict[str, Any]:
+def describe_targets(config: Config, teacher: ModelFolder, student: ModelFolder) -> dict[str, Any]:
     """All that a cached target depends on besides its record; not pruning, since the teacher sees all tokens."""
     prepare = PrepareSettings(student.path, config.prune, config.resize, config.data.last_turn_only)
-    sample = prepare.fingerprint(prepare.build())
+    sample = prepare.fingerprint(prepare.build_from(student))
     del sample["prune"]
     top_k = {"top_k": config.kd.top_k, "temperature": config.loss.temperature}
     stored = config.kd.cache_dtype or config.kd.dtype or config.model.dtype
@@ -128,7 +126,7 @@ def weight_files(path: str) -> list[Path]:
         raise ConfigError(f"kd.path: {error}; save the teacher with save_pretrained") from error
 
 
-def load_head(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+def load_head(files: ModelFolder, dtype: torch.dtype, device: torch.device) -> nn.Linear:
     """The output head alone, frozen: one tensor is read from the files, the embedding where they hold no other head.
 
     Raises ConfigError when there is no such tensor.
@@ -150,7 +148,7 @@ def load_head(files: ModelFiles, dtype: torch.dtype, device: torch.device) -> nn
     raise ConfigError(f"kd.path: the files of {files.path} hold no tensor {endings[-1]!r}, the output head")
 
 
-def _vocab_size(files: ModelFiles) -> int:
+def _vocab_size(files: ModelFolder) -> int:
     return files.config.get_text_config().vocab_size  # type: ignore[attr-defined]
 
 

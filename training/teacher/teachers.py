@@ -17,12 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pixelprune.model_call import final_hidden
+from pixelprune.model_folder import ModelFolder
 from pixelprune.pack import Pack, VisionGeometry
 from training.config.settings import Config
 from training.data.taught import TaughtPack
 from training.distributed.engine import Ranks
 from training.model.attention import attention_for
-from training.model.loading import ModelFiles, Teacher, load_model
+from training.model.loading import load_model
+from training.model.supervised import Teacher
 from training.teacher.files import Teaching, load_head, teacher_dtype
 
 
@@ -36,7 +38,7 @@ def build_teacher(config: Config, teaching: Teaching | None, ranks: Ranks, atten
     return build_online_teacher(config, teaching.files, ranks, attention)
 
 
-def build_online_teacher(config: Config, files: ModelFiles, ranks: Ranks, attention: str) -> OnlineTeacher:
+def build_online_teacher(config: Config, files: ModelFolder, ranks: Ranks, attention: str) -> OnlineTeacher:
     """The teacher's weights, frozen; kd.sharding says how the ranks hold them."""
     attention = attention_for(teacher_dtype(config), ranks.device, attention)
     if config.kd.sharding == "zero3" and ranks.world_size > 1:
@@ -77,13 +79,13 @@ class CachedTeacher:
         return {"teacher_hidden": pack.teacher_hidden, "teacher_head": self.head}
 
 
-def _load_frozen(config: Config, files: ModelFiles, device: torch.device, attention: str) -> PreTrainedModel:
+def _load_frozen(config: Config, files: ModelFolder, device: torch.device, attention: str) -> PreTrainedModel:
     settings = dataclasses.replace(config.model, path=files.path, dtype=config.kd.dtype or config.model.dtype)
     model = load_model(settings, attention=attention, device=device).eval()
     return model.requires_grad_(False)
 
 
-def _build_sharded(config: Config, files: ModelFiles, ranks: Ranks, attention: str) -> OnlineTeacher:
+def _build_sharded(config: Config, files: ModelFolder, ranks: Ranks, attention: str) -> OnlineTeacher:
     """ZeRO-3 inference: every rank keeps 1 / world size of the weights and fetches a layer's others for its forward.
 
     The output head stays whole on every rank: how often the loss uses it depends on a rank's number of chunks, and
