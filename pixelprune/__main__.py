@@ -13,10 +13,9 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pixelprune.command import USER_ERROR, run_command
+from pixelprune.command import USER_ERROR, ProgressLine, run_command
 from pixelprune.images.image import PrunedImage, decode_image, prune_pixels, resize_image
 from pixelprune.selection import METRICS, check_settings
 from pixelprune.selection.overlay import draw_overlay, side_by_side
@@ -83,15 +82,13 @@ def _stats(options: argparse.Namespace) -> int:
     if options.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {options.threads}")
     result = DatasetStats(unreadable=unreadable)
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(paths))
+    with ProgressLine("measuring", len(paths)) as progress:
         for outcome in measure_files(paths, rules, _resize(options), options.threads):
             if isinstance(outcome, ImageStats):
                 result.images.append(outcome)
             else:
                 result.unreadable.append(outcome)
-            progress.advance(task)
+            progress.advance()
     if options.json:
         print(json.dumps(result.as_dict(), indent=2))
     else:

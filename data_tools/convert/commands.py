@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from data_tools.convert.converter import Converter, ConvertSettings, convert_all
@@ -20,6 +19,7 @@ from data_tools.convert.json_stream import iter_json
 from data_tools.convert.screenspot import ScreenSpotReader
 from data_tools.records import read_jsonl, write_jsonl
 from data_tools.sheet.draw import make_sheet
+from pixelprune.command import ProgressLine
 from pixelprune.files import write_whole
 
 console = Console(stderr=True)
@@ -117,9 +117,8 @@ def _open(options: argparse.Namespace) -> tuple[list[Path], ImageFiles]:
     return files, ImageFiles(folder, options.out.parent, copy=options.copy_images)
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+def _progress(path: Path) -> ProgressLine:
+    return ProgressLine(path.name, path.stat().st_size, in_percent=True)
 
 
 def run_convert(options: argparse.Namespace) -> None:
@@ -128,17 +127,15 @@ def run_convert(options: argparse.Namespace) -> None:
     settings = ConvertSettings(options.source, options.coordinates, options.answer, not options.drop_system)
     converter = Converter(images, settings)
 
-    def records(progress: Progress) -> Iterator[dict[str, Any]]:
+    def records() -> Iterator[dict[str, Any]]:
         for path in files:
-            task = progress.add_task(path.name, total=path.stat().st_size, note="")
-            for record, position in convert_all(iter_json(path), converter, options.limit):
-                report = converter.report
-                progress.update(task, completed=position, note=f"{report.num_written} of {report.num_read} records")
-                yield record
-            progress.update(task, completed=path.stat().st_size)
+            with _progress(path) as progress:
+                for record, position in convert_all(iter_json(path), converter, options.limit):
+                    report = converter.report
+                    progress.update(position, f"{report.num_written} of {report.num_read} records")
+                    yield record
 
-    with _progress() as progress:
-        count = write_jsonl(options.out, records(progress))
+    count = write_jsonl(options.out, records())
     report = converter.report
     counts = {"read": report.num_read, "written": count, "answers rewritten": report.num_answers}
     dropped = {"records": report.dropped_records, "exchanges of kept records": report.dropped_turns}
@@ -151,19 +148,17 @@ def run_screenspot(options: argparse.Namespace) -> None:
     reader = ScreenSpotReader(images, variant=options.variant, language=options.language)
     subsets: Counter[str] = Counter()
 
-    def records(progress: Progress) -> Iterator[dict[str, Any]]:
+    def records() -> Iterator[dict[str, Any]]:
         for path in files:
-            task = progress.add_task(path.name, total=path.stat().st_size, note="")
-            for number, (entry, position) in enumerate(iter_json(path)):
-                record = reader.record(entry, path, number)
-                progress.update(task, completed=position, note=f"{reader.num_read} entries")
-                if record is not None:
-                    subsets[f"{record['metadata']['subset']}, {record['metadata']['element']}"] += 1
-                    yield record
-            progress.update(task, completed=path.stat().st_size)
+            with _progress(path) as progress:
+                for number, (entry, position) in enumerate(iter_json(path)):
+                    record = reader.record(entry, path, number)
+                    progress.update(position, f"{reader.num_read} entries")
+                    if record is not None:
+                        subsets[f"{record['metadata']['subset']}, {record['metadata']['element']}"] += 1
+                        yield record
 
-    with _progress() as progress:
-        count = write_jsonl(options.out, records(progress))
+    count = write_jsonl(options.out, records())
     _finish(options, {"read": reader.num_read, "written": count}, {"entries": reader.dropped}, subsets)
 
 

@@ -7,7 +7,6 @@ import random
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from data_tools.records import read_jsonl
@@ -17,6 +16,7 @@ from data_tools.render.shot import RenderSettings
 from data_tools.render.site import Site
 from data_tools.render.view import Viewport
 from data_tools.sheet.draw import make_sheet
+from pixelprune.command import ProgressLine
 
 console = Console(stderr=True)
 
@@ -118,12 +118,10 @@ def run(options: argparse.Namespace) -> None:
     eval_set = split_pages(pages, eval_pages=names, eval_fraction=options.eval_fraction, seed=options.seed)
     prepare_out(options.out, overwrite=options.overwrite)
     report = RenderReport()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        task = progress.add_task("pages", total=len(pages), note="")
+    with ProgressLine("pages", len(pages)) as progress:
         for report in render(site, pages, options.out, settings, eval_set, chromium=options.chromium):
-            note = f"{report.num_images} images, {report.num_records.total()} records"
-            progress.update(task, completed=report.num_pages, note=note)
+            status = f"{report.num_images} images, {report.num_records.total()} records"
+            progress.update(report.num_pages, status)
     show_report(report)
     if not report.num_records.total():
         raise ValueError("no record was made; the reasons are listed above")

@@ -20,8 +20,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pixelprune.command import ProgressLine
 from pixelprune.files import whole_file
 from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
@@ -157,13 +157,11 @@ class _Pool:
 
     def measure(self, chunks: list[_Chunk]) -> list[dict]:
         """Write the parts; returns the rows, in order, of the chunks that have none. Ends early when stopped."""
-        columns = (TextColumn("index"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         rows = []
-        with Progress(*columns, disable=not self.show_progress or not chunks) as progress:
-            task = progress.add_task("index", total=sum(len(chunk.rows) for chunk in chunks))
+        with ProgressLine("index", sum(len(chunk.rows) for chunk in chunks), is_shown=self.show_progress) as progress:
             for chunk, measured in zip(chunks, self._results(chunks), strict=True):
                 rows += measured
-                progress.advance(task, len(chunk.rows))
+                progress.advance(len(chunk.rows))
                 if self.is_stopped():
                     break
         return rows

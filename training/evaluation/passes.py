@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from pixelprune.command import ProgressLine
 from pixelprune.files import write_whole
 from pixelprune.prompter import Prompter
 from pixelprune.selection import check_settings
@@ -36,7 +35,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MODES = ("full", "pruned")
-_SECONDS_BETWEEN_LOG_LINES = 15.0
 
 
 def evaluate(args: argparse.Namespace, ranks: PartialState, console: Console) -> dict[str, dict[str, Any]]:
@@ -118,10 +116,14 @@ def _run_pass(
     if done and pending and ranks.is_main_process:
         console.print(f"{files.folder}: continuing, {len(tasks) - len(pending)} of {len(tasks)} are answered")
     mine = pending[ranks.process_index :: ranks.num_processes]
-    with _ProgressLine(files.folder.name, len(mine), console, is_shown=ranks.is_main_process) as line:
+    what = f"{files.folder.name}, on this rank" if ranks.num_processes > 1 else files.folder.name
+    with ProgressLine(what, len(mine), is_shown=ranks.is_main_process, console=console) as line:
+        num_hits = 0
         for predictions in predict(model, prompter, mine, answers):
             files.append(ranks.process_index, predictions)
-            line.advance(predictions)
+            num_hits += sum(prediction.hit for prediction in predictions)
+            num_done = line.num_done + len(predictions)
+            line.update(num_done, f"accuracy so far {num_hits / num_done:.1%}")
     ranks.wait_for_everyone()
 
 
@@ -131,38 +133,6 @@ def _write_result(
     result = {**files.settings, **summarise(predictions), "num_refused": len(refused), "refused": refused}
     write_whole(files.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
-
-
-class _ProgressLine:
-    """The first rank's share of the work: a bar on a terminal, a log line every 15 seconds elsewhere."""
-
-    def __init__(self, name: str, total: int, console: Console, *, is_shown: bool):
-        self._name, self._total, self._console, self._is_shown = name, total, console, is_shown
-        self._num = self._num_hits = 0
-        self._last = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=console)
-
-    def __enter__(self) -> _ProgressLine:
-        if self._is_shown and self._console.is_terminal:
-            self._row = self._bar.add_task(self._name, total=self._total, status="")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self, predictions: list[Prediction]) -> None:
-        self._num += len(predictions)
-        self._num_hits += sum(prediction.hit for prediction in predictions)
-        if not self._is_shown:
-            return
-        status = f"accuracy so far {self._num_hits / self._num:.1%}"
-        if self._console.is_terminal:
-            self._bar.update(self._row, completed=self._num, status=status)
-        elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LOG_LINES or self._num == self._total:
-            self._last = time.monotonic()
-            self._console.print(f"{self._name}: {self._num}/{self._total} on this rank, {status}", soft_wrap=True)
 
 
 def result_table(mode: str, result: dict[str, Any]) -> Table:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pixelprune.command import ProgressLine
 from training.checkpoint.checkpointer import RunState
 from training.config.recipe import config_to_dict
 from training.config.settings import Config
 from training.distributed.engine import Ranks
-from training.tracking.progress import ProgressLine
 from training.tracking.tracker import Tracker
 
 
@@ -19,7 +19,7 @@ class Journal:
         self.config, self.num_steps = config, num_steps
         self.tracker: Tracker | None = None
         if ranks.is_first:
-            self.progress = ProgressLine(num_steps, first_step=state.step)
+            self.progress = ProgressLine("step", num_steps, start=state.step, speaks_at_once=True)
             self.tracker = Tracker(
                 folder,
                 config.tracking,
@@ -37,7 +37,7 @@ class Journal:
         if self.tracker:
             if num_done % self.config.tracking.log_every == 0 or num_done == self.num_steps:
                 self.tracker.log(num_done, metrics)
-            self.progress.update(num_done, metrics)
+            self.progress.update(num_done, _status(metrics))
 
     def evaluated(self, num_done: int, metrics: dict[str, float]) -> None:
         if self.tracker:
@@ -50,3 +50,10 @@ class Journal:
         if self.tracker:
             self.progress.close()
             self.tracker.close()
+
+
+def _status(metrics: dict[str, float]) -> str:
+    return (
+        f"loss {metrics['loss']:.4f}  {metrics['samples_per_s']:.1f} samples/s  "
+        f"{metrics['kept_tokens_per_s']:,.0f} kept tok/s  retain {metrics['retain_ratio']:.1%}"
+    )

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pixelprune.command import ProgressLine
 from pixelprune.flops import CostModel
 from pixelprune.model_folder import ModelFolder
 from pixelprune.pack import Pack
@@ -170,10 +170,8 @@ def _compute(
     plan = plan_epoch(inputs, settings, epoch=0, world_size=ranks.world_size)
     hash_of = {todo.record_id(i): int(todo.content_hash[i]) for i in range(len(todo))}
     loader = PackLoader.build(config, Feed(todo, prepare, inputs, settings), student, ranks, num_steps=len(plan))
-    columns = (TextColumn("teacher"), BarColumn(), MofNCompleteColumn(), TextColumn("records"), TimeRemainingColumn())
     started, entries = time.perf_counter(), []
-    with Progress(*columns, console=console, disable=not ranks.is_first) as progress:
-        task = progress.add_task("teacher", total=len(todo))
+    with ProgressLine("teacher, records", len(todo), is_shown=ranks.is_first, console=console) as progress:
         for step, batches in loader.steps():
             for batch in batches:
                 pack = batch.pack.to(ranks.device)
@@ -181,11 +179,11 @@ def _compute(
             if len(entries) >= config.kd.cache_records or (entries and step == len(plan) - 1):
                 write_shard(folder, entries)
                 entries = []
-            progress.advance(task, plan[step].num_samples)
+            progress.advance(plan[step].num_samples)
             if step == 0 and len(plan) > 1:
                 share = float(plan[0].cost.sum() / inputs.cost.sum())
                 minutes = (time.perf_counter() - started) / share / 60
-                console.print(f"time: about {minutes:.1f} minutes in all, from the first {plan[0].num_samples} records")
+                progress.say(f"time: about {minutes:.1f} minutes in all, from the first {plan[0].num_samples} records")
 
 
 def _entries(pack: Pack, values: dict[str, torch.Tensor], hash_of: dict[str, int]) -> list[TargetEntry]:

@@ -1,0 +1,6 @@
+"""What commands of all packages share: how one ends, and how it shows that it goes on."""
+
+from pixelprune.command.ending import INTERRUPTED, USER_ERROR, print_error, run_command
+from pixelprune.command.progress import ProgressLine
+
+__all__ = ["INTERRUPTED", "USER_ERROR", "ProgressLine", "print_error", "run_command"]
