@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["FAMILIES", "Family", "family_of", "lora_targets"]
 
@@ -47,6 +48,21 @@ def family_of(config) -> Family:
     except KeyError:
         supported = ", ".join(sorted(FAMILIES))
         raise ValueError(f"model type {config.model_type!r} is not supported; expected one of: {supported}") from None
+
+
+EXPERTS_INPUTS_FIRST = ("qwen3_vl_moe",)
+"""Families whose published checkpoints store the weights of experts as (expert, inputs, outputs)."""
+
+
+def published_layout(model_type: str, weights: dict[str, Any]) -> dict[str, Any]:
+    """A stock model's tensors by name, as published checkpoints of the family store them.
+
+    The stock class of EXPERTS_INPUTS_FIRST reads either layout and writes its own (transformers 5.19 to 5.23, whatever
+    it is given unless `save_original_format=False`), which vLLM does not load.
+    """
+    if model_type not in EXPERTS_INPUTS_FIRST:
+        return weights
+    return {name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor for name, tensor in weights.items()}
 
 
 _LORA_ATTENTION = r"self_attn\.[qkvo]_proj"

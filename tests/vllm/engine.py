@@ -87,6 +87,23 @@ def assert_same(served: list[Answer], reference: list[Answer], atol: float = 1e-
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=atol)
 
 
+def assert_as_good(served: list[Answer], reference: list[Answer]) -> None:
+    """Same prompt lengths; in bfloat16, log-probabilities of chosen tokens agree up to and with the first that differs.
+
+    That one was a tie: both chose their best token. Per conversation the largest difference counts. Seen on toys: a
+    median of 0.010 to 0.012, up to 0.02 without experts and 0.10 with (where rounding changed an expert); without our
+    positions a median of 0.033 to 0.039.
+    """
+    assert [answer.prompt_tokens for answer in served] == [answer.prompt_tokens for answer in reference]
+    worst = []
+    for one, other in zip(served, reference, strict=True):
+        pairs = list(zip(one.token_ids, other.token_ids, strict=True))
+        end = next((n for n, (mine, theirs) in enumerate(pairs) if mine != theirs), len(pairs)) + 1
+        worst.append(np.abs(np.subtract(one.logprobs[:end], other.logprobs[:end])).max())
+    assert np.median(worst) < 0.02
+    assert max(worst) < 0.2
+
+
 def user(text: str, *images: Path) -> dict:
     parts: list[dict] = [{"type": "image", "image": str(image)} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}

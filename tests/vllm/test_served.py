@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.vllm.engine import ask_hugging_face, ask_vllm, assert_same, needs_vllm
+from tests.vllm.engine import ask_hugging_face, ask_vllm, assert_as_good, assert_same, needs_vllm
 
 pytestmark = needs_vllm
 
@@ -41,3 +42,24 @@ def test_wrong_positions_are_seen(served_folder, stock_model, conversations, tmp
     by_name = dict(zip(conversations, same, strict=True))
     assert by_name["text"]
     assert not by_name["wide"]
+
+
+def test_a_mixture_of_experts(served_folder, stock_model, conversations, tmp_path):
+    folder = served_folder("qwen3_vl_moe")
+    reference = ask_hugging_face(stock_model(folder), folder, list(conversations.values()))
+    (served,) = ask_vllm(folder, list(conversations.values()), tmp_path)
+    assert_same(served, reference)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_delta_nets_in_bfloat16(family, served_folder, stock_model, conversations, tmp_path):
+    """vLLM's kernels for delta nets on a CPU compute in bfloat16 alone: equally good tokens may be chosen otherwise."""
+    folder = served_folder(family)
+    asked = list(conversations.values())
+    reference = ask_hugging_face(stock_model(folder, torch.bfloat16), folder, asked)
+    (served,) = ask_vllm(folder, asked, tmp_path, engine={"dtype": "bfloat16"})
+    assert_as_good(served, reference)
+    if family == "qwen3_5":
+        (mutated,) = ask_vllm(folder, asked, tmp_path, engine={"dtype": "bfloat16"}, mutate=True)
+        with pytest.raises(AssertionError):
+            assert_as_good(mutated, reference)

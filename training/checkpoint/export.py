@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from pixelprune.family import EXPERTS_INPUTS_FIRST, published_layout
 from pixelprune.files import whole_folder
 from pixelprune.model_folder import PRUNE_FILE, ModelFolder
 from training.config.settings import Config
@@ -60,7 +61,9 @@ def _write_weights(folder: Path, model: PreTrainedModel, config: Config) -> None
         peft_config.modules_to_save = trained_mergers(model) or None
         peft_config.save_pretrained(folder)
     else:
-        model.save_pretrained(folder, state_dict=_in_host_memory(export_weights(model)))
+        model_type = model.config.model_type
+        weights = published_layout(model_type, _in_host_memory(export_weights(model)))
+        model.save_pretrained(folder, state_dict=weights, save_original_format=model_type not in EXPERTS_INPUTS_FIRST)
 
 
 def _in_host_memory(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -6,11 +6,12 @@ Configuration, tokenizer, chat template and preprocessor have the published mode
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pixelprune.family import FAMILIES, Family
+from pixelprune.family import FAMILIES, Family, published_layout
 
 SPECIAL_TOKENS = [
     "<|endoftext|>",
@@ -91,9 +92,11 @@ def build_tokenizer(texts: Iterable[str] = DEFAULT_TEXTS, vocab_size: int = 2048
     )
 
 
-def toy_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen3_vl") -> PretrainedConfig:
+def toy_config(
+    tokenizer: PreTrainedTokenizerFast, family: str = "qwen3_vl", text_sizes: Mapping[str, int] | None = None
+) -> PretrainedConfig:
     """A config with every part of the real family's (GQA, interleaved MRoPE, DeepStack, both kinds of layers, experts),
-    a few layers deep. Raises ValueError for an unknown family."""
+    a few layers deep. text_sizes: other sizes of the language model. Raises ValueError for an unknown family."""
     if family not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
     facts = FAMILIES[family]
@@ -123,7 +126,7 @@ def toy_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen3_vl") -> 
         vision["deepstack_visual_indexes"] = [0, 1, 2]
     return AutoConfig.for_model(
         family,
-        text_config=text | _layers(facts) | _experts(facts),
+        text_config=text | _layers(facts) | _experts(facts) | dict(text_sizes or {}),
         vision_config=vision,
         image_token_id=token_id("<|image_pad|>"),
         video_token_id=token_id("<|video_pad|>"),
@@ -147,22 +150,34 @@ def _layers(facts: Family) -> dict[str, Any]:
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 32,
         "linear_value_head_dim": 32,
+        "attn_output_gate": True,
+        "full_attention_interval": 2,
+        "mamba_ssm_dtype": "float32",
+        "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 0,
     }
 
 
 def _experts(facts: Family) -> dict[str, Any]:
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
-    shared = {"shared_expert_intermediate_size": 128} if facts.linear_attention else {}
-    return sizes | shared if facts.experts else {}
+    rest: dict[str, Any] = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
+    if facts.linear_attention:
+        rest = {"shared_expert_intermediate_size": 128}
+    return sizes | rest if facts.experts else {}
 
 
 def build_toy_model(
-    folder: str | Path, texts: Iterable[str] = DEFAULT_TEXTS, *, family: str = "qwen3_vl", seed: int = 0
+    folder: str | Path,
+    texts: Iterable[str] = DEFAULT_TEXTS,
+    *,
+    family: str = "qwen3_vl",
+    seed: int = 0,
+    text_sizes: Mapping[str, int] | None = None,
 ) -> Path:
     """Write a loadable model folder with seeded random weights and return its path."""
     folder = Path(folder)
     tokenizer = build_tokenizer(texts)
-    config = toy_config(tokenizer, family)
+    config = toy_config(tokenizer, family, text_sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config)
@@ -170,6 +185,8 @@ def build_toy_model(
         eos_token_id=config.text_config.eos_token_id, pad_token_id=config.text_config.pad_token_id, do_sample=False
     )
     model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(published_layout(family, tensors), folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor",
