@@ -19,8 +19,7 @@ from launch.hosts import (
     read_hostfile,
     with_exports,
 )
-from launch.local import default_num_ranks, local_command, run_local
-from launch.ports import free_port
+from launch.local import default_num_ranks, free_port, local_command, run_local
 from launch.restart import RestartPolicy
 from launch.slurm import SlurmSettings, slurm_script, submit
 from training.command import run_command, set_up_logging

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def find_deepspeed() -> str:
     return found
 
 
+def free_port() -> int:
+    """A TCP port for the ranks to meet at, so that two runs on one machine do not collide."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def local_command(recipe: Path, overrides: list[str], num_ranks: int, *, port: int | None = None) -> list[str]:
     """The exact command that starts `num_ranks` processes of training.train on this machine. Raises UserError."""
     gpus = chosen_gpus(num_ranks)
@@ -48,7 +56,6 @@ def run_local(
     grace_seconds: float = 600.0,
 ) -> int:
     """Run to the end in the foreground and return the exit code (training/exit_codes.py). Raises UserError."""
-    from launch.ports import free_port
     from launch.prebuild import clear_stale_lock
     from launch.run import Launch, run_launch
     from training.config.recipe import load_recipe

@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.local import find_deepspeed
-from launch.ports import free_port
+from launch.local import find_deepspeed, free_port
 
 ROOT = Path(__file__).parent.parent
 

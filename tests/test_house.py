@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -82,12 +83,28 @@ def test_the_environment_is_read_in_launch_only():
             assert not pattern.search(path.read_text()), path.relative_to(ROOT)
 
 
-def test_no_file_is_a_smell():
+def lengths(path: Path) -> dict[str, int]:
+    """Lines of a file ("") and of each function in it."""
+    text = path.read_text()
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {"": len(text.splitlines())} | {
+        f"{node.name}, line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1 for node in functions
+    }
+
+
+def test_no_function_and_no_file_is_too_long_to_read():
     for path in FILES:
-        assert path.name != "utils.py"
-        # numba's cache on disk does not see changes in other files: all kernels stay in one, or stale code would run.
-        limit = 450 if path.name == "kernels.py" else 400
-        assert len(path.read_text().splitlines()) <= limit, path.relative_to(ROOT)
+        assert path.name != "utils.py", "a file is named by its noun"
+        for name, length in lengths(path).items():
+            # numba's cache on disk does not see changes in other files: all kernels stay in one, or stale code would
+            # run.
+            limit = 80 if name else 450 if path.name == "kernels.py" else 400
+            assert length <= limit, f"{path.relative_to(ROOT)}: {name} has {length} lines"
+
+
+def test_no_folder_is_a_hall():
+    count = Counter(path.parent for path in FILES if path.name != "__init__.py")
+    assert {str(folder.relative_to(ROOT)): number for folder, number in count.items() if number > 16} == {}
 
 
 def test_one_file_knows_how_a_file_appears_whole():

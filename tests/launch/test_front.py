@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import find_deepspeed
+from launch.local import find_deepspeed, free_port
 from launch.processes import descendants, ranks_below
 from training.exit_codes import RESUMABLE
 
@@ -22,8 +22,6 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 
 
 def deepspeed() -> list[str]:
-    from launch.ports import free_port
-
     return [find_deepspeed(), "--num_accelerators", "2", "--master_port", str(free_port())]
 
 

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer
 
-from launch.local import find_deepspeed
-from launch.ports import free_port
+from launch.local import find_deepspeed, free_port
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, pack_samples
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.record import Message, Record
