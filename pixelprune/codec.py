@@ -63,7 +63,7 @@ class Compressed:
     @property
     def block(self) -> int:
         """Side of a block in pixels."""
-        return self.blocks.shape[1]
+        return int(self.blocks.shape[1])
 
     def save(self, path: Path | str) -> None:
         """Write one .npz file (deflated, without pickle) to exactly this path."""
@@ -142,5 +142,5 @@ def decode(compressed: Compressed) -> np.ndarray:
     """
     rows, cols = compressed.keep.shape
     side = compressed.block
-    standing = compressed.blocks[decode_sources(compressed)]
+    standing: np.ndarray = compressed.blocks[decode_sources(compressed)]
     return standing.swapaxes(1, 2).reshape(rows * side, cols * side, 3)

@@ -67,8 +67,8 @@ class Conversation:
         *,
         prune: PruneSettings | str | None = None,
         resize: ResizeSettings | None = None,
-        tools: list | None = None,
-        template_kwargs: dict | None = None,
+        tools: list[Any] | None = None,
+        template_kwargs: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ):
         """source, prune, resize, trust_remote_code: as for `pixelprune.hf.prepare`."""
@@ -102,7 +102,7 @@ class Conversation:
     @torch.no_grad()
     def ask(
         self,
-        content: str | list | dict,
+        content: str | list[Any] | dict[str, Any],
         *,
         role: str = "user",
         max_new_tokens: int | None = None,
@@ -199,7 +199,7 @@ class Conversation:
         before = int((row.input_ids[:start] == self.prompter.image_token_id).sum())
         kept = np.cumsum([0, *(image.selection.num_kept for image in row.images)]).tolist()
         assert before in kept, f"{before} image tokens are cached, images end at {kept}"
-        return kept.index(before)
+        return int(kept.index(before))
 
     def _keep(self, row: _Row, answer: list[int], text: str, messages: Messages, cache: Any, ends: set[int]) -> None:
         """The conversation with the answer. The end token is left out: the template writes it (it is not cached)."""
@@ -213,13 +213,13 @@ class Conversation:
         if self._cache is None:
             logger.info("the cache holds other tokens than the answer: the next turn is computed from the start")
 
-    def _suppressed(self, generate_kwargs: dict) -> list[int]:
+    def _suppressed(self, generate_kwargs: dict[str, Any]) -> list[int]:
         """An answer must not hold image placeholders: the next turn would take them for images."""
         config = generate_kwargs.get("generation_config") or self.model.generation_config
         wanted = generate_kwargs.get("suppress_tokens", config.suppress_tokens)
         return sorted({*(wanted or []), self.prompter.image_token_id})
 
-    def _refuse_unusable(self, generate_kwargs: dict) -> None:
+    def _refuse_unusable(self, generate_kwargs: dict[str, Any]) -> None:
         config = generate_kwargs.get("generation_config") or self.model.generation_config
         for name in ("num_beams", "num_return_sequences"):
             value = generate_kwargs.get(name) or getattr(config, name, None) or 1
@@ -234,7 +234,7 @@ def _with_row_positions(mrope: np.ndarray, start: int) -> np.ndarray:
     return np.concatenate([np.arange(start, start + mrope.shape[1])[None], mrope])
 
 
-def _as_messages(content: str | list | dict, role: str) -> Messages:
+def _as_messages(content: str | list[Any] | dict[str, Any], role: str) -> Messages:
     if isinstance(content, dict) and "role" in content:
         return [content]
     if isinstance(content, list) and content and all(isinstance(part, dict) and "role" in part for part in content):

@@ -51,7 +51,7 @@ def _states_length(config: Any) -> bool:
     return any(getattr(config, name, None) is not None for name in ("max_new_tokens", "max_length"))
 
 
-def end_token_ids(model: Any, generate_kwargs: dict) -> set[int]:
+def end_token_ids(model: Any, generate_kwargs: dict[str, Any]) -> set[int]:
     """The end tokens in force: argument, then generation config."""
     config = generate_kwargs.get("generation_config") or model.generation_config
     ends = generate_kwargs.get("eos_token_id", config.eos_token_id)
@@ -70,4 +70,7 @@ def trim(row: list[int], ends: set[int], pad: int) -> list[int]:
 
 
 def decode(prompter: Prompter, token_ids: list[list[int]]) -> list[str]:
-    return prompter.tokenizer.batch_decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    texts: list[str] = prompter.tokenizer.batch_decode(
+        token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return texts

@@ -41,7 +41,7 @@ FAMILIES = {
 }
 
 
-def family_of(config) -> Family:
+def family_of(config: Any) -> Family:
     """The family of a Hugging Face config. Raises ValueError naming the supported ones."""
     try:
         return FAMILIES[config.model_type]

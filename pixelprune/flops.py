@@ -122,7 +122,9 @@ class CostModel:
         """Sum over the images of the squared number of ViT patches: what attention per image costs."""
         return sum((int(kept) * self.patches_per_block) ** 2 for kept in kept_blocks)
 
-    def _parts(self, image_tokens: Any, patch_squares: Any, text_tokens: Any, supervised: Any, training: bool) -> dict:
+    def _parts(
+        self, image_tokens: Any, patch_squares: Any, text_tokens: Any, supervised: Any, training: bool
+    ) -> dict[str, Any]:
         tokens = image_tokens + text_tokens
         pairs = tokens * (tokens + 1) / 2 if self.causal_half else tokens * tokens
         factor = 3.0 if training else 1.0
@@ -197,7 +199,7 @@ def _text_costs(text: Any, family: Family) -> dict[str, Any]:
 
 def _swiglu(text: Any, width: int, inner_field: str = "intermediate_size") -> int:
     """Multiply-adds per token of an MLP with gate, up and down matrices."""
-    return 3 * width * _get(text, inner_field)
+    return 3 * width * int(_get(text, inner_field))
 
 
 def _expert_products(text: Any, width: int, num_layers: int) -> int:
@@ -211,13 +213,13 @@ def _expert_products(text: Any, width: int, num_layers: int) -> int:
     if _get(text, "shared_expert_intermediate_size", 0):
         sparse += _swiglu(text, width, "shared_expert_intermediate_size") + width  # and its gate
     num_dense = num_layers - num_sparse
-    return num_sparse * sparse + (num_dense * _swiglu(text, width) if num_dense else 0)
+    return int(num_sparse * sparse + (num_dense * _swiglu(text, width) if num_dense else 0))
 
 
 def _num_full_layers(text: Any, num_layers: int) -> int:
     layer_types = list(_get(text, "layer_types", ()))
     if not layer_types:  # an older config.json gives the spacing instead: every fourth layer, unless it says otherwise
-        return num_layers // _get(text, "full_attention_interval", 4)
+        return num_layers // int(_get(text, "full_attention_interval", 4))
     unknown = set(layer_types) - {"full_attention", "linear_attention"}
     if unknown or len(layer_types) != num_layers:
         raise ValueError(f"FLOPs: expected layer_types for {num_layers} full or linear layers, got {layer_types}")

@@ -87,8 +87,8 @@ def prepare(
     *,
     prune: PruneSettings | str | None = None,
     resize: ResizeSettings | None = None,
-    tools: list | None = None,
-    template_kwargs: dict | None = None,
+    tools: list[Any] | None = None,
+    template_kwargs: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> PrunedInputs:
     """Messages with images -> prompts in which only kept blocks remain, at their original 2-D positions.

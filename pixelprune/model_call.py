@@ -146,9 +146,9 @@ def _places(pack: Pack, groups: list[list[int]], longest: list[int], starts: lis
     return row_start + pack.position_ids[0]
 
 
-def _images_by_sample(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> list[tuple]:
+def _images_by_sample(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Features (kept, D) of each sample's images: the vision tower runs once over all images of the pack."""
-    features: tuple = ()
+    features: tuple[Any, ...] = ()
     if inputs := vision_inputs(pack, geometry, dtype):
         features = model.model.get_image_features(**inputs, return_dict=True).pooler_output
     borders = [0, *accumulate(pack.num_images_per_sample)]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class VisionGeometry:
     linear_attention: bool = False
 
     @classmethod
-    def from_config(cls, config, preprocessor: dict | None = None) -> VisionGeometry:
+    def from_config(cls, config: Any, preprocessor: dict[str, Any] | None = None) -> VisionGeometry:
         """From a Hugging Face model config and, if at hand, the content of its preprocessor_config.json.
 
         Raises ValueError for an unsupported family or for patch sizes other than 16 with a merge of 2.
@@ -140,7 +140,7 @@ class Pack:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return dataclasses.replace(self, **{k: move(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
-    def to(self, device, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         return self.mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Self:
@@ -190,7 +190,7 @@ def decoding_index(images: list[PrunedImage]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict:
+def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict[str, Any]:
     """The keyword arguments of the stock forward for a pack that is on its device already.
 
     Pixels are scaled, normalised and their frame duplicated here, in `dtype`. `use_cache=False` always: with a cache
@@ -218,7 +218,7 @@ def _sample_of_token(pack: Pack) -> torch.Tensor:
     return samples.repeat_interleave(pack.cu_seqlens.diff().to(torch.int64), output_size=pack.num_tokens)
 
 
-def vision_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict:
+def vision_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict[str, Any]:
     """The part of `model_inputs` that concerns images; empty for a pack without one."""
     if pack.num_patches == 0:
         return {}
@@ -266,7 +266,7 @@ def _twice(patches: torch.Tensor, temporal_patch: int) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _normalisation_table(mean: tuple, std: tuple, device: torch.device) -> torch.Tensor:
+def _normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
     scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
     per_channel = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
     return torch.from_numpy(np.concatenate(per_channel)).to(device)
@@ -278,7 +278,7 @@ def _predictors(sample: Sample) -> np.ndarray:
     return np.flatnonzero(sample.supervised) - 1
 
 
-def _vision_fields(images: list[PrunedImage], geometry: VisionGeometry) -> dict:
+def _vision_fields(images: list[PrunedImage], geometry: VisionGeometry) -> dict[str, Any]:
     if not images:
         return {
             "blocks": torch.empty(0, BLOCK, BLOCK, 3, dtype=torch.uint8),
@@ -304,7 +304,7 @@ def _kept_rows(keep: np.ndarray, geometry: VisionGeometry) -> tuple[torch.Tensor
     """Position and interpolation rows of the kept patches, taken from those of the full grid."""
     full = _full_grid(keep.shape, geometry)
     kept_patches = torch.from_numpy(keep.reshape(-1)).repeat_interleave(MERGE * MERGE)
-    return tuple(rows[kept_patches] for rows in full)  # type: ignore[return-value]
+    return tuple(rows[kept_patches] for rows in full)
 
 
 @lru_cache(maxsize=64)

@@ -82,15 +82,16 @@ class Prompter:
 
     @property
     def image_token(self) -> str:
-        return self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
     @property
     def pad_token_id(self) -> int:
-        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        pad: int | None = self.tokenizer.pad_token_id
+        end: int = self.tokenizer.eos_token_id
         return pad if pad is not None else end
 
     def render(
-        self, messages: Messages, *, tools: list | None = None, template_kwargs: dict | None = None
+        self, messages: Messages, *, tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
     ) -> tuple[str, list[ImageSource]]:
         """The conversation through the chat template, answer header included, and its images in order.
 
@@ -142,7 +143,7 @@ class Prompter:
             turns.append({**message, "content": content})
         return turns, images
 
-    def _read_part(self, part: Any, where: str, images: list[ImageSource]) -> dict:
+    def _read_part(self, part: Any, where: str, images: list[ImageSource]) -> dict[str, Any]:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         if not isinstance(part, Mapping):
@@ -169,7 +170,7 @@ class Prompter:
             raise ValueError(f"{where}: the text contains {self.image_token!r}; give the image as a part of its own")
 
 
-def _from_processor(processor: Any) -> dict:
+def _from_processor(processor: Any) -> dict[str, Any]:
     tokenizer = processor.tokenizer
     image_token_id = getattr(processor, "image_token_id", None)
     if image_token_id is None:
@@ -186,7 +187,9 @@ def _from_processor(processor: Any) -> dict:
     return _parts(tokenizer, getattr(processor, "chat_template", None), image_token_id, preprocessor)
 
 
-def _parts(tokenizer: Any, chat_template: str | None, image_token_id: int, preprocessor: dict) -> dict:
+def _parts(
+    tokenizer: Any, chat_template: str | None, image_token_id: int, preprocessor: dict[str, Any]
+) -> dict[str, Any]:
     """What both kinds of source end in. A processor leads to its folder through its tokenizer."""
     chat_template = chat_template or tokenizer.chat_template
     path = tokenizer.name_or_path

@@ -99,7 +99,7 @@ def mrope_of_image(selection: Selection, start: int) -> np.ndarray:
     return np.stack([np.full(len(rows), start), start + rows, start + cols]).astype(np.int64)
 
 
-def _append_text(ids: list, positions: list, text_ids: np.ndarray, position: int) -> int:
+def _append_text(ids: list[np.ndarray], positions: list[np.ndarray], text_ids: np.ndarray, position: int) -> int:
     ids.append(text_ids)
     positions.append(np.broadcast_to(np.arange(position, position + len(text_ids)), (3, len(text_ids))))
     return position + len(text_ids)

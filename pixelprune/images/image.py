@@ -167,7 +167,8 @@ def gather_blocks(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """Copy the kept blocks of uint8 (H, W, 3) into (K, 32, 32, 3), row-major."""
     rows, cols = keep.shape
     grid = image.reshape(rows, BLOCK, cols, BLOCK, 3).swapaxes(1, 2)
-    return grid[keep]
+    kept: np.ndarray = grid[keep]
+    return kept
 
 
 def prune_pixels(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:

@@ -72,7 +72,8 @@ def _resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 @lru_cache(maxsize=256)
 def _weights(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First source pixel, number of taps, and fixed-point weights int32 (new_size, taps), zero behind the last tap."""
-    return _fixed_point_weights(size, new_size)
+    first, taps, weights = _fixed_point_weights(size, new_size)
+    return first, taps, weights
 
 
 @njit(cache=True)

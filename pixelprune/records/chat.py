@@ -31,7 +31,7 @@ SENTINELS = ("q", "z")
 class ChatEncoder:
     """Records -> `ChatTokens`, for one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer, *, last_turn_only: bool = False):
+    def __init__(self, tokenizer: Any, *, last_turn_only: bool = False):
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError("expected a fast tokenizer (with character offsets), got a slow one (model.path)")
         if not isinstance(tokenizer.chat_template, str):
@@ -94,7 +94,7 @@ class ChatEncoder:
         spans = [self._span(turns, i, text) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         return text, spans
 
-    def _span(self, turns: list[dict], i: int, text: str) -> Span:
+    def _span(self, turns: list[dict[str, Any]], i: int, text: str) -> Span:
         """Where assistant turn i stands: from the end of its header to its end token."""
         if i == 0:  # many templates cannot render an empty conversation
             return self._span_by_substitution(turns, i, text)
@@ -104,7 +104,7 @@ class ChatEncoder:
             return len(header), self._end(text, len(header), len(upto))
         return self._span_by_substitution(turns, i, text)
 
-    def _span_by_substitution(self, turns: list[dict], i: int, text: str) -> Span:
+    def _span_by_substitution(self, turns: list[dict[str, Any]], i: int, text: str) -> Span:
         """For templates that write a turn differently once it is history (as reasoning models do).
 
         Two other answers in this turn's place share with each other everything but the answer.
@@ -141,19 +141,20 @@ class ChatEncoder:
             except UnicodeEncodeError as error:
                 raise RecordError("bad_text", f"a {message.role} turn is not valid Unicode: {error}") from error
 
-    def _text(self, turns: list[dict], **kwargs: Any) -> str:
+    def _text(self, turns: list[dict[str, Any]], **kwargs: Any) -> str:
         return self._apply(turns, **kwargs)[0][0]
 
-    def _apply(self, turns: list[dict], **kwargs: Any) -> tuple[list[str], list]:
+    def _apply(self, turns: list[dict[str, Any]], **kwargs: Any) -> tuple[list[str], list[Any]]:
         from jinja2 import TemplateError
 
         try:
-            return render_jinja_template(
+            texts, marks = render_jinja_template(
                 conversations=[turns],
                 chat_template=self.tokenizer.chat_template,
                 **self.tokenizer.special_tokens_map,
                 **kwargs,
             )
+            return texts, marks
         except TemplateError as error:
             # Templates refuse conversations by raising: a system turn in the middle, two user turns in a row, ...
             raise RecordError("template", f"the chat template refuses this conversation: {error}") from error

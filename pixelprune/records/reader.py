@@ -84,7 +84,7 @@ def parse_record(row: Any, record_format: str = "auto") -> Record:
 class _ImageSupply:
     """The record's image list, handed out placeholder by placeholder."""
 
-    def __init__(self, row: dict):
+    def __init__(self, row: dict[str, Any]):
         listed = row.get("images", row.get("image", []))
         listed = list(listed) if isinstance(listed, list | tuple) else [listed]
         self.images = [image for image in listed if image is not None]
@@ -127,15 +127,15 @@ def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
     return Message(role, tuple(part for part in parts if part != ""), _is_supervised(turn, role))
 
 
-def _turn_object(turn: Any) -> dict:
-    if not isinstance(turn, dict):
-        raise RecordError("bad_content", f"a turn is {type(turn).__name__}, expected an object")
-    turn = {key: value for key, value in turn.items() if value is not None}
+def _turn_object(given: Any) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise RecordError("bad_content", f"a turn is {type(given).__name__}, expected an object")
+    turn = {key: value for key, value in given.items() if value is not None}
     _refuse_unread(turn, "a turn")
     return turn
 
 
-def _refuse_unread(mapping: dict, what: str) -> None:
+def _refuse_unread(mapping: dict[str, Any], what: str) -> None:
     for key, advice in UNREAD_KEYS.items():
         # Tables have an empty value where other rows have tools; written out as JSON it is a string of two brackets.
         if mapping.get(key) not in (None, "", "[]", [], {}):
@@ -153,7 +153,7 @@ def _system_turn(system: Any, messages: list[Message]) -> list[Message]:
     return [Message("system", (system,), supervised=False)] if system else []
 
 
-def _is_supervised(turn: dict, role: str) -> bool:
+def _is_supervised(turn: dict[str, Any], role: str) -> bool:
     """Whether an answer is trained on; other turns never are."""
     given = {key: turn[key] for key in SUPERVISION_KEYS if key in turn}
     for key, value in given.items():
@@ -184,9 +184,10 @@ def _typed_part(part: Any, role: str, supply: _ImageSupply) -> Part:
     part = {key: value for key, value in part.items() if value is not None}
     kind = part.get("type", "text" if "text" in part else "image")
     if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise RecordError("bad_content", f"{role} turn: a text part holds {part.get('text')!r:.60}")
-        return part["text"]
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise RecordError("bad_content", f"{role} turn: a text part holds {text!r:.60}")
+        return text
     if kind in ("image", "image_url"):
         source = image_of_part(part)
         return supply.next() if source is None else ImageRef(source)
@@ -204,14 +205,14 @@ def _check_turns(messages: list[Message]) -> None:
             raise RecordError("empty_turn", f"a {message.role} turn is empty")
 
 
-def _weight(row: dict) -> float:
+def _weight(row: dict[str, Any]) -> float:
     weight = row.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
         raise RecordError("bad_weight", f"weight {weight!r:.40}, expected a number from 0 to 1e6")
     return float(weight)
 
 
-def _metadata(row: dict) -> dict:
+def _metadata(row: dict[str, Any]) -> dict[str, Any]:
     metadata = {key: value for key, value in row.items() if key not in RESERVED}
     if isinstance(row.get("metadata"), dict):
         metadata |= row["metadata"]

@@ -19,7 +19,7 @@ class RecordError(ValueError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.reason, str(self))
 
 

@@ -55,7 +55,7 @@ class Pruned:
         features = visual(patches, None, encoder_metadata=kept_metadata(visual, grids, keep, num_kept))
         return features.split(num_kept)
 
-    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[torch.Tensor, int]:
+    def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
         return kept_positions(super().get_mrope_input_positions, input_tokens, mm_features)  # type: ignore[misc]
 
 

@@ -12,10 +12,10 @@ from pixelprune.settings import MERGE
 
 # L = tokens of the prompt, U = tokens it would have without pruning
 
-Rule = Callable[[list[int], list], tuple[torch.Tensor, int]]
+Rule = Callable[[list[int], list[Any]], tuple[torch.Tensor, int]]
 
 
-def kept_positions(stock_rule: Rule, tokens: list[int], features: list) -> tuple[torch.Tensor, int]:
+def kept_positions(stock_rule: Rule, tokens: list[int], features: list[Any]) -> tuple[torch.Tensor, int]:
     """Positions int64 (3, L) and what is added to a token's number to give the position of a generated one.
 
     stock_rule: (U tokens, features at their places in them) -> positions (3, U) and that difference.

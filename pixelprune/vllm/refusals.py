@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pixelprune.settings import MERGE, PATCH
@@ -14,7 +15,7 @@ def check_server(vllm_config: Any, settings: ServedSettings) -> None:
         raise ValueError(f"{vllm_config.model_config.model} is to be served pruned (by {settings.said_by}): {reason}")
 
 
-def _reasons(vllm_config: Any, settings: ServedSettings):
+def _reasons(vllm_config: Any, settings: ServedSettings) -> Iterator[str]:
     import vllm.envs
 
     from pixelprune.selection.registry import strategy_names  # numba may load now: the worker has started

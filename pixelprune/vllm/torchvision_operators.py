@@ -14,7 +14,7 @@ import sysconfig
 from pathlib import Path
 
 NAME = "torchvision_operators"
-_libraries: list = []  # definitions end with the library that made them
+_libraries: list[object] = []  # definitions end with the library that made them
 
 
 class DeclareFirst:
