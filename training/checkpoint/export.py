@@ -20,16 +20,8 @@ from training.errors import UserError
 from training.model.loading import load_model, load_model_files
 from training.model.lora import adapter_weights, add_adapters, export_weights, trained_mergers
 from training.tracking.meter import RunTotals
+from training.tracking.metrics import METRICS, values_of
 from training.tracking.tracker import read_metrics
-
-CARD_METRICS = {
-    "ce": "training cross-entropy per token",
-    "eval_loss": "held-out cross-entropy per token",
-    "eval_token_accuracy": "held-out token accuracy",
-    "eval_accuracy": "grounding accuracy",
-    "eval_accuracy_full": "grounding accuracy on all tokens",
-}
-"""Metrics that go into the model card, and how it calls them."""
 
 
 def export_model(folder: Path, model: PreTrainedModel, files: ModelFolder, config: Config, facts: dict) -> Path:
@@ -128,11 +120,10 @@ def run_facts(run: Path, step: int, totals: RunTotals) -> dict[str, str]:
     """What the model card says of a run after `step` steps, with the newest figures of its metrics.jsonl."""
     ratio = totals.kept_blocks / totals.full_blocks if totals.full_blocks else 1.0
     facts = {"optimizer steps": str(step), "samples seen": f"{totals.num_samples:,}", "retain ratio": f"{ratio:.4f}"}
-    rows = read_metrics(run)
-    for name, words in CARD_METRICS.items():
-        values = [row[name] for row in rows if row["step"] <= step and row.get(name) is not None]
-        if values:
-            facts[words] = f"{values[-1]:.4f}"
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    for metric in METRICS:
+        if metric.in_card and (values := values_of(metric.name, rows)):
+            facts[metric.words] = f"{values[-1]:.4f}"
     return facts
 
 

@@ -9,6 +9,7 @@ from training.checkpoint.checkpointer import RunState
 from training.config.recipe import config_to_dict
 from training.config.settings import Config
 from training.distributed.engine import Ranks
+from training.tracking.metrics import live_line
 from training.tracking.tracker import Tracker
 
 
@@ -37,23 +38,14 @@ class Journal:
         if self.tracker:
             if num_done % self.config.tracking.log_every == 0 or num_done == self.num_steps:
                 self.tracker.log(num_done, metrics)
-            self.progress.update(num_done, _status(metrics))
+            self.progress.update(num_done, live_line(metrics))
 
     def evaluated(self, num_done: int, metrics: dict[str, float]) -> None:
         if self.tracker:
             self.tracker.log(num_done, metrics)
-            names = {"eval_loss": "held-out loss", "eval_accuracy": "accuracy", "eval_accuracy_full": "on all tokens"}
-            shown = [f"{words} {metrics[name]:.4f}" for name, words in names.items() if name in metrics]
-            self.progress.say(f"step {num_done}: {', '.join(shown)}")
+            self.progress.say(f"step {num_done}: {live_line(metrics)}")
 
     def close(self) -> None:
         if self.tracker:
             self.progress.close()
             self.tracker.close()
-
-
-def _status(metrics: dict[str, float]) -> str:
-    return (
-        f"loss {metrics['loss']:.4f}  {metrics['samples_per_s']:.1f} samples/s  "
-        f"{metrics['kept_tokens_per_s']:,.0f} kept tok/s  retain {metrics['retain_ratio']:.1%}"
-    )

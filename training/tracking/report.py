@@ -13,10 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from training.errors import need
+from training.tracking.metrics import METRICS, PICTURES, values_of
 from training.tracking.metrics_file import METRICS_FILE, read_metrics
-
-SPEED = {"samples_per_s": "samples/s", "kept_tokens_per_s": "kept tokens/s", "mfu": "MFU on kept tokens"}
-MEMORY = {"peak_memory_gb": "peak memory of the first rank, GB", "host_memory_gb": "host memory of the first rank, GB"}
 
 
 def plot_convergence(runs: dict[str, list[dict]], path: Path) -> Path:
@@ -45,24 +43,23 @@ def plot_convergence(runs: dict[str, list[dict]], path: Path) -> Path:
     return path
 
 
-def plot_metrics(runs: dict[str, list[dict]], metrics: dict[str, str], path: Path) -> Path | None:
-    """One panel for each metric (name -> label) over optimizer steps, a curve per run; None when no run has any."""
-    found = {
-        name: label for name, label in metrics.items() if any(name in row for rows in runs.values() for row in rows)
-    }
+def plot_metrics(runs: dict[str, list[dict]], picture: str, path: Path) -> Path | None:
+    """One panel for each metric of a picture over optimizer steps, a curve per run; None when no run has any."""
+    all_rows = [row for rows in runs.values() for row in rows]
+    found = [metric for metric in METRICS if metric.picture == picture and any(metric.name in row for row in all_rows)]
     if not found:
         return None
     figure, all_axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), dpi=150, squeeze=False)
-    for axes, (name, label) in zip(all_axes[0], found.items(), strict=True):
+    for axes, metric in zip(all_axes[0], found, strict=True):
         for number, (run, rows) in enumerate(runs.items()):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            points = [(row["step"], row[metric.name]) for row in rows if row.get(metric.name) is not None]
             if points:
                 steps, values = zip(*points, strict=True)
                 axes.plot(steps, values, color=f"C{number}", alpha=0.25, linewidth=0.8)
                 axes.plot(steps, _running_mean(values), color=f"C{number}", label=run)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel(label)
+        axes.set_ylabel(metric.words)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     all_axes[0][0].legend(frameon=False)
@@ -74,27 +71,14 @@ def plot_metrics(runs: dict[str, list[dict]], metrics: dict[str, str], path: Pat
 
 
 def summarise(rows: list[dict]) -> dict[str, float]:
-    """First and last of a run; speeds are medians over its steps. A skipped step has no loss."""
+    """The rows of a run's table; speeds are medians over its steps. A skipped step has no loss."""
     train = [row for row in rows if "loss" in row]
-    losses = [row["loss"] for row in train if row["loss"] is not None]
-    held_out = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
-    facts: dict[str, float] = {}
-    if train:
-        facts |= {
-            "steps": train[-1]["step"],
-            "retain ratio": train[-1]["retain_ratio"],
-            "samples/s": _median([row["samples_per_s"] for row in train]),
-            "kept tokens/s": _median([row["kept_tokens_per_s"] for row in train]),
-            "step s": _median([row["step_s"] for row in train]),
-            "data wait share": _median([row["data_wait_share"] for row in train]),
-            "peak memory GB": max(row["peak_memory_gb"] for row in train),
-        }
-    if losses:
-        facts |= {"first loss": losses[0], "last loss": losses[-1]}
+    facts: dict[str, float] = {"steps": train[-1]["step"]} if train else {}
     if num_skipped := sum(row["loss"] is None for row in train):
         facts["steps without a loss"] = num_skipped
-    if held_out:
-        facts |= {"held-out loss before": held_out[0], "held-out loss after": held_out[-1]}
+    for metric in METRICS:
+        if values := values_of(metric.name, rows):
+            facts |= {words: make(values) for words, make in metric.summary.items()}
     return facts
 
 
@@ -120,8 +104,7 @@ def report(folders: list[Path], out: Path, console: Console) -> None:
     print_table(runs, console)
     pictures = [
         plot_convergence(runs, out / "convergence.png"),
-        plot_metrics(runs, SPEED, out / "speed.png"),
-        plot_metrics(runs, MEMORY, out / "memory.png"),
+        *(plot_metrics(runs, picture, out / f"{picture}.png") for picture in PICTURES),
     ]
     names = [str(picture) for picture in pictures if picture]
     console.print("pictures:", *names, soft_wrap=True, markup=False)
@@ -146,7 +129,3 @@ def _running_mean(values: tuple[float, ...]) -> list[float]:
     half = max(1, len(values) // 40)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
