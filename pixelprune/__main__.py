@@ -1,4 +1,4 @@
-"""Command line: `python -m pixelprune stats PATH...` and `python -m pixelprune show IMAGE -o OUT.png`."""
+"""Command line: `python -m pixelprune stats PATH...`, `show IMAGE -o OUT.png`, `parity FOLDER IMAGE...`."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pixelprune.selection.overlay import draw_overlay, side_by_side
 from pixelprune.selection.registry import strategy_names
 from pixelprune.selection.stats import DatasetStats, ImageStats, find_images, measure_files
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
+from pixelprune.vllm.parity import TOLERANCE, run_parity
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +58,29 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png")
     show.add_argument("--panel-width", type=int, default=1280, help="pixels at most, default 1280")
     show.set_defaults(run=_show)
+
+    parity = commands.add_parser("parity", help="Hugging Face and vLLM answers of a checkpoint side by side")
+    parity.add_argument("folder", help="model folder or hub id, as it is deployed")
+    parity.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parity.add_argument("--question", default="Describe the image.", help='default "Describe the image."')
+    parity.add_argument("--max-tokens", type=int, default=16, metavar="N", help="default 16")
+    parity.add_argument("--dtype", default="auto", help="of both models, default that of the checkpoint")
+    parity.add_argument("--engine", default="{}", metavar="JSON", help="arguments of vllm.LLM, those of the deployment")
+    parity.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"of log-probabilities, default {TOLERANCE}")
+    parity.set_defaults(run=_parity)
     return parser
+
+
+def _parity(options: argparse.Namespace) -> int:
+    return run_parity(
+        options.folder,
+        options.images,
+        question=options.question,
+        max_tokens=options.max_tokens,
+        dtype=options.dtype,
+        engine=options.engine,
+        tolerance=options.tolerance,
+    )
 
 
 def _rules(options: argparse.Namespace, default: tuple[str, ...]) -> dict[str, PruneSettings]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from pixelprune.extras import TRAINING, require_transformers
 from pixelprune.prompter import Prompter
 
 __all__ = ["ASSISTED", "DEFAULT_NEW_TOKENS", "RESERVED", "decode", "end_token_ids", "generation_settings", "trim"]
@@ -31,6 +32,8 @@ def generation_settings(
     assisted = [name for name in ASSISTED if generate_kwargs.get(name) is not None]
     if assisted:
         raise ValueError(f"{', '.join(assisted)}: assisted decoding is not supported with images, leave it out")
+    if generate_kwargs.get("prefill_chunk_size") is not None:
+        require_transformers(TRAINING, "prefill_chunk_size")
     config = generate_kwargs.get("generation_config")
     ours = {**ours, "return_dict_in_generate": True}
     if max_new_tokens is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from pixelprune.extras import INFERENCE, TRAINING, require_transformers
 from pixelprune.family import family_of
 from pixelprune.images.image import PrunedImage
 from pixelprune.sample import Sample
@@ -198,6 +199,7 @@ def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> di
     A family with linear-attention layers takes these inputs only where its compiled kernels are installed and raises
     otherwise; `pixelprune.model_call.final_hidden` runs it anywhere.
     """
+    require_transformers(TRAINING, "a packed row in the stock model")
     inputs = {
         "input_ids": pack.input_ids[None],
         "position_ids": pack.position_ids[:, None],
@@ -222,6 +224,7 @@ def vision_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> d
     """The part of `model_inputs` that concerns images; empty for a pack without one."""
     if pack.num_patches == 0:
         return {}
+    require_transformers(INFERENCE, "pruned images in the stock model")
     blocks = pack.blocks if pack.block_index is None else pack.blocks[pack.block_index]
     patches_per_image = pack.vit_cu_seqlens.diff().to(torch.int64)
     ones = torch.ones_like(patches_per_image)
