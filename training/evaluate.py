@@ -62,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", help="model folder, such as a run's export; a checkpoint is exported first (training.export)")
     add("--data", nargs="+", required=True, help="records whose metadata has a bbox; see docs/grounding.md")
+    add(
+        "--ignore-keys",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="keys of records that say nothing, as data.ignore_keys",
+    )
     add("--mode", choices=(*MODES, "both"), default="both", help="all tokens, pruned, or one after the other")
     add("--out", type=Path, help="folder of the results; CHECKPOINT-evaluation by default, evaluation/ID for a hub id")
     add("--batch-size", type=int, default=8, help="conversations generated together on a rank (default 8)")

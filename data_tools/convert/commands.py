@@ -67,6 +67,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="JSON or JSON lines")
         choices = {"choices": ANSWERS, "default": "auto"}
         parser.add_argument("--answer", **choices, help="form of rewritten answers; auto: point or box as it was")
+        what = "keys of records that say nothing about training, as data.ignore_keys"
+        parser.add_argument("--ignore-keys", nargs="+", default=[], metavar="KEY", help=what)
         parser.add_argument("--limit", type=int, default=None, help="stop after this many records")
     convert.add_argument(
         "--coordinates", choices=SYSTEMS, default=None, help="rewrite answers; what their numbers mean"
@@ -124,7 +126,9 @@ def _progress(path: Path) -> ProgressLine:
 def run_convert(options: argparse.Namespace) -> None:
     """Convert the files into one JSONL file. Raises ValueError when nothing came out."""
     files, images = _open(options)
-    settings = ConvertSettings(options.source, options.coordinates, options.answer, not options.drop_system)
+    settings = ConvertSettings(
+        options.source, options.coordinates, options.answer, not options.drop_system, tuple(options.ignore_keys)
+    )
     converter = Converter(images, settings)
 
     def records() -> Iterator[dict[str, Any]]:

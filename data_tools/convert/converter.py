@@ -12,6 +12,7 @@ from data_tools.convert.coordinates import read_place, write_place
 from data_tools.convert.dropped import DropError, check_unicode
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.leniency import plain_row
+from pixelprune.records.keys import KeyRules
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import ImageRef, Message, Record, RecordError
 
@@ -26,6 +27,8 @@ class ConvertSettings:
     answer: str = "auto"
     keep_system: bool = True
     """Keep system turns. Corpora with absolute coordinates state a screen size there that is no longer true."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of records that say nothing about training, as the trainer's data.ignore_keys; they are left out."""
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Converter:
     def __init__(self, images: ImageFiles, settings: ConvertSettings) -> None:
         self.images = images
         self.settings = settings
+        self.rules = KeyRules.ignoring(settings.ignore_keys)
         self.report = ConvertReport()
 
     def convert(self, record: Any) -> dict[str, Any] | None:
@@ -65,7 +69,7 @@ class Converter:
         return made
 
     def _convert(self, record: Any, number: int) -> dict[str, Any]:
-        read = parse_record(plain_row(record))
+        read = parse_record(plain_row(record), rules=self.rules)
         turns = list(read.messages)
         record_id = record.get("id")
         written = f"{self.settings.source}-{number:08d}" if record_id is None else str(record_id)

@@ -26,13 +26,15 @@ def plain_row(record: Any) -> Any:
     if not isinstance(record, dict):
         return record
     row = {key: value for key, value in record.items() if value is not None}
-    key = "conversations" if "conversations" in row else "messages"
+    if row.get("conversations") and row.get("messages"):
+        return row  # the reader refuses it: one of the two would not be read
+    key = "conversations" if row.get("conversations") or "messages" not in row else "messages"
     turns = row.get(key)
     if not isinstance(turns, list):
         return row
     del row[key]
     is_sharegpt = key == "conversations"
-    row.pop("conversations" if not is_sharegpt else "messages", None)  # the reader, too, takes one of the two
+    row.pop("conversations" if not is_sharegpt else "messages", None)  # empty
     turns = [_plain_turn(turn, is_sharegpt) for turn in turns]
     images = _listed(row)
     num_left = len(images) - sum(map(_num_marks, turns))

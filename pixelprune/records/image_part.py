@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.record import RecordError
 
 __all__ = ["IMAGE_KEYS", "image_of_part", "image_source"]
@@ -19,13 +20,16 @@ __all__ = ["IMAGE_KEYS", "image_of_part", "image_source"]
 IMAGE_KEYS = ("image", "image_url", "path", "url", "base64")
 """Keys of an image part that hold its picture, OpenAI's and Hugging Face's among them."""
 
+OBJECT_KEYS = ("bytes", "path", "url", "image")
+"""Keys of an object in place of an image."""
+
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
-def image_of_part(part: Mapping[str, Any]) -> str | bytes | Image.Image | None:
+def image_of_part(part: Mapping[str, Any], rules: KeyRules = NO_RULES) -> str | bytes | Image.Image | None:
     """The image of a typed part, from the one key that holds it; None for a part that names none.
 
-    Raises RecordError with reason bad_image or remote_image.
+    Raises RecordError with reason bad_image, remote_image or unread_key.
     """
     given = [key for key in IMAGE_KEYS if part.get(key) is not None]
     if len(given) > 1:
@@ -33,19 +37,19 @@ def image_of_part(part: Mapping[str, Any]) -> str | bytes | Image.Image | None:
     if not given:
         return None
     value = part[given[0]]
-    return _decoded(value, "base64 text") if given[0] == "base64" else image_source(value)
+    return _decoded(value, "base64 text") if given[0] == "base64" else image_source(value, rules)
 
 
-def image_source(value: Any) -> str | bytes | Image.Image:
+def image_source(value: Any, rules: KeyRules = NO_RULES) -> str | bytes | Image.Image:
     """A path, data: URL, file: URL, bytes, picture, uint8 array (H, W), (H, W, 3) or (H, W, 4), or a mapping with one.
 
     Mappings are {"bytes", "path"} of `datasets` and {"url"} of OpenAI; None in them means absent. Nothing is fetched.
-    Raises RecordError with reason bad_image or remote_image.
+    Raises RecordError with reason bad_image, remote_image or unread_key.
     """
     if isinstance(value, Mapping):
-        value = next((value[key] for key in ("bytes", "path", "url", "image") if value.get(key)), None)
+        value = _image_of_object(value, rules)
         if isinstance(value, Mapping):
-            value = value.get("url")
+            value = _image_of_object(value, rules)
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, str) and value:
@@ -67,6 +71,16 @@ def image_source(value: Any) -> str | bytes | Image.Image:
     if isinstance(value, bytes | Image.Image):
         return value
     raise RecordError("bad_image", f"image is {value!r:.80}, expected a path, bytes or a picture")
+
+
+def _image_of_object(value: Mapping[str, Any], rules: KeyRules) -> Any:
+    value = rules.checked(value, "image", OBJECT_KEYS)
+    given = [key for key in OBJECT_KEYS if value.get(key)]
+    if "bytes" in given:
+        given = [key for key in given if key != "path"]  # the name of the bytes
+    if len(given) > 1:
+        raise RecordError("bad_image", f"an image has {' and '.join(given)}, expected one of them")
+    return value[given[0]] if given else None
 
 
 def _decoded(text: Any, what: str) -> bytes:

@@ -14,6 +14,7 @@ from pixelprune.images.image import ImageError, PrunedImage, decode_image, prune
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.images import read_image
+from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import Record, RecordError
 from pixelprune.sample import Sample, build_sample
@@ -53,6 +54,8 @@ class PrepareSettings:
     last_turn_only: bool = False
     with_full: bool = False
     """Prepare the unpruned sample too; the pruned one does not depend on it."""
+    ignore_keys: tuple[str, ...] = ()
+    """Keys of records that say nothing about training, beyond those known (`pixelprune.records.keys.HARMLESS`)."""
 
     trust_remote_code: bool = False
 
@@ -63,7 +66,8 @@ class PrepareSettings:
     def build_from(self, folder: ModelFolder) -> Preparer:
         """From a folder that is open already."""
         chat = ChatEncoder(folder.tokenizer, last_turn_only=self.last_turn_only)
-        return Preparer(chat, self.prune, self.resize, folder.config.image_token_id, self.with_full)
+        rules = KeyRules.ignoring(self.ignore_keys)
+        return Preparer(chat, self.prune, self.resize, folder.config.image_token_id, self.with_full, rules)
 
     def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
         """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
@@ -73,6 +77,7 @@ class PrepareSettings:
             "prune": asdict(self.prune),
             "resize": asdict(self.resize),
             "last_turn_only": self.last_turn_only,
+            "ignore_keys": sorted(self.ignore_keys),
             "tokenizer": vocabulary,
             "chat_template": xxhash.xxh3_128(tokenizer.chat_template.encode()).hexdigest(),
             "image_token_id": preparer.image_token_id,
@@ -88,6 +93,7 @@ class Preparer:
     resize: ResizeSettings
     image_token_id: int
     with_full: bool = False
+    rules: KeyRules = NO_RULES
 
     def prepare(
         self, row: Any, root: Path | None, *, record_format: str = "auto", record_id: str = "", expected_hash: int = -1
@@ -97,7 +103,7 @@ class Preparer:
         row: a mapping in any supported format, or a `Record`. expected_hash: refuse a record whose content is another.
         Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
         """
-        record = row if isinstance(row, Record) else parse_record(row, record_format)
+        record = row if isinstance(row, Record) else parse_record(row, record_format, self.rules)
         chat = self.chat.encode(record)
         pictures = [read_image(ref, root) for ref in record.images]
         content_hash = hash_content(record, pictures)

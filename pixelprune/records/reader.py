@@ -6,12 +6,11 @@ messages   {"messages": [{"role": "user", "content": [{"type": "image", "image":
                                                       {"type": "text", "text": "What is it?"}]}, ...]}
            with `image_url` parts (OpenAI), parts without a source that take the next of `images`, or plain strings.
 
-In both, `system` beside the turns is a system turn in front of them, and `loss`, `train` or `weight` of an assistant
-turn (0 or 1) says whether it is trained on. An image stands exactly where its mark stood: the line break that ShareGPT
-files write behind `<image>` is text of the prompt, as LLaMA-Factory and ms-swift have it. What other readers would
-train on and this one does not know (tools and calls of them, reasoning apart from the answer, videos) is refused:
-without it one would train on something else.
-Rows from Arrow and Parquet carry None for keys another row has: None always means absent.
+In both, `system` beside the turns is a system turn in front of them, and a turn's `loss`, `train`, `weight`, ... (0 or
+1) says whether it is trained on. An image stands exactly where its mark stood: the line break that ShareGPT files write
+behind `<image>` is text of the prompt, as LLaMA-Factory and ms-swift have it. Every key is read, known to say nothing
+about training, named by the user, or refused (pixelprune/records/keys.py): left out in silence it would train another
+task. Rows from Arrow and Parquet carry None for keys another row has: None always means absent.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from pixelprune.records.image_part import image_of_part, image_source
+from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_source
+from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.record import ROLES, ImageRef, Message, Part, Record, RecordError
 
 __all__ = [
     "BOX_KEYS",
     "FORMATS",
     "PLACEHOLDER",
-    "RESERVED",
+    "RECORD_KEYS",
     "SHAREGPT_ROLES",
     "SUPERVISION_KEYS",
-    "UNREAD_KEYS",
     "parse_record",
 ]
 
@@ -39,41 +38,37 @@ FORMATS = ("auto", "sharegpt", "messages")
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 PLACEHOLDER = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)
 BOX_KEYS = ("bbox", "bboxes")
-SUPERVISION_KEYS = ("loss", "train", "weight")
-UNREAD_KEYS = {
-    "tools": "describe them in a system turn",
-    "functions": "describe them in a system turn",
-    "tool_calls": "write the call into the turn's text",
-    "function_call": "write the call into the turn's text",
-    "reasoning_content": "write it into the turn's text as the chat template would",
-    **dict.fromkeys(("videos", "video", "audios", "audio"), "only images are supported"),
-}
-"""Keys of a record or a turn that belong to the conversation elsewhere, and what to do about them here."""
-RESERVED = ("conversations", "messages", "images", "image", "system", "metadata", "weight")
+SUPERVISION_KEYS = ("loss", "train", "weight", "training", "trainable", "loss_scale", "loss_weight")
+"""ms-swift's, OpenAI's, axolotl's and their kind: how much a turn is trained on."""
+_CONVERSATIONS = ("conversations", "messages")
+_NOT_METADATA = (*_CONVERSATIONS, "images", "image", "system", "metadata", "weight")
+RECORD_KEYS = (*_NOT_METADATA, *BOX_KEYS)
+_TURN_KEYS = ("role", "content", *SUPERVISION_KEYS)
+_TEXT_KEYS = ("type", "text")
+_IMAGE_PART_KEYS = ("type", *IMAGE_KEYS)
 
 
-def parse_record(row: Any, record_format: str = "auto") -> Record:
+def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RULES) -> Record:
     """One row (a mapping) as a Record.
 
     Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
-    empty_turn, image_count, remote_image, bad_image, image_in_answer, two_systems, unread_key, bad_box or bad_weight.
+    empty_turn, image_count, remote_image, bad_image, image_in_answer, two_systems, preference_data, unread_key, bad_box
+    or bad_weight.
     """
     if not isinstance(row, dict):
         raise RecordError("not_an_object", f"expected an object with messages, got {type(row).__name__}")
-    row = {key: value for key, value in row.items() if value is not None}
-    _refuse_unread(row, "a record")
-    supply = _ImageSupply(row)
     if record_format not in FORMATS:
         raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")
-    if record_format == "auto":
-        record_format = "sharegpt" if "conversations" in row else "messages"
-    key = "conversations" if record_format == "sharegpt" else "messages"
-    if key not in row:
+    rules.refuse_preferences(row)
+    key = _conversation_key(row, record_format)
+    if row.get(key) is None:
         raise RecordError("unknown_format", f"no {key!r} among the keys {sorted(map(str, row))}")
+    row = rules.checked(row, "record", RECORD_KEYS)
     turns = row[key]
     if not isinstance(turns, list | tuple):
         raise RecordError("bad_content", f"{key!r} is {type(turns).__name__}, expected a list of turns")
-    read = _sharegpt_turn if record_format == "sharegpt" else _messages_turn
+    supply = _ImageSupply(row, rules)
+    read = _sharegpt_turn if key == "conversations" else _messages_turn
     messages = [read(turn, supply) for turn in turns]
     messages = [*_system_turn(row.get("system", ""), messages), *messages]
     supply.check_all_used()
@@ -81,13 +76,27 @@ def parse_record(row: Any, record_format: str = "auto") -> Record:
     return Record(tuple(messages), _metadata(row), _weight(row))
 
 
+def _conversation_key(row: dict[str, Any], record_format: str) -> str:
+    if record_format != "auto":
+        return "conversations" if record_format == "sharegpt" else "messages"
+    if all(row.get(key) for key in _CONVERSATIONS):
+        raise RecordError(
+            "unread_key",
+            "a record has both 'conversations' and 'messages', of which one would not be read: remove one, or say "
+            "which is meant (sources[].format)",
+        )
+    return "messages" if row.get("messages") or row.get("conversations") is None else "conversations"
+
+
 class _ImageSupply:
     """The record's image list, handed out placeholder by placeholder."""
 
-    def __init__(self, row: dict[str, Any]):
-        listed = row.get("images", row.get("image", []))
-        listed = list(listed) if isinstance(listed, list | tuple) else [listed]
-        self.images = [image for image in listed if image is not None]
+    def __init__(self, row: dict[str, Any], rules: KeyRules):
+        listed, single = (_listed(row.get(key)) for key in ("images", "image"))
+        if listed and single and not (all(isinstance(image, str) for image in listed + single) and listed == single):
+            raise RecordError("unread_key", "a record has 'images' and another 'image': give one of them")
+        self.images = listed or single
+        self.rules = rules
         self.num_used = 0
 
     def next(self) -> ImageRef:
@@ -95,15 +104,22 @@ class _ImageSupply:
         if self.num_used > len(self.images):
             # Count on, so that the message can say how many there are; check_all_used refuses the record.
             return ImageRef("")
-        return ImageRef(image_source(self.images[self.num_used - 1]))
+        return ImageRef(image_source(self.images[self.num_used - 1], self.rules))
 
     def check_all_used(self) -> None:
         if self.num_used != len(self.images):
             raise RecordError("image_count", f"{self.num_used} placeholders in the text, {len(self.images)} images")
 
 
+def _listed(images: Any) -> list[Any]:
+    if isinstance(images, str) and not images:  # LLaVA's text-only records
+        return []
+    listed = list(images) if isinstance(images, list | tuple) else [images]
+    return [image for image in listed if image is not None]
+
+
 def _sharegpt_turn(turn: Any, supply: _ImageSupply) -> Message:
-    turn = _turn_object(turn)
+    turn = _turn_object(turn, supply.rules, ("from", "value"))
     role = turn.get("from", turn.get("role"))
     if not isinstance(role, str) or role not in SHAREGPT_ROLES:
         raise RecordError("unknown_role", f"role {role!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
@@ -115,7 +131,7 @@ def _sharegpt_turn(turn: Any, supply: _ImageSupply) -> Message:
 
 
 def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
-    turn = _turn_object(turn)
+    turn = _turn_object(turn, supply.rules, ())
     role, content = turn.get("role"), turn.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise RecordError("unknown_role", f"role {role!r}, expected one of {', '.join(ROLES)}")
@@ -127,19 +143,17 @@ def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
     return Message(role, tuple(part for part in parts if part != ""), _is_supervised(turn, role))
 
 
-def _turn_object(given: Any) -> dict[str, Any]:
-    if not isinstance(given, dict):
-        raise RecordError("bad_content", f"a turn is {type(given).__name__}, expected an object")
-    turn = {key: value for key, value in given.items() if value is not None}
-    _refuse_unread(turn, "a turn")
-    return turn
-
-
-def _refuse_unread(mapping: dict[str, Any], what: str) -> None:
-    for key, advice in UNREAD_KEYS.items():
-        # Tables have an empty value where other rows have tools; written out as JSON it is a string of two brackets.
-        if mapping.get(key) not in (None, "", "[]", [], {}):
-            raise RecordError("unread_key", f"{what} has {key!r}, which is not read: {advice}, or remove the key")
+def _turn_object(turn: Any, rules: KeyRules, more_keys: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise RecordError("bad_content", f"a turn is {type(turn).__name__}, expected an object")
+    turn = dict(turn)
+    for other, key in (("from", "role"), ("value", "content")):
+        if turn.get(other) is not None and turn.get(key) is not None:
+            # The same thing said in both dialects.
+            if turn[other] != turn[key] and SHAREGPT_ROLES.get(str(turn[other])) != turn[key]:
+                raise RecordError("unread_key", f"a turn has {other!r} and another {key!r}: give one of them")
+            del turn[other]
+    return rules.checked(turn, "turn", (*_TURN_KEYS, *more_keys))
 
 
 def _system_turn(system: Any, messages: list[Message]) -> list[Message]:
@@ -170,7 +184,7 @@ def _split_text(text: str, supply: _ImageSupply) -> Iterator[Part]:
         if match.start() > cut:
             yield text[cut : match.start()]
         inline = match.group(1)
-        yield supply.next() if inline is None else ImageRef(image_source(inline.strip()))
+        yield supply.next() if inline is None else ImageRef(image_source(inline.strip(), supply.rules))
         cut = match.end()
     if cut < len(text):
         yield text[cut:]
@@ -181,15 +195,18 @@ def _typed_part(part: Any, role: str, supply: _ImageSupply) -> Part:
         return part
     if not isinstance(part, dict):
         raise RecordError("bad_content", f"{role} turn: a part is {type(part).__name__}, expected an object")
-    part = {key: value for key, value in part.items() if value is not None}
-    kind = part.get("type", "text" if "text" in part else "image")
+    kind = part.get("type")
+    if kind is None:
+        kind = "text" if part.get("text") is not None else "image"
     if kind == "text":
+        part = supply.rules.checked(part, "part", _TEXT_KEYS)
         text = part.get("text")
         if not isinstance(text, str):
             raise RecordError("bad_content", f"{role} turn: a text part holds {text!r:.60}")
         return text
     if kind in ("image", "image_url"):
-        source = image_of_part(part)
+        part = supply.rules.checked(part, "part", _IMAGE_PART_KEYS)
+        source = image_of_part(part, supply.rules)
         return supply.next() if source is None else ImageRef(source)
     raise RecordError("bad_content", f"{role} turn: part of type {kind!r:.60}, expected text or image")
 
@@ -213,9 +230,11 @@ def _weight(row: dict[str, Any]) -> float:
 
 
 def _metadata(row: dict[str, Any]) -> dict[str, Any]:
-    metadata = {key: value for key, value in row.items() if key not in RESERVED}
-    if isinstance(row.get("metadata"), dict):
-        metadata |= row["metadata"]
+    metadata = {key: value for key, value in row.items() if key not in _NOT_METADATA}
+    stated = row.get("metadata", {})
+    if not isinstance(stated, dict):
+        raise RecordError("bad_content", f"metadata is {type(stated).__name__}, expected an object")
+    metadata |= stated
     for key in BOX_KEYS:
         if metadata.get(key) is not None:
             _check_boxes(key, metadata[key])

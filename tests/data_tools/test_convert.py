@@ -243,7 +243,6 @@ AS_THE_TRAINER_READS = [
     sharegpt("<image>What?", "Grey.", messages=None),
     sharegpt("<image>What?", "Grey.", images=None),
     {**user("<image>What?", image="shots/a.png", images=None), "conversations": None},
-    {**user("What?"), **sharegpt("<image>What?", "Grey.")},
     user("<img>shots/a.png</img>What?"),
     user("<image>What?", images=[None, {"bytes": None, "path": "shots/a.png"}]),
     user([{"type": "image", "text": None, "image": "shots/a.png"}, {"type": "text", "text": "A </b>?", "image": None}]),
@@ -323,6 +322,17 @@ def test_what_a_record_says_of_itself_is_kept(corpus: Path) -> None:
     assert {key: read.metadata[key] for key in ("subset", "source", "bbox")} == {
         "subset": "mail", "source": "convert", "bbox": [1, 2, 3, 4],
     }  # fmt: skip
+
+
+def test_keys_that_nobody_reads_drop_the_record_unless_they_are_named(corpus: Path) -> None:
+    records = [user("<image>Hi", images=["shots/a.png"], mood="good"), user("Hi")]
+    assert len(run("convert", corpus, records)) == 1
+    report = json.loads((corpus / "out.report.json").read_text())
+    assert report["dropped"]["records"] == {"unread_key": 1}
+    assert "'mood'" in report["examples"]["unread_key"]
+    made = run("convert", corpus, records, "--ignore-keys", "mood", "--overwrite")
+    assert len(made) == 2
+    assert "mood" not in made[0]["metadata"]
 
 
 def test_folders_are_searched_for_json_in_any_case(corpus: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from pixelprune.records.keys import STRUCTURE
 from training.config.settings import ATTENTION_NAMES, AUTO, Config, ConfigError
 
 
@@ -43,6 +44,7 @@ RANGES: dict[str, _Range] = {
     "model.recompute_vit": _EVERY_K,
     "model.recompute_llm": _EVERY_K,
     "model.compile_max_recompiles": _at_least(1),
+    "data.ignore_keys": _Range("keys that are not the conversation itself", lambda keys: not STRUCTURE & set(keys)),
     "data.sources": _Range("at least one data set", bool),
     "data.samples_per_step": _at_least(1),
     "data.pack_tokens": _at_least(1),

@@ -26,6 +26,7 @@ from pixelprune.files import whole_file
 from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import RecordError
+from training.data.columns import refuse_unread_columns
 from training.data.index import SCHEMA, Index, read_index
 from training.data.index_folder import IndexFolder, open_folder
 from training.data.quarantine import write_quarantine
@@ -70,10 +71,13 @@ def build_index(
     num_workers: processes of this rank; 0 measures in this process. barrier: waits for all ranks; called twice.
     recheck: measure again what an index that is reused has quarantined for an image file.
     is_stopped: asked after every chunk. any_rank: whether a flag is set on any rank; called once by every rank.
-    Raises ValueError for unusable sources, an index_dir that cannot be written, or one that is not shared by all ranks.
+    Raises ValueError for unusable sources, columns of a table that are not read, an index_dir that cannot be written,
+    or one that is not shared by all ranks.
     """
     opened = open_sources(sources)
     preparer = prepare.build()
+    for source in opened:
+        refuse_unread_columns(source, preparer.rules)
     fingerprint = prepare.fingerprint(preparer)
     folders = [open_folder(source, fingerprint, index_dir) for source in opened]
     missing = [number for number, folder in enumerate(folders) if not folder.table.exists()]
@@ -227,7 +231,9 @@ def _recheck(numbers: Sequence[int], folders: list[IndexFolder], pool: _Pool) ->
             folders[number].table, columns=["row", "reason", "detail"], filters=pc.field("reason").isin(REPAIRABLE)
         ).to_pylist()
         source = pool.sources[number]
-        before[number] = {e["row"]: (e["reason"], e["detail"]) for e in entries if _reads_files(source, e["row"])}
+        before[number] = {
+            e["row"]: (e["reason"], e["detail"]) for e in entries if _reads_files(source, e["row"], pool.preparer)
+        }
     chunks = [
         _Chunk(number, rows[start : start + CHUNK_ROWS])
         for number, known in before.items()
@@ -242,9 +248,9 @@ def _recheck(numbers: Sequence[int], folders: list[IndexFolder], pool: _Pool) ->
             _replace_rows(pool.sources[number], folders[number], changed)
 
 
-def _reads_files(source: Source, row: int) -> bool:
+def _reads_files(source: Source, row: int, preparer: Preparer) -> bool:
     """Whether an image of the record is a file; one inside the data file cannot change without it."""
-    record = parse_record(source.rows[row], source.settings.format)
+    record = parse_record(source.rows[row], source.settings.format, preparer.rules)
     return any(isinstance(ref.source, str) for ref in record.images)
 
 

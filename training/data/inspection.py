@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +15,19 @@ from rich.text import Text
 
 from pixelprune.images.image import PrunedImage, decode_image, resize_image
 from pixelprune.records.images import read_image
+from pixelprune.records.keys import KeyCounts, KeyRules
 from pixelprune.records.prepare import PreparedRecord, Preparer, PrepareSettings
+from pixelprune.records.reader import parse_record
 from pixelprune.records.record import RecordError
 from pixelprune.selection.overlay import draw_overlay
 from pixelprune.settings import BLOCK
 from training.config.settings import Config
+from training.data.columns import unread_columns
 from training.data.sources import Source, open_sources
 from training.errors import UserError
 
+KEY_RECORDS = 1000
+"""Records of a source, evenly over it, whose keys are counted."""
 SUPERVISED = "bold green"
 IMAGE = "bold cyan"
 
@@ -28,11 +36,13 @@ def inspect(config: Config, console: Console, folder: Path, *, num: int) -> None
     """Print `num` records of every source and write their pictures to `folder`. Raises UserError for unusable data."""
     try:
         sources = open_sources(config.data.sources)
+        data = config.data
         preparer = PrepareSettings(
             config.model.path,
             config.prune,
             config.resize,
-            config.data.last_turn_only,
+            data.last_turn_only,
+            ignore_keys=tuple(data.ignore_keys),
             trust_remote_code=config.model.trust_remote_code,
         ).build()
     except (ValueError, OSError) as error:
@@ -42,11 +52,45 @@ def inspect(config: Config, console: Console, folder: Path, *, num: int) -> None
     for source in sources:
         for row in spread(len(source), num):
             _inspect_record(source, row, preparer, console, folder)
+        _print_keys(source, preparer.rules, console)
 
 
 def spread(num_rows: int, num: int) -> list[int]:
     """Up to `num` rows, evenly over the source."""
     return sorted({int(row) for row in np.linspace(0, num_rows - 1, min(num, num_rows)).round()})
+
+
+def _print_keys(source: Source, rules: KeyRules, console: Console) -> None:
+    """What became of the source's keys: read, ignored by a rule, refused."""
+    rows = spread(len(source), KEY_RECORDS)
+    console.rule(f"{source.name}: keys of {len(rows)} of {len(source)} records", align="left")
+    for line in describe_keys(count_keys(source, rows, rules)):
+        console.print(Text(line, "bold red" if line.startswith("refused") else ""), soft_wrap=True)
+    unread = unread_columns(source, rules)
+    if unread:
+        console.print(Text(f"columns that are not read: {', '.join(unread)} (data.ignore_keys)", "bold red"))
+
+
+def count_keys(source: Source, rows: list[int], rules: KeyRules) -> KeyCounts:
+    """Keys of these rows by (level, key, verdict); of a refused record, those up to what it was refused for."""
+    seen: KeyCounts = Counter()
+    counting = replace(rules, seen=seen)
+    for row in rows:
+        with contextlib.suppress(RecordError):  # why is said where the record is inspected, and in the quarantine
+            parse_record(source.rows[row], source.settings.format, counting)
+    return seen
+
+
+def describe_keys(seen: KeyCounts) -> Iterator[str]:
+    """One line per verdict: the keys of every level with their counts."""
+    for verdict in ("read", "ignored", "refused"):
+        levels = []
+        for level in ("record", "turn", "part", "image"):
+            keys = sorted((key, count) for (at, key, said), count in seen.items() if (at, said) == (level, verdict))
+            if keys:
+                levels.append(f"{level} " + ", ".join(f"{key} {count}" for key, count in keys))
+        if levels:
+            yield f"{verdict}: {'; '.join(levels)}"
 
 
 def _inspect_record(source: Source, row: int, preparer: Preparer, console: Console, folder: Path) -> None:

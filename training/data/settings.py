@@ -33,6 +33,9 @@ class DataSettings:
     """Validation data; weights are ignored, every record is used once."""
     last_turn_only: bool = False
     """Supervise the last assistant turn only, not all of them."""
+    ignore_keys: list[str] = field(default_factory=list)
+    """Keys of records, turns, content parts and images that say nothing about training, beyond those known to. A record
+    with any other key that is not read is quarantined."""
     samples_per_step: int = 64
     """Samples in one optimizer step over all ranks (the global batch); only the last step of an epoch is shorter."""
     pack_tokens: int = 16384

@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from pixelprune.hf import PrunedInputs, generate, prepare
 from pixelprune.prompter import Messages, Prompter
 from pixelprune.records.images import read_image
+from pixelprune.records.keys import KeyRules
 from pixelprune.records.prepare import hash_content
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import Record, RecordError
@@ -56,13 +57,16 @@ class AnswerSettings:
     template_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
 
 
-def read_tasks(sources: Sequence[SourceSettings]) -> tuple[list[Task], dict[str, str]]:
+def read_tasks(
+    sources: Sequence[SourceSettings], *, ignore_keys: Sequence[str] = ()
+) -> tuple[list[Task], dict[str, str]]:
     """Records with a box, in the order of the files, and id -> reason of those that cannot be evaluated.
 
-    Raises UserError when a source cannot be opened.
+    ignore_keys: as `data.ignore_keys`. Raises UserError when a source cannot be opened.
     """
     tasks, refused = [], {}
     try:
+        rules = KeyRules.ignoring(ignore_keys)
         opened = open_sources(list(sources))
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -70,7 +74,7 @@ def read_tasks(sources: Sequence[SourceSettings]) -> tuple[list[Task], dict[str,
         for row in range(len(source)):
             record_id = source.record_id(row)
             try:
-                record = parse_record(source.rows[row], source.settings.format)
+                record = parse_record(source.rows[row], source.settings.format, rules)
                 _question(record)
                 target = target_of(record)
                 tasks.append(Task(record_id, record, target, source.root, _fingerprint(record, target, source.root)))

@@ -58,7 +58,7 @@ class GroundingEvaluator:
         """None when eval.grounding_every_steps is 0. Raises UserError when no eval source has records with boxes."""
         if not config.eval.grounding_every_steps:
             return None
-        tasks, refused = read_tasks(config.data.eval_sources)
+        tasks, refused = read_tasks(config.data.eval_sources, ignore_keys=config.data.ignore_keys)
         if not tasks:
             reason = next(iter(refused.values()), "there are no data.eval_sources")
             raise UserError(f"eval.grounding_every_steps: no record can be answered: {reason}")

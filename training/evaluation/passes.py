@@ -90,7 +90,7 @@ def _together(ranks: PartialState, do: Callable[[], T]) -> T:
 
 
 def _read_data(args: argparse.Namespace) -> tuple[list[Task], dict[str, str]]:
-    tasks, refused = read_tasks(name_sources(args.data))
+    tasks, refused = read_tasks(name_sources(args.data), ignore_keys=args.ignore_keys)
     if not tasks:
         reason = next(iter(refused.values()), "no records")
         raise UserError(f"--data: no record can be evaluated; the first of {len(refused)}: {reason}")

@@ -110,7 +110,12 @@ def build_feed(
     """
     data = config.data
     prepare = PrepareSettings(
-        files.path, config.prune, config.resize, data.last_turn_only, trust_remote_code=config.model.trust_remote_code
+        files.path,
+        config.prune,
+        config.resize,
+        data.last_turn_only,
+        ignore_keys=tuple(data.ignore_keys),
+        trust_remote_code=config.model.trust_remote_code,
     )
     try:
         index = build_index(

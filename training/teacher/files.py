@@ -94,7 +94,7 @@ def describe_targets(config: Config, teacher: ModelFolder, student: ModelFolder)
     """All that a cached target depends on besides its record; not pruning, since the teacher sees all tokens."""
     prepare = PrepareSettings(student.path, config.prune, config.resize, config.data.last_turn_only)
     sample = prepare.fingerprint(prepare.build_from(student))
-    del sample["prune"]
+    del sample["prune"], sample["ignore_keys"]  # ignored keys are no part of a record, nor of its content hash
     top_k = {"top_k": config.kd.top_k, "temperature": config.loss.temperature}
     stored = config.kd.cache_dtype or config.kd.dtype or config.model.dtype
     return {

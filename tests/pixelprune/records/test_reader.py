@@ -6,7 +6,7 @@ import math
 import pytest
 from PIL import Image
 
-from pixelprune.records.reader import parse_record
+from pixelprune.records.reader import SUPERVISION_KEYS, parse_record
 from pixelprune.records.record import ImageRef, RecordError
 
 BODY = [("user", (ImageRef("a.png"), "What is it?")), ("assistant", ("A menu.",))]
@@ -126,7 +126,7 @@ def test_a_system_prompt_beside_the_turns_is_the_first_turn(key):
         assert caught.value.reason == reason
 
 
-@pytest.mark.parametrize("name", ["loss", "train", "weight"])
+@pytest.mark.parametrize("name", SUPERVISION_KEYS)
 @pytest.mark.parametrize("key", TURNS)
 def test_an_answer_may_be_left_out_of_training(key, name):
     user, answer = TURNS[key]
@@ -141,20 +141,9 @@ def test_an_answer_may_be_left_out_of_training(key, name):
         assert caught.value.reason == "bad_weight"
 
 
-def test_what_only_other_readers_know_is_refused_unless_empty():
+def test_empty_values_of_keys_that_are_not_read_say_nothing():
     user, answer = TURNS["messages"]
-    full = {"messages": [user, answer]}
-    call = [{"function": {"name": "click", "arguments": "{}"}}]
-    refused = [
-        full | {"tools": call}, full | {"tools": '[{"name": "click"}]'}, full | {"videos": ["a.mp4"]},
-        {"messages": [user, answer | {"tool_calls": call}]},
-        {"messages": [user, answer | {"reasoning_content": "Let me see."}]},
-    ]  # fmt: skip
-    for row in refused:
-        with pytest.raises(RecordError, match="which is not read") as caught:
-            parse_record(row)
-        assert caught.value.reason == "unread_key"
-    for empty in ("", "[]", [], None):
+    for empty in ("", "[]", "{}", [], {}, None):
         parse_record({"messages": [user, answer | {"tool_calls": empty}], "tools": empty, "videos": empty})
 
 
@@ -217,3 +206,5 @@ def test_declared_format_is_not_guessed():
     assert parse_record(both, "sharegpt").messages[0].text == "h"
     with pytest.raises(ValueError, match="unknown format"):
         parse_record(both, "alpaca")
+    with pytest.raises(RecordError, match="of which one would not be read"):
+        parse_record(both)

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -68,6 +69,25 @@ def read_only(monkeypatch, folder: Path) -> None:
             return original(path, *args, **kwargs)
 
         monkeypatch.setattr(os, name, guarded)
+
+
+def test_columns_that_nobody_reads_are_named_once_before_anything_is_measured(tmp_path, prepare, measured):
+    messages = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+    row = {"messages": messages, "mood": "good", "rate": 0.5, "empty": "", "none": None, "tools": []}
+    datasets.Dataset.from_list([row | {"id": i} for i in range(3)]).to_parquet(tmp_path / "d.parquet")
+    sources = [SourceSettings(str(tmp_path / "d.parquet"))]
+    with pytest.raises(ValueError, match=r"columns that are not read: mood, rate; .* data\.ignore_keys"):
+        build_index(sources, prepare, show_progress=False)
+    assert not measured
+    named = dataclasses.replace(prepare, ignore_keys=("mood", "rate"))
+    assert len(build_index(sources, named, show_progress=False)) == 3
+
+
+def test_what_is_ignored_is_part_of_what_an_index_stands_for(tmp_path, prepare, measured):
+    write_jsonl(tmp_path / "train.jsonl", [chat_row(None) | {"mood": "good"}, chat_row(None)])
+    assert count_reasons(build(tmp_path, prepare).quarantined) == {"unread_key": 1}
+    assert len(build(tmp_path, dataclasses.replace(prepare, ignore_keys=("mood",)))) == 2
+    assert len(measured) == 4
 
 
 @pytest.mark.parametrize("asked_here", [True, False])

@@ -55,6 +55,19 @@ def test_shows_why_a_record_is_quarantined(recipe, screens, capsys):
     assert "quarantined: missing_file" in capsys.readouterr().out
 
 
+def test_says_which_keys_were_read_ignored_and_refused(recipe, screens, capsys):
+    rows = [chat_row(None) | {"id": 1}, chat_row(None) | {"mood": "good"}, chat_row(None) | {"surprise": 1}]
+    write_jsonl(screens / "train.jsonl", rows)
+    assert main([str(recipe), "data.ignore_keys=[mood]"]) == 0
+    printed = capsys.readouterr().out
+    assert "train: keys of 3 of 3 records" in printed
+    assert "read: record messages 3; turn content 4, role 4; part text 2, type 2" in printed
+    assert "ignored: record id 1, mood 1" in printed
+    assert "refused: record surprise 1" in printed
+    assert main([str(recipe), "data.ignore_keys=[messages]"]) == 2
+    assert "data.ignore_keys" in capsys.readouterr().err
+
+
 def test_user_errors_are_one_line(recipe, capsys):
     assert main([str(recipe), "data.sources.0.path=none.jsonl"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
