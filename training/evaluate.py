@@ -1,4 +1,4 @@
-"""Grounding accuracy of a model: `python -m training.evaluate CHECKPOINT --data EVAL.jsonl --mode both`.
+"""Answers of a model, scored: `python -m training.evaluate CHECKPOINT --data EVAL.jsonl --mode both`.
 
 One process, or all ranks under `torchrun --module` or `deepspeed --module`. Every prediction is written as it is made;
 the same command continues a pass that was stopped, also on another number of ranks.
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", help="model folder, such as a run's export; a checkpoint is exported first (training.export)")
-    add("--data", nargs="+", required=True, help="records whose metadata has a bbox; see docs/grounding.md")
+    add("--data", nargs="+", required=True, help="records whose metadata has a box or a scorer; see docs/grounding.md")
     add(
         "--ignore-keys",
         nargs="+",

@@ -128,7 +128,9 @@ def test_records_that_cannot_be_prepared_are_counted_failures_with_their_reason(
     assert not missing.hit
     assert missing.text == ""
     _, refused = read_tasks([SourceSettings(str(eval_path))])
-    assert refused == {f"eval:{NUM_GOOD + 2}": "no metadata.bbox: nothing to compare an answer with"}
+    assert refused == {
+        f"eval:{NUM_GOOD + 2}": "no metadata.bbox, polygon, refusal or scorer: nothing to compare an answer with"
+    }
 
 
 def test_a_generation_that_fails_takes_no_other_with_it_and_reuses_no_answer(lively, prompter, eval_path, monkeypatch):
@@ -208,7 +210,11 @@ def test_failed_records_are_answered_again_when_asked(tmp_path):
     files = PredictionFiles(tmp_path, {"checkpoint": "a"})
     files.start()
     facts = {
-        "hit": True,
+        "score": 1.0,
+        "scorer": "place",
+        "references": (),
+        "polygon": (),
+        "benchmark": "",
         "point": (1.0, 2.0),
         "problem": "",
         "box": (0, 0, 3, 3),

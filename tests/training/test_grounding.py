@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from pixelprune.answers import parse_answer
 from pixelprune.records.reader import parse_record
-from training.evaluation.scoring import GroundingError, Prediction, failed, is_hit, judge, summarise, target_of, to_row
+from training.evaluation.scoring import Prediction, failed, judge, summarise, to_row
+from training.evaluation.targets import TargetError, target_of
 
 SIZE = (2000, 500)
 """A wide image: a mix-up of width and height, or of the axes, moves every point out of its box."""
@@ -49,7 +49,7 @@ def test_verdicts(text):
 def test_absolute_answers_are_read_as_pixels_where_the_format_says_so():
     assert not judge("r:0", TARGET, "(990, 150)", SIZE, "point").hit
     assert judge("r:0", TARGET, "(1100, 150)", SIZE, "point_absolute").hit
-    assert is_hit(parse_answer("(1000, 100)", image_size=SIZE, format="point_absolute"), BOX)
+    assert judge("r:0", TARGET, "(1000, 100)", SIZE, "point_absolute").hit, "borders are in"
 
 
 def test_targets_come_from_the_metadata():
@@ -57,11 +57,11 @@ def test_targets_come_from_the_metadata():
     assert TARGET.image_size == SIZE
     assert (TARGET.subset, TARGET.element) == ("web", "icon")
     assert target_of(record(bbox=[0, 0, 5, 5], source="pages")).subset == "pages"
-    with pytest.raises(GroundingError, match=r"no metadata\.bbox"):
+    with pytest.raises(TargetError, match=r"no metadata\.bbox, polygon, refusal or scorer"):
         target_of(record())
-    with pytest.raises(GroundingError, match="x1 < x2 and y1 < y2"):
+    with pytest.raises(TargetError, match="x1 < x2 and y1 < y2"):
         target_of(record(bbox=[10, 10, 10, 20]))
-    with pytest.raises(GroundingError, match="holds 2 boxes"):
+    with pytest.raises(TargetError, match="holds 2 boxes"):
         target_of(record(bbox=[[0, 0, 5, 5], [1, 1, 6, 6]]))
 
 
@@ -70,7 +70,7 @@ NO_SIZES = [{"width": 9, "height": 9}, [9], 9, "99", [9, 0], [9, -9], [9.5, 9], 
 
 @pytest.mark.parametrize("size", NO_SIZES, ids=str)
 def test_an_image_size_that_is_none_is_refused(size):
-    with pytest.raises(GroundingError, match=r"expected \[width, height\], two positive whole numbers"):
+    with pytest.raises(TargetError, match=r"expected \[width, height\], two positive whole numbers"):
         target_of(record(bbox=[0, 0, 5, 5], image_size=size))
 
 

@@ -25,7 +25,8 @@ from pixelprune.records.record import Record, RecordError
 from training.data.settings import SourceSettings
 from training.data.sources import open_sources
 from training.errors import UserError
-from training.evaluation.scoring import GroundingError, Prediction, Target, failed, judge, target_of
+from training.evaluation.scoring import Prediction, failed, judge
+from training.evaluation.targets import Target, TargetError, target_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class AnswerSettings:
 def read_tasks(
     sources: Sequence[SourceSettings], *, ignore_keys: Sequence[str] = ()
 ) -> tuple[list[Task], dict[str, str]]:
-    """Records with a box, in the order of the files, and id -> reason of those that cannot be evaluated.
+    """Records with a target, in the order of the files, and id -> reason of those that cannot be evaluated.
 
     ignore_keys: as `data.ignore_keys`. Raises UserError when a source cannot be opened.
     """
@@ -78,7 +79,7 @@ def read_tasks(
                 _question(record)
                 target = target_of(record)
                 tasks.append(Task(record_id, record, target, source.root, _fingerprint(record, target, source.root)))
-            except (RecordError, GroundingError) as error:
+            except (RecordError, TargetError) as error:
                 refused[record_id] = str(error)
     return tasks, refused
 
@@ -113,7 +114,9 @@ def prepare_task(task: Task, prompter: Prompter, template_kwargs: Mapping[str, A
     inputs = prepare(prompter, _messages(task), template_kwargs=dict(template_kwargs))
     images = inputs.samples[0].images
     if not images:
-        raise ValueError("the record has no image")
+        if task.target.scorer == "place":
+            raise ValueError("the record has no image")
+        return inputs
     stated, (height, width) = task.target.image_size, images[-1].original_size
     if stated not in (None, (width, height)):
         raise ValueError(f"metadata.image_size is {stated[0]}x{stated[1]}, the image {width}x{height}")
@@ -147,9 +150,10 @@ def _answer(
         return [failed(task.id, task.target, failure, **_blocks(own))]
     predictions = []
     for (task, own), text, ids in zip(ready, answers.texts, answers.token_ids, strict=True):
-        height, width = own.samples[0].images[-1].original_size
+        images = own.samples[0].images
+        size = images[-1].original_size[::-1] if images else None
         facts = _blocks(own) | {"num_generated": len(ids), "first_token_s": clock.seconds}
-        predictions.append(judge(task.id, task.target, text, (width, height), settings.answer_format, **facts))
+        predictions.append(judge(task.id, task.target, text, size, settings.answer_format, **facts))
     return predictions
 
 
@@ -187,12 +191,12 @@ def _describe_file(name: str, root: Path | None) -> bytes:
 
 
 def _question(record: Record) -> int:
-    """Number of turns before the last answer. Raises GroundingError when they do not end with the user."""
+    """Number of turns before the last answer. Raises TargetError when they do not end with the user."""
     turns = len(record.messages)
     if turns and record.messages[-1].role == "assistant":
         turns -= 1
     if not turns or record.messages[turns - 1].role != "user":
-        raise GroundingError("expected a user's turn to be answered")
+        raise TargetError("expected a user's turn to be answered")
     return turns
 
 

@@ -118,12 +118,13 @@ def _run_pass(
     mine = pending[ranks.process_index :: ranks.num_processes]
     what = f"{files.folder.name}, on this rank" if ranks.num_processes > 1 else files.folder.name
     with ProgressLine(what, len(mine), is_shown=ranks.is_main_process, console=console) as line:
-        num_hits = 0
+        num_scored, total = 0, 0.0
         for predictions in predict(model, prompter, mine, answers):
             files.append(ranks.process_index, predictions)
-            num_hits += sum(prediction.hit for prediction in predictions)
-            num_done = line.num_done + len(predictions)
-            line.update(num_done, f"accuracy so far {num_hits / num_done:.1%}")
+            scores = [prediction.score for prediction in predictions if prediction.score is not None]
+            num_scored, total = num_scored + len(scores), total + sum(scores)
+            status = f"accuracy so far {total / num_scored:.1%}" if num_scored else ""
+            line.update(line.num_done + len(predictions), status)
     ranks.wait_for_everyone()
 
 
@@ -140,14 +141,15 @@ def result_table(mode: str, result: dict[str, Any]) -> Table:
     prune = result["prune"]
     strategy = prune["strategy"] if prune["strategy"] == "none" else f"{prune['strategy']}, {prune['threshold']:g}"
     table = Table(title=f"{mode} ({strategy})", title_justify="left")
-    for head in ("", "records", "accuracy", "not parsed", "failed", "retain", "tokens", "first token s"):
+    for head in ("", "records", "accuracy", "macro", "not parsed", "failed", "retain", "tokens", "first token s"):
         table.add_column(head, justify="left" if not head else "right")
-    for group in ("overall", "subset", "element"):
+    for group in ("overall", "benchmark", "subset", "element"):
         for name, score in result[group].items():
             table.add_row(
                 name,
                 str(score["num"]),
-                f"{score['accuracy']:.2%}",
+                _shown(score["accuracy"], "{:.2%}"),
+                _shown(score.get("macro"), "{:.2%}"),
                 str(score["num_unparsed"]),
                 str(score["num_failed"]),
                 _shown(score["retain_ratio"], "{:.2%}"),

@@ -64,8 +64,12 @@ def _draw_cell(task: Task, prediction: Prediction, resize: ResizeSettings) -> Im
     cell = Image.new("RGB", (CELL_WIDTH, PICTURE_HEIGHT + CAPTION_HEIGHT), (250, 250, 250))
     cell.paste(picture.resize(size, box=view), (0, 0))
     draw = ImageDraw.Draw(cell)
-    x1, y1, x2, y2 = ((side - view[i % 2]) * scale for i, side in enumerate(prediction.box))
-    draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=BOX, width=2)  # around it, so that it hides nothing
+    if prediction.box:
+        x1, y1, x2, y2 = ((side - view[i % 2]) * scale for i, side in enumerate(prediction.box))
+        draw.rectangle((x1 - 2, y1 - 2, x2 + 2, y2 + 2), outline=BOX, width=2)  # around it, so that it hides nothing
+    if prediction.polygon:
+        corners = [((x - view[0]) * scale, (y - view[1]) * scale) for x, y in prediction.polygon]
+        draw.polygon(corners, outline=BOX, width=2)
     if prediction.point:
         x, y = ((side - view[i]) * scale for i, side in enumerate(prediction.point))
         x, y = min(max(x, 3), CELL_WIDTH - 4), min(max(y, 3), PICTURE_HEIGHT - 4)  # outside the picture: at its rim
@@ -86,7 +90,10 @@ def _view(size: tuple[int, int], prediction: Prediction) -> tuple[float, float, 
     width, height = size
     if min(CELL_WIDTH / width, PICTURE_HEIGHT / height) >= 0.4:
         return (0.0, 0.0, float(width), float(height))
-    xs, ys = [prediction.box[0], prediction.box[2]], [prediction.box[1], prediction.box[3]]
+    corners = [prediction.box[:2], prediction.box[2:]] if prediction.box else list(prediction.polygon)
+    if not corners:
+        return (0.0, 0.0, float(width), float(height))
+    xs, ys = [x for x, _ in corners], [y for _, y in corners]
     if prediction.point:
         xs.append(min(max(prediction.point[0], 0), width))
         ys.append(min(max(prediction.point[1], 0), height))

@@ -1,4 +1,4 @@
-"""Scoring of grounding answers: is the point in the box, overall and by subset and kind of element; failures counted.
+"""Answers to predictions and sums: overall, by benchmark, subset and kind of element; failures counted as misses.
 
 Scores are sums over predictions, so that ranks and resumed passes add up to the same figures in any order.
 """
@@ -10,56 +10,9 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from pixelprune.answers import Answer, Box, parse_answer
-from pixelprune.records.record import Record
-
-
-class GroundingError(ValueError):
-    """A record that cannot be evaluated: the message says what is missing."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the answer of a record must lie.
-
-    box: x1, y1, x2, y2 in pixels of the original image. image_size: (width, height), None when the record does not
-    say: it is then taken from the image. subset, element: names to group by ("" where the record has none).
-    """
-
-    box: Box
-    image_size: tuple[int, int] | None
-    subset: str
-    element: str
-
-
-def target_of(record: Record) -> Target:
-    """Read `metadata.bbox` (pixels), `image_size`, `subset` (else `source`) and `element`.
-
-    Raises GroundingError when there is no box, several or one without area, or an image_size that is none.
-    """
-    box = record.metadata.get("bbox")
-    if box is None:
-        raise GroundingError("no metadata.bbox: nothing to compare an answer with")
-    if isinstance(box[0], list | tuple):
-        raise GroundingError(f"metadata.bbox holds {len(box)} boxes: expected four numbers, one box to be clicked")
-    x1, y1, x2, y2 = box
-    if not (x1 < x2 and y1 < y2):
-        raise GroundingError(f"metadata.bbox {list(box)}: expected x1 < x2 and y1 < y2, in pixels")
-    image_size = _image_size(record.metadata.get("image_size"))
-    subset = record.metadata.get("subset") or record.metadata.get("source") or ""
-    return Target((x1, y1, x2, y2), image_size, str(subset), str(record.metadata.get("element") or ""))
-
-
-def _image_size(value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
-
-    def is_side(side: Any) -> bool:
-        return (type(side) is int or (type(side) is float and side.is_integer())) and side > 0
-
-    if not (isinstance(value, list | tuple) and len(value) == 2 and all(map(is_side, value))):
-        raise GroundingError(f"metadata.image_size {value!r:.80}: expected [width, height], two positive whole numbers")
-    return int(value[0]), int(value[1])
+from pixelprune.answers import Box, Point
+from training.evaluation.scorers import score_answer
+from training.evaluation.targets import Target
 
 
 @dataclass(frozen=True)
@@ -67,19 +20,24 @@ class Prediction:
     """One record's answer and verdict; a line of the predictions file.
 
     text: the answer as generated, "" when generation failed; error: why it failed, "" otherwise.
-    point: absolute pixels, None when not read; problem: why it was not read (see `pixelprune.answers`).
+    score: 0 to 1 by `scorer`, None where the benchmark brings its own scorer.
+    point: absolute pixels, None when not read; problem: why nothing was read (see `pixelprune.answers`).
     first_token_s: wall time from the prepared prompt to the first token, of the whole batch the record was in.
     fingerprint: of the record that was answered (see `training.evaluation.answering.Task`).
     """
 
     id: str
     text: str
-    hit: bool
-    point: tuple[float, float] | None
+    score: float | None
+    point: Point | None
     problem: str
     error: str
-    box: Box
+    scorer: str
+    references: tuple[str, ...]
+    box: Box | None
+    polygon: tuple[Point, ...]
     image_size: tuple[int, int] | None
+    benchmark: str
     subset: str
     element: str
     kept_blocks: int = 0
@@ -88,51 +46,47 @@ class Prediction:
     first_token_s: float | None = None
     fingerprint: str = ""
 
+    @property
+    def hit(self) -> bool:
+        """Wholly right."""
+        return self.score == 1
+
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Prediction:
         """The inverse of `dataclasses.asdict`, through JSON. Raises TypeError for other keys."""
         row = dict(row)
-        for key in ("point", "box", "image_size"):
+        for key in ("point", "box", "image_size", "references"):
             row[key] = tuple(row[key]) if row[key] is not None else None
+        row["polygon"] = tuple(map(tuple, row["polygon"]))
         return cls(**row)
 
 
 def judge(
-    record_id: str, target: Target, text: str, image_size: tuple[int, int], answer_format: str, **facts: Any
+    record_id: str, target: Target, text: str, image_size: tuple[int, int] | None, answer_format: str, **facts: Any
 ) -> Prediction:
     """Read an answer and compare it with the target; whatever the text is, there is a verdict.
 
-    facts: kept_blocks, full_blocks, num_generated, first_token_s.
+    image_size: (width, height) of the record's last image. facts: kept_blocks, full_blocks, num_generated,
+    first_token_s.
     """
-    answer = parse_answer(text, image_size=image_size, format=answer_format)
-    return Prediction(
-        record_id,
-        text,
-        is_hit(answer, target.box),
-        answer.point,
-        answer.problem,
-        "",
-        target.box,
-        image_size,
-        target.subset,
-        target.element,
-        **facts,
-    )
+    verdict = score_answer(text, target, image_size, answer_format)
+    return _prediction(record_id, target, image_size, text=text, error="", **vars(verdict), **facts)
 
 
 def failed(record_id: str, target: Target, error: str, **facts: Any) -> Prediction:
     """A record whose generation failed: a miss with its error, and no answer of any other record."""
-    return Prediction(
-        record_id, "", False, None, "", error, target.box, target.image_size, target.subset, target.element, **facts
-    )
+    # What is scored elsewhere has no verdict here, missing answers included.
+    score = None if target.scorer == "predictions" else 0.0
+    facts |= {"text": "", "score": score, "point": None, "problem": "", "error": error}
+    return _prediction(record_id, target, target.image_size, **facts)
 
 
-def is_hit(answer: Answer, box: Box) -> bool:
-    """Whether the point lies in the box, borders included."""
-    if answer.point is None:
-        return False
-    x, y = answer.point
-    return box[0] <= x <= box[2] and box[1] <= y <= box[3]
+def _prediction(record_id: str, target: Target, image_size: tuple[int, int] | None, **facts: Any) -> Prediction:
+    shared = {
+        name: getattr(target, name)
+        for name in ("scorer", "references", "box", "polygon", "benchmark", "subset", "element")
+    }
+    return Prediction(id=record_id, image_size=image_size, **shared, **facts)
 
 
 @dataclass
@@ -143,7 +97,8 @@ class Score:
     """
 
     num: int = 0
-    num_hits: int = 0
+    num_scored: int = 0
+    sum_of_scores: float = 0.0
     num_unparsed: int = 0
     num_failed: int = 0
     kept_blocks: int = 0
@@ -153,9 +108,11 @@ class Score:
 
     def add(self, prediction: Prediction) -> None:
         self.num += 1
-        self.num_hits += prediction.hit
+        if prediction.score is not None:
+            self.num_scored += 1
+            self.sum_of_scores += prediction.score
         self.num_failed += bool(prediction.error)
-        self.num_unparsed += prediction.point is None and not prediction.error
+        self.num_unparsed += bool(prediction.problem)
         self.kept_blocks += prediction.kept_blocks
         self.full_blocks += prediction.full_blocks
         self.num_generated += prediction.num_generated
@@ -165,12 +122,13 @@ class Score:
     def summary(self) -> dict[str, float | int | None]:
         """Figures for a report; None where there is nothing to divide by.
 
-        accuracy: hits / all records, parse failures and failed generations included as misses.
+        accuracy: mean score of all records, parse failures and failed generations included as misses; None where the
+        benchmark brings its own scorer.
         """
         answered = self.num - self.num_failed
         return {
             "num": self.num,
-            "accuracy": self.num_hits / self.num if self.num else None,
+            "accuracy": self.sum_of_scores / self.num_scored if self.num_scored else None,
             "num_unparsed": self.num_unparsed,
             "num_failed": self.num_failed,
             "retain_ratio": self.kept_blocks / self.full_blocks if self.full_blocks else None,
@@ -180,16 +138,33 @@ class Score:
 
 
 def summarise(predictions: Iterable[Prediction]) -> dict[str, dict[str, Any]]:
-    """{"overall": {"all": ...}, "subset": {name: ...}, "element": {text, icon: ...}}, each a `Score.summary`."""
-    scores: dict[str, dict[str, Score]] = {"overall": {"all": Score()}, "subset": {}, "element": {}}
-    for prediction in predictions:
+    """{"overall": {"all": ...}, "benchmark", "subset", "element": {name: ...}}, each a `Score.summary`.
+
+    Those of benchmarks carry `macro` as well, the mean of their subsets' accuracies, which is what the paper calls Avg.
+    Subsets of several benchmarks are named BENCHMARK/SUBSET.
+    """
+    rows = sorted(predictions, key=lambda prediction: prediction.id)  # sums of floats depend on their order
+    benchmarks = {prediction.benchmark for prediction in rows}
+    scores: dict[str, dict[str, Score]] = {"overall": {"all": Score()}, "benchmark": {}, "subset": {}, "element": {}}
+    subsets_of: dict[str, dict[str, Score]] = {}
+    for prediction in rows:
         scores["overall"]["all"].add(prediction)
-        for group, name in (("subset", prediction.subset), ("element", prediction.element)):
+        if prediction.subset:
+            subsets_of.setdefault(prediction.benchmark, {}).setdefault(prediction.subset, Score()).add(prediction)
+        for group, name in (("benchmark", prediction.benchmark), ("element", prediction.element)):
             if name:
                 scores[group].setdefault(name, Score()).add(prediction)
-    return {
+    for benchmark, subsets in subsets_of.items():
+        for name, score in subsets.items():
+            scores["subset"][f"{benchmark}/{name}" if len(benchmarks) > 1 and benchmark else name] = score
+    result: dict[str, dict[str, Any]] = {
         group: {name: score.summary() for name, score in sorted(members.items())} for group, members in scores.items()
     }
+    for name, summary in result["benchmark"].items():
+        means = [score.summary()["accuracy"] for score in subsets_of.get(name, {}).values()]
+        known = [mean for mean in means if mean is not None]
+        summary["macro"] = sum(known) / len(known) if known and len(known) == len(means) else None
+    return result
 
 
 def to_row(prediction: Prediction) -> dict[str, Any]:
