@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -63,11 +64,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Config:
         tree = _merge(tree, content, source)
     for override in overrides or []:
         tree = _with_override(tree, override)
-    try:
-        config = OmegaConf.to_object(tree)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{path}: {_one_line(error)}") from error
-    assert isinstance(config, Config)
+    config = _built(tree)
     check_config(config)
     return config
 
@@ -82,9 +79,33 @@ def config_from_dict(content: dict) -> Config:
     tree = OmegaConf.structured(Config)
     _make_writable(tree)
     _check_keys(content, Config, prefix="", source="saved config")
-    config = OmegaConf.to_object(_merge(tree, content, "saved config"))
+    return _built(_merge(tree, content, "saved config"))
+
+
+def _built(tree: DictConfig) -> Config:
+    """The dataclasses of a tree, innermost first, so that a value out of its range is named by its whole key."""
+    try:
+        content = OmegaConf.to_container(tree, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from error
+    config = _build(Config, content, "")
     assert isinstance(config, Config)
     return config
+
+
+def _build(kind: Any, content: Any, prefix: str) -> Any:
+    if get_origin(kind) is list:
+        return [_build(get_args(kind)[0], item, f"{prefix}.{number}") for number, item in enumerate(content)]
+    if not dataclasses.is_dataclass(kind):
+        return content
+    hints = get_type_hints(kind)
+    values = {key: _build(hints[key], value, f"{prefix}.{key}".lstrip(".")) for key, value in content.items()}
+    try:
+        return kind(**values)  # type: ignore[operator]
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{prefix}.{error}") from error
 
 
 def show(config: Config) -> str:
@@ -196,7 +217,12 @@ def _refuse_interpolation(content: Any, source: str) -> None:
         )
 
 
+_CHOICE = re.compile(r"Invalid value (?P<value>.*), expected one of \[(?P<choices>.*)\]")
+
+
 def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
+    if choice := _CHOICE.fullmatch(lines[0] if lines else ""):
+        return f"{key}: expected one of {choice['choices'].replace(chr(39), '')}, got {choice['value']}"
     return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0] if lines else type(error).__name__

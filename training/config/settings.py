@@ -1,24 +1,24 @@
 """The one typed tree behind every recipe. Sections live beside the code they steer; the rest is here.
 
-Defaults < recipe < command line. What values are allowed, alone and together, is in `training.config.rules`.
+Defaults < recipe < command line. Values are checked beside their field, contradictions in `training.config.rules`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pixelprune.settings import PruneSettings, ResizeSettings
+from training.config.ranges import AUTO, BELOW_1, EVERY_K, FOLDER_NAME, POSITIVE, SHARE, at_least, check_fields
 from training.config.teacher import TeacherSettings
 from training.data.settings import DataSettings
 from training.errors import UserError
 from training.loss.supervised import LossSettings
 from training.model.lora import LoraSettings
 
-ATTENTION_NAMES = ("auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager")
+AttentionName = Literal["auto", "flash_attention_3", "flash_attention_2", "varlen", "sdpa", "eager"]
+ATTENTION_NAMES: tuple[AttentionName, ...] = get_args(AttentionName)
 """Values of model.attention; `training.model.attention` explains them."""
-AUTO = -1
-"""Value of model.recompute_vit and model.recompute_llm: chosen from the memory estimate."""
 
 
 @dataclass
@@ -32,6 +32,9 @@ class RunSettings:
     seed: int = 0
     """Seeds data order, dropout and everything random."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, name=FOLDER_NAME, seed=at_least(0))
+
 
 @dataclass
 class ModelSettings:
@@ -39,9 +42,9 @@ class ModelSettings:
 
     path: str = ""
     """Hugging Face folder or hub id of the model."""
-    dtype: str = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """bfloat16 or float32: precision of weights and activations (gradients accumulate in float32 either way)."""
-    attention: str = "auto"
+    attention: AttentionName = "auto"
     """auto (the fastest that runs here), flash_attention_3, flash_attention_2, varlen (torch's own flash kernels), sdpa
     or eager; see training/model/attention.py."""
     recompute_vit: int = AUTO
@@ -59,6 +62,9 @@ class ModelSettings:
     trust_remote_code: bool = False
     """Run code that comes with the model folder. Leave off unless you have read it."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, recompute_vit=EVERY_K, recompute_llm=EVERY_K, compile_max_recompiles=at_least(1))
+
 
 @dataclass
 class GroupSettings:
@@ -68,6 +74,9 @@ class GroupSettings:
     """Leave these weights as they are."""
     lr: float | None = None
     """Learning rate of this part; optim.lr when not given."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, lr=POSITIVE)
 
 
 @dataclass
@@ -90,6 +99,18 @@ class OptimSettings:
     """The merger and the DeepStack mergers."""
     llm: GroupSettings = field(default_factory=GroupSettings)
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            lr=POSITIVE,
+            weight_decay=at_least(0),
+            beta1=BELOW_1,
+            beta2=BELOW_1,
+            eps=POSITIVE,
+            max_skipped_in_a_row=at_least(1),
+            max_grad_norm=at_least(0, " (0 = no clipping)"),
+        )
+
 
 @dataclass
 class ScheduleSettings:
@@ -104,12 +125,21 @@ class ScheduleSettings:
     min_lr_ratio: float = 0.1
     """The cosine ends at this share of the peak learning rate."""
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            max_steps=at_least(0, " (0 = schedule.epochs decides)"),
+            epochs=at_least(0),
+            warmup_steps=at_least(0),
+            min_lr_ratio=SHARE,
+        )
+
 
 @dataclass
 class DistributedSettings:
     """How ranks share the work."""
 
-    zero_stage: int = 2
+    zero_stage: Literal[1, 2] = 2
     """1 or 2: what ZeRO shards over ranks (optimizer states; also gradients). 1 needs model.dtype=float32."""
     threads_per_rank: int = 0
     """CPU threads of a rank; 0 shares the machine's cores evenly."""
@@ -120,6 +150,9 @@ class DistributedSettings:
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Further DeepSpeed settings, merged into the generated JSON: those that observe a run or carry its gradients
     (`training.config.rules` lists them). Others would change what is computed or what a checkpoint holds."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, threads_per_rank=at_least(0), timeout_minutes=POSITIVE, reduce_bucket_size=at_least(1))
 
 
 @dataclass
@@ -132,13 +165,13 @@ class CheckpointSettings:
     """Complete checkpoints to keep; older ones are deleted, save the one that the run was last resumed from."""
     keep_every_steps: int = 0
     """Checkpoints at multiples of this step are kept for good; 0 keeps none beyond keep_last."""
-    on_error: str = "stop"
+    on_error: Literal["stop", "continue"] = "stop"
     """stop or continue: what a failed save or a row of metrics that cannot be written (disk full) does to the run;
     earlier checkpoints are intact either way."""
-    on_broken: str = "fall_back"
+    on_broken: Literal["fall_back", "stop"] = "fall_back"
     """fall_back or stop: what a start does where the newest checkpoint's files are not as they were written (each has
     a hash): go on from the newest whole one, or let someone look."""
-    on_changed_data: str = "stop"
+    on_changed_data: Literal["stop", "next_epoch"] = "stop"
     """stop or next_epoch: what a start does where the data, its order or data.samples_per_step are not the
     checkpoint's: refuse, or go on with a new epoch of what there is now."""
     save_timeout_minutes: float = 30.0
@@ -146,18 +179,30 @@ class CheckpointSettings:
     export_at_end: bool = True
     """Write the trained model as a Hugging Face folder when the run ends."""
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            every_steps=at_least(0),
+            keep_last=at_least(1),
+            keep_every_steps=at_least(0),
+            save_timeout_minutes=POSITIVE,
+        )
+
 
 @dataclass
 class TrackingSettings:
     """What is written where. metrics.jsonl is always written to the run's folder."""
 
-    wandb: str = "auto"
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto (online when logged in, else offline), online, offline or disabled."""
     project: str = "pixelprune"
     group: str = ""
     tags: list[str] = field(default_factory=list)
     log_every: int = 1
     """Steps between two rows of metrics."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, log_every=at_least(1))
 
 
 @dataclass
@@ -177,6 +222,16 @@ class EvalSettings:
     grounding_batch_size: int = 8
     """Conversations generated together on a rank."""
     grounding_max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            every_steps=at_least(0),
+            grounding_every_steps=at_least(0),
+            grounding_samples=at_least(0, " (0 = all)"),
+            grounding_batch_size=at_least(1),
+            grounding_max_new_tokens=at_least(1),
+        )
 
 
 @dataclass

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from training.config.ranges import at_least, check_fields
+
+Precision = Literal["", "bfloat16", "float32"]
 
 
 @dataclass
@@ -12,18 +17,21 @@ class TeacherSettings:
     path: str = ""
     """Folder or hub id of the teacher, of the student's family and vocabulary; "" = model.path, the student's own
     initial weights (also after a resume: never the checkpoint)."""
-    source: str = "online"
+    source: Literal["online", "cached"] = "online"
     """online (the teacher runs on every pack) or cached (`python -m training.cache_teacher RECIPE` ran it once)."""
-    dtype: str = ""
+    dtype: Precision = ""
     """bfloat16 or float32: the precision the teacher computes in; "" = model.dtype."""
-    sharding: str = "replica"
+    sharding: Literal["replica", "zero3"] = "replica"
     """replica (every rank holds the teacher) or zero3 (its weights are spread over the ranks)."""
     cache_dir: str = "runs/teacher_cache"
     """Where cached targets are kept, in one folder per teacher (its weights, its images' sizes, ...)."""
-    cache_dtype: str = ""
+    cache_dtype: Precision = ""
     """bfloat16 or float32: the precision of cached hidden states; "" = the teacher's."""
     top_k: int = 0
     """Cache the k largest log-probabilities at loss.temperature instead of hidden states (0), to save space; the
     distillation term is then a lower bound of the whole one, see `training.loss.divergence.distil_top_k`."""
     cache_records: int = 1024
     """Records in one shard of the cache: what a killed `cache_teacher` does again, at most, on each rank."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, cache_records=at_least(1), top_k=at_least(0, " (0 = hidden states)"))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pixelprune.records.keys import STRUCTURE
+from training.config.ranges import SHARE, Range, at_least, check_fields
+
 
 @dataclass
 class SourceSettings:
@@ -56,3 +59,16 @@ class DataSettings:
     """Loader processes of one rank; 0 prepares batches in the training process."""
     prefetch_packs: int = 2
     """Packs that each worker prepares ahead, at least; the loader always holds one whole optimizer step."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            ignore_keys=Range("keys that are not the conversation itself", lambda keys: not STRUCTURE & set(keys)),
+            samples_per_step=at_least(1),
+            pack_tokens=at_least(1),
+            pack_patches=at_least(4, " (one block)"),
+            max_quarantined_share=SHARE,
+            index_workers=at_least(0),
+            num_workers=at_least(0),
+            prefetch_packs=at_least(0),
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pixelprune.family import family_of, lora_targets
+from training.config.ranges import BELOW_1, POSITIVE, at_least, check_fields
 from training.errors import UserError
 
 _MERGER = re.compile(r"\.(merger|deepstack_merger_list\.\d+)$")
@@ -32,6 +33,9 @@ class LoraSettings:
     """Also train the merger's own weights (its learning rate: optim.merger.lr)."""
     merge_on_export: bool = True
     """Export the model with adapters added into its weights; otherwise the adapters are exported beside the base."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, rank=at_least(0, " (0 = no adapters)"), alpha=POSITIVE, dropout=BELOW_1)
 
 
 def add_adapters(model: nn.Module, lora: LoraSettings) -> None:
