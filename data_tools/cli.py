@@ -7,12 +7,8 @@ import signal
 from collections.abc import Sequence
 from types import FrameType
 
-from rich.console import Console
-
 from data_tools.render.browser import BrowserError
 from pixelprune.command import run_command
-
-console = Console(stderr=True)
 
 
 def _terminate(signum: int, _: FrameType | None) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from launch.local import default_num_ranks, run_local
+from pixelprune.command import plain_console
 from training.command import run_command
 from training.errors import need
 from training.tracking.report import plot_convergence, summarise
@@ -30,7 +31,7 @@ def main() -> int:
 
 def _demo() -> int:
     need(SAMPLES.is_dir(), "run the demo from the root of the repository (`make demo`)")
-    console = Console(highlight=False)
+    console = plain_console()
     _make_start_model(console)
     # A second demo is a new run, not the continuation of a finished one.
     (RUN / "metrics.jsonl").unlink(missing_ok=True)

@@ -69,11 +69,10 @@ def prebuild() -> None:
 
 
 def main() -> int:
-    from rich.console import Console
-
+    from pixelprune.command import plain_console
     from pixelprune.selection.kernels import compile_all
 
-    console = Console(highlight=False)
+    console = plain_console()
     console.print("building DeepSpeed's extension and the selection kernels (once)")
     prebuild()
     compile_all()

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from pixelprune.command import USER_ERROR, ProgressLine, run_command
+from pixelprune.command import USER_ERROR, ProgressLine, plain_console, run_command
 from pixelprune.images.image import PrunedImage, decode_image, prune_pixels, resize_image
 from pixelprune.selection import METRICS, check_settings
 from pixelprune.selection.overlay import draw_overlay, side_by_side
@@ -120,7 +118,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 
 def _print_stats(result: DatasetStats, labels: list[str], num_extremes: int) -> None:
-    console = Console()
+    console = plain_console()
     if result.images:
         stored, seen = result.mean_size(original=True), result.mean_size()
         console.print(
@@ -139,12 +137,12 @@ def _print_stats(result: DatasetStats, labels: list[str], num_extremes: int) -> 
         table = Table(f"retain ratio ({labels[0]})", "duplicate blocks")
         table.add_column("image", overflow="fold")
         for image in [*ordered[:count], *ordered[len(ordered) - count :]] if count else ordered:
-            table.add_row(f"{image.retain_ratio(labels[0]):.2%}", f"{image.duplicate_ratio:.1%}", escape(image.path))
+            table.add_row(f"{image.retain_ratio(labels[0]):.2%}", f"{image.duplicate_ratio:.1%}", image.path)
         console.print(table)
     if result.unreadable:
         console.print(f"{len(result.unreadable)} could not be read:")
         for _, reason in result.unreadable:
-            console.print(f"  {escape(reason)}", soft_wrap=True)
+            console.print(f"  {reason}", soft_wrap=True)
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -160,7 +158,7 @@ def _show(options: argparse.Namespace) -> int:
         panels.append((f"{label}: keeps {kept} of {total} blocks ({kept / total:.1%})", _panel(image, pruned)))
     sheet = side_by_side(panels, options.panel_width)
     sheet.save(options.output, format="PNG")
-    Console().print(f"wrote {options.output} ({sheet.width} x {sheet.height})", soft_wrap=True)
+    plain_console().print(f"wrote {options.output} ({sheet.width} x {sheet.height})", soft_wrap=True)
     return 0
 
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.rule import Rule
+from rich.table import Table
 
-from pixelprune.command import run_command
+from pixelprune.command import plain_console, run_command
 from tests.ranks import ROOT
 from training import command
 from training.errors import RankError, UserError
@@ -64,6 +66,14 @@ def fail(error: BaseException):
 def test_a_disk_that_refuses_is_one_line_that_names_the_file(code, capsys):
     assert command.run_command(fail(OSError(code, "refused", "some/file"))) == 2
     assert capsys.readouterr().err == "error: some/file: refused\n"
+
+
+def test_text_in_brackets_is_text(capsys):
+    table = Table("[run]", title="a[title]")
+    table.add_row("b[data]")
+    plain_console(width=40).print("c[path]", ":smile:", table, Rule("d[rule]"))
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("[run]", "a[title]", "b[data]", "c[path]", "d[rule]", ":smile:")), printed
 
 
 def test_faults_of_the_program_keep_their_traceback():

@@ -107,6 +107,11 @@ def test_no_folder_is_a_hall():
     assert {str(folder.relative_to(ROOT)): number for folder, number in count.items() if number > 16} == {}
 
 
+def test_one_file_sets_up_consoles():
+    owners = {str(path.relative_to(ROOT)) for path in FILES if re.search(r"\bConsole\(", path.read_text())}
+    assert owners == {"pixelprune/command/console.py"}, "text in [brackets] gets lost on others"
+
+
 def test_one_file_knows_how_a_file_appears_whole():
     pattern = re.compile(r"os\.fsync|\.partial\b|\{PARTIAL\}")
     owners = {str(path.relative_to(ROOT)) for path in FILES if pattern.search(path.read_text())}

@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from pixelprune.command import plain_console
 from training.command import run_command
 from training.composition.plan import plan_composition
 from training.composition.write import write_composition, write_random
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compose(args: argparse.Namespace) -> None:
-    console = Console(highlight=False)
+    console = plain_console()
     if args.random:
         write_random(_local(args.random, "--random"), args.out, dtype=args.dtype, seed=args.seed)
     else:
@@ -79,7 +79,7 @@ def _compose(args: argparse.Namespace) -> None:
         for name, value in composition.facts.items():
             table.add_row(name, value.replace("`", ""))
         console.print(table)
-    console.print(f"written to {args.out}", soft_wrap=True, markup=False)
+    console.print(f"written to {args.out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from typing import Any
 
 from accelerate import PartialState
 from deepspeed.accelerator import get_accelerator
-from rich.console import Console
 
 from pixelprune.answers import FORMATS
+from pixelprune.command import plain_console
 from pixelprune.settings import ResizeSettings
 from training.command import run_command, set_up_logging
 from training.config.settings import ATTENTION_NAMES
@@ -33,13 +33,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    console = Console(stderr=True, highlight=False)
+    console = plain_console(stderr=True)
     ranks = PartialState(cpu=get_accelerator().device_name() == "cpu", timeout=timedelta(hours=12))
     try:
         results = evaluate(args, ranks, console)
         if ranks.is_main_process:
             for mode, result in results.items():
-                Console(width=max(console.width, 110)).print(result_table(mode, result))
+                plain_console(width=max(console.width, 110)).print(result_table(mode, result))
     finally:
         ranks.destroy_process_group()
 

@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from pixelprune.command import plain_console
 from training.checkpoint.export import export_checkpoint
 from training.command import run_command
 
@@ -23,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def export() -> None:
         folder = export_checkpoint(args.checkpoint, args.out, trust_remote_code=args.trust_remote_code)
-        Console().print(f"model written to {folder}", markup=False, soft_wrap=True)
+        plain_console().print(f"model written to {folder}", soft_wrap=True)
 
     return run_command(export)
 

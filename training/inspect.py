@@ -10,8 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from pixelprune.command import plain_console
 from training.command import run_command
 from training.config.recipe import load_recipe
 from training.data.inspection import inspect
@@ -29,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     def look() -> None:
         config = load_recipe(args.recipe, args.overrides)
         folder = args.out or Path(config.run.folder) / config.run.name / "inspect"
-        inspect(config, Console(highlight=False), folder, num=args.num)
+        inspect(config, plain_console(), folder, num=args.num)
 
     return run_command(look)
 

@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from pixelprune.command import plain_console
 from training.command import run_command
 from training.tracking.report import report
 
@@ -17,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders (they hold metrics.jsonl)")
     parser.add_argument("-o", "--out", type=Path, help="folder of the pictures; the first run's by default")
     args = parser.parse_args(argv)
-    return run_command(lambda: report(args.runs, args.out or args.runs[0], Console()))
+    return run_command(lambda: report(args.runs, args.out or args.runs[0], plain_console()))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
+from pixelprune.command import plain_console
 from pixelprune.family import FAMILIES
 from training.command import run_command
 from training.composition.toy import DEFAULT_TEXTS, build_tokenizer, build_toy_model, texts_of_records, toy_config
@@ -26,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     def build() -> None:
         texts = texts_of_records(args.texts) if args.texts else DEFAULT_TEXTS
         folder = build_toy_model(args.folder, texts, family=args.family, seed=args.seed)
-        Console().print(f"toy model written to {folder}", markup=False)
+        plain_console().print(f"toy model written to {folder}")
 
     return run_command(build)
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from data_tools.convert.converter import Converter, ConvertSettings, convert_all
@@ -19,10 +18,10 @@ from data_tools.convert.json_stream import iter_json
 from data_tools.convert.screenspot import ScreenSpotReader
 from data_tools.records import read_jsonl, write_jsonl
 from data_tools.sheet.draw import make_sheet
-from pixelprune.command import ProgressLine
+from pixelprune.command import ProgressLine, plain_console
 from pixelprune.files import write_whole
 
-console = Console(stderr=True)
+console = plain_console(stderr=True)
 
 _CONVERT_HELP = """\
 Convert conversations to the training format (JSON lines; messages with typed content; images relative to the file).
@@ -189,4 +188,4 @@ def _finish(
     if options.sheet:
         picture = options.out.with_suffix(".sheet.png")
         drawn = make_sheet(read_jsonl(options.out), options.out.parent, picture, count=options.sheet)
-        console.print(f"{drawn} records drawn: look at {picture}", highlight=False)
+        console.print(f"{drawn} records drawn: look at {picture}")

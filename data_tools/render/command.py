@@ -6,7 +6,6 @@ import argparse
 import random
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from data_tools.records import read_jsonl
@@ -16,9 +15,9 @@ from data_tools.render.shot import RenderSettings
 from data_tools.render.site import Site
 from data_tools.render.view import Viewport
 from data_tools.sheet.draw import make_sheet
-from pixelprune.command import ProgressLine
+from pixelprune.command import ProgressLine, plain_console
 
-console = Console(stderr=True)
+console = plain_console(stderr=True)
 
 _HELP = """\
 Render HTML pages in headless Chromium and write, per screenshot, records "instruction -> click point".
@@ -148,4 +147,4 @@ def show_report(report: RenderReport) -> None:
     table.add_row("pages that failed", str(len(report.dropped_pages)))
     console.print(table)
     for page, reason in list(report.dropped_pages.items())[:20]:
-        console.print(f"  {page}: {reason}", markup=False, highlight=False)
+        console.print(f"  {page}: {reason}")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from data_tools.records import read_jsonl
 from data_tools.sheet.draw import make_sheet
+from pixelprune.command import plain_console
 
-console = Console(stderr=True)
+console = plain_console(stderr=True)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -37,4 +36,4 @@ def run(options: argparse.Namespace) -> None:
         columns=options.columns,
         seed=options.seed,
     )
-    console.print(f"{drawn} records drawn onto {options.out}", highlight=False)
+    console.print(f"{drawn} records drawn onto {options.out}")

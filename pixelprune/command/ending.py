@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.console import Console
 from rich.text import Text
+
+from pixelprune.command.console import plain_console
 
 __all__ = ["INTERRUPTED", "USER_ERROR", "print_error", "run_command"]
 
@@ -27,11 +28,11 @@ def run_command(do: Callable[[], int | None], *, expected: tuple[type[Exception]
         print_error(error)
         return USER_ERROR
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped")
+        plain_console(stderr=True).print("stopped")
         return INTERRUPTED
 
 
 def print_error(error: Exception | str) -> None:
     """One line on stderr; text in [brackets] is text. A name that is not Unicode is shown with its bytes escaped."""
     line = str(error).encode("utf-8", "backslashreplace").decode()
-    Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True, highlight=False)
+    plain_console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)

@@ -7,6 +7,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pixelprune.command.console import plain_console
+
 __all__ = ["ProgressLine"]
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -31,7 +33,7 @@ class ProgressLine:
         speaks_at_once: bool = False,
         console: Console | None = None,
     ):
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or plain_console(stderr=True)
         self.what, self.total, self.start, self.num_done = what, total, start, start
         self.in_percent, self.is_shown = in_percent, is_shown and total > start
         self._started = time.monotonic()
@@ -73,7 +75,7 @@ class ProgressLine:
     def say(self, message: str) -> None:
         """A line of its own, above the bar."""
         if self.is_shown:
-            self.console.print(message, soft_wrap=True, markup=False)
+            self.console.print(message, soft_wrap=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from pixelprune.command import plain_console
 from pixelprune.vllm.answers import Answer
 
 TOLERANCE = 0.1
@@ -98,7 +97,7 @@ def run_parity(
 
 
 def _answers_of(side: str, task: dict[str, Any]) -> list[Answer]:
-    Console(stderr=True).print(f"asking {side}, {len(task['images'])} images", markup=False)
+    plain_console(stderr=True).print(f"asking {side}, {len(task['images'])} images")
     with tempfile.TemporaryDirectory() as scratch:
         asked, answered = Path(scratch) / "task.json", Path(scratch) / "answers.json"
         asked.write_text(json.dumps(task))
@@ -110,16 +109,16 @@ def _answers_of(side: str, task: dict[str, Any]) -> list[Answer]:
 
 
 def _print(pairs: list[Pair], tolerance: float) -> None:
-    console = Console()
+    console = plain_console()
     table = Table("image", "prompt tokens", "blocks", "Hugging Face", "vLLM", "verdict")
     for pair in pairs:
         table.add_row(
-            escape(pair.image),
+            pair.image,
             str(pair.served.prompt_tokens),
             str(pair.trained.num_blocks),
-            escape(pair.trained.text),
-            escape(pair.served.text),
-            escape(pair.verdict(tolerance)),
+            pair.trained.text,
+            pair.served.text,
+            pair.verdict(tolerance),
         )
     console.print(table)
     unpruned = [pair for pair in pairs if pair.served.prompt_tokens > pair.trained.prompt_tokens]

@@ -19,7 +19,7 @@ def clock(monkeypatch):
 
 
 def console(*, is_terminal: bool = False) -> Console:
-    return Console(file=io.StringIO(), force_terminal=is_terminal, width=100, color_system=None, highlight=False)
+    return Console(file=io.StringIO(), force_terminal=is_terminal, width=100, color_system=None, markup=False)
 
 
 def lines(line: ProgressLine) -> list[str]:

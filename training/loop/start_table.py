@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from pixelprune.command import plain_console
 from pixelprune.model_folder import ModelFolder
 from pixelprune.selection.registry import is_recoverable
 from training.config.settings import Config
@@ -46,7 +46,7 @@ def print_start_table(
     table.add_row("cost", f"{feed.plan_input.cost.mean() / 1e12:.3g} TFLOPs per sample, forward and backward")
     table.add_row("recomputation", memory.policy.describe())
     table.add_row("memory", memory.describe())
-    Console(stderr=True, width=100).print(table)
+    plain_console(stderr=True, width=100).print(table)
 
 
 def describe_teacher(config: Config, feed: Feed) -> str:

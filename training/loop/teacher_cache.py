@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from pixelprune.command import ProgressLine
+from pixelprune.command import ProgressLine, plain_console
 from pixelprune.flops import CostModel
 from pixelprune.model_folder import ModelFolder
 from pixelprune.pack import Pack
@@ -64,7 +64,7 @@ def build_cache(config: Config, ranks: Ranks) -> Path:
         config, config.data.sources, student, ranks, folder, shuffle=True, teaching=Teaching(teacher_files)
     )
     missing = _from_first(ranks, _missing(feed.index, folder) if ranks.is_first else None)
-    console = Console(stderr=True, highlight=False, quiet=not ranks.is_first)
+    console = plain_console(stderr=True, quiet=not ranks.is_first)
     console.print(f"teacher {teacher_files.path}: {feed.index.describe()}", soft_wrap=True)
     num_missing = int(missing.sum())
     console.print(f"{len(feed.index)} records, {num_missing} of them to compute; targets in {folder}", soft_wrap=True)

@@ -107,7 +107,7 @@ def report(folders: list[Path], out: Path, console: Console) -> None:
         *(plot_metrics(runs, picture, out / f"{picture}.png") for picture in PICTURES),
     ]
     names = [str(picture) for picture in pictures if picture]
-    console.print("pictures:", *names, soft_wrap=True, markup=False)
+    console.print("pictures:", *names, soft_wrap=True)
 
 
 def _named(folders: list[Path]) -> dict[str, Path]:
