@@ -48,7 +48,7 @@ def main() -> None:
     height, width = result.mean_size()
     summary = (
         f"{len(images)} sample screenshots, {result.num_blocks} blocks, mean size {width:.0f} x {height:.0f}; "
-        f"{result.duplicate_ratio:.1%} of the blocks repeat another block of their image."
+        f"{result.duplicate_ratio:.1%} of the blocks equal another block of their image."
     )
     table = f"{summary}\n\n{markdown_table(rows)}"
     payload = {

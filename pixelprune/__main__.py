@@ -124,7 +124,7 @@ def _print_stats(result: DatasetStats, labels: list[str], num_extremes: int) -> 
         console.print(
             f"{len(result.images)} images, {result.num_blocks} blocks; mean size {stored[1]:.0f} x {stored[0]:.0f} "
             f"as stored, {seen[1]:.0f} x {seen[0]:.0f} as the model sees them; {result.duplicate_ratio:.1%} of the "
-            "blocks repeat another block of their image",
+            "blocks equal another block of their image",
             soft_wrap=True,
         )
         table = Table("strategy", "retain ratio", "kept blocks")

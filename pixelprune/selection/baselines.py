@@ -1,4 +1,5 @@
-"""The baselines of the paper (section 4), each at PixelPrune's budget for the image: random, conncomp, resize.
+"""The baselines of the paper (section 4), each at PixelPrune's budget for the image: random, conncomp, resize;
+and conncomp_cover, which the paper has not.
 
 The budget is the number of blocks that pred2d keeps under the same metric and threshold.
 """
@@ -12,10 +13,10 @@ import numpy as np
 
 from pixelprune.selection import kernels
 from pixelprune.selection.selection import Selection
-from pixelprune.selection.strategies import pixel_bytes, pred2d
+from pixelprune.selection.strategies import integer_limit, pixel_bytes, pred2d
 from pixelprune.settings import BLOCK, PruneSettings
 
-__all__ = ["block_budget", "budget_size", "component_shares", "conncomp", "random", "resize"]
+__all__ = ["block_budget", "budget_size", "component_shares", "conncomp", "conncomp_cover", "random", "resize"]
 
 
 def block_budget(image: np.ndarray, settings: PruneSettings, block: int = BLOCK) -> int:
@@ -89,20 +90,62 @@ def component_shares(sizes: np.ndarray, budget: int, generator: np.random.Genera
 
 
 def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
-    """A random subset of each 4-neighbour component of identical blocks, budget met exactly. Omitted: source -1."""
+    """Connected components as in the paper's published code (methods/conncomp.py at a870e31, after ShowUI).
+
+    Each 4-neighbour component of blocks within the threshold of each other is thinned at random by the ratio that
+    pred2d omits, at least one block kept; blocks are then removed, or put back, at random until the budget is met: a
+    component may lose all. Omitted blocks have source -1.
+    """
     grid = (image.shape[0] // block, image.shape[1] // block)
     budget = block_budget(image, settings, block)
+    component, sizes = _components(image, settings, block)
+    generator = _generator(image, settings.seed)
+    num_skipped = np.rint(sizes * (1.0 - budget / component.size)).astype(np.int64)
+    shares = np.where(sizes == 1, 1, np.maximum(1, sizes - num_skipped))
+    is_kept = np.zeros(component.size, dtype=bool)
+    is_kept[_random_members(component, sizes, shares, generator)] = True
+    surplus = int(is_kept.sum()) - budget
+    pool = np.flatnonzero(is_kept if surplus > 0 else ~is_kept)
+    is_kept[generator.choice(pool, size=abs(surplus), replace=False)] ^= True
+    return _selection(np.flatnonzero(is_kept), grid)
+
+
+def conncomp_cover(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
+    """A stronger baseline than the paper's: a random subset of each component of identical blocks that never loses one.
+
+    At least one block per component where the budget allows, the rest in proportion. Omitted blocks have source -1.
+    """
+    grid = (image.shape[0] // block, image.shape[1] // block)
+    budget = block_budget(image, settings, block)
+    component, sizes = _components(image, dataclasses.replace(settings, threshold=0.0), block)
+    generator = _generator(image, settings.seed)
+    shares = component_shares(sizes, budget, generator)
+    return _selection(_random_members(component, sizes, shares, generator), grid)
+
+
+def _components(image: np.ndarray, settings: PruneSettings, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Component of every block (rows * cols,) and blocks per component, neighbours joined within the threshold."""
+    grid = (image.shape[0] // block, image.shape[1] // block)
     left, above = np.empty(grid, dtype=np.bool_), np.empty(grid, dtype=np.bool_)
-    kernels.equal_neighbours(pixel_bytes(image), block, left, above)
+    metric, limit = integer_limit(settings.metric, settings.threshold, block)
+    if metric == kernels.EXACT:
+        kernels.equal_neighbours(pixel_bytes(image), block, left, above)
+    else:
+        kernels.near_neighbours(pixel_bytes(image), block, metric, limit, left, above)
     label = np.empty(grid, dtype=np.int64)
     kernels.label_components(left, above, label)
-    generator = _generator(image, settings.seed)
     _, component, sizes = np.unique(label.ravel(), return_inverse=True, return_counts=True)
-    shares = component_shares(sizes, budget, generator)
-    # Blocks in random order within their component: the first `share` of each are kept.
-    order = np.lexsort((generator.random(label.size), component))
-    place = np.arange(label.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return _selection(order[place < np.repeat(shares, sizes)], grid)
+    return component, sizes
+
+
+def _random_members(
+    component: np.ndarray, sizes: np.ndarray, shares: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """Flat indices of `shares[i]` blocks of each component i, at random."""
+    order: np.ndarray = np.lexsort((generator.random(component.size), component))
+    place = np.arange(component.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    members: np.ndarray = order[place < np.repeat(shares, sizes)]
+    return members
 
 
 def resize(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:

@@ -247,6 +247,19 @@ def equal_neighbours(pixels, block, left, above):
 
 
 @njit(nogil=True, cache=True)
+def near_neighbours(pixels, block, metric, limit, left, above):
+    """Set `left` and `above` (rows, cols) True where a block is within the limit of its left neighbour, of the one
+    above it: see `matches`."""
+    rows, cols = left.shape
+    stride, row_len = 3 * block * cols, 3 * block
+    for r in range(rows):
+        for c in range(cols):
+            p = r * block * stride + c * row_len
+            left[r, c] = c > 0 and matches(pixels, stride, p, p - row_len, block, metric, limit)
+            above[r, c] = r > 0 and matches(pixels, stride, p, p - block * stride, block, metric, limit)
+
+
+@njit(nogil=True, cache=True)
 def pred2d_exact(pixels, block, keep, source):
     """pred2d at threshold 0: fill `keep` and `source` (rows, cols).
 
@@ -426,6 +439,7 @@ def compile_all() -> None:
     left, above = np.empty((1, 2), np.bool_), np.empty((1, 2), np.bool_)
     keep, source = np.empty((1, 2), np.bool_), np.empty((1, 2), np.int32)
     equal_neighbours(image, 1, left, above)
+    near_neighbours(image, 1, MAX, 1, left, above)
     label_components(left, above, np.empty((1, 2), np.int64))
     pred2d_exact(image, 1, keep, source)
     pred2d_near(image, 1, MAX, 1, keep, source)

@@ -38,6 +38,7 @@ BUILT_IN = (
     Strategy("serpentine", strategies.serpentine, strategies.replay_serpentine),
     Strategy("random", baselines.random, None),
     Strategy("conncomp", baselines.conncomp, None),
+    Strategy("conncomp_cover", baselines.conncomp_cover, None),
     Strategy("resize", baselines.resize, None),
 )
 

@@ -17,7 +17,7 @@ class Selection:
 
     keep: bool (rows, cols), True where the block is kept.
     source: int32 (rows, cols), flat index (row * cols + col) of the kept block whose pixels stand here after decoding.
-        The baselines random and conncomp predict nothing: their omitted blocks have source -1.
+        The baselines predict nothing: their omitted blocks have source -1.
     """
 
     keep: np.ndarray

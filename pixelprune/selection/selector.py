@@ -20,7 +20,7 @@ def select(
     """Choose the blocks of an image to keep (paper section 3; baselines of section 4).
 
     image: uint8 (height, width, 3), both sides multiples of `block` pixels.
-    strategy: pred2d, raster, serpentine, none, or a baseline: random, conncomp.
+    strategy: pred2d, raster, serpentine, none, or a baseline: random, conncomp, conncomp_cover.
     metric, threshold: a block is omitted when the largest ("max") or mean ("mae") absolute difference to its
         prediction, on pixels scaled to [0, 1], is at most `threshold`; 0 demands equality.
     seed: used by the baselines only.

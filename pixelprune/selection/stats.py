@@ -1,8 +1,9 @@
-"""Redundancy of images and data sets (paper appendix A): unique blocks, duplicate ratio, retain ratio per strategy."""
+"""Redundancy of images and data sets (paper appendix A): repeated blocks, and what each strategy keeps."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,10 +19,10 @@ __all__ = [
     "SUFFIXES",
     "DatasetStats",
     "ImageStats",
+    "count_contents",
     "find_images",
     "measure_files",
     "measure_image",
-    "num_unique_blocks",
 ]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -32,13 +33,15 @@ class ImageStats:
     """One image after resizing.
 
     original_size, size: (height, width) in pixels as stored and as the model sees it.
-    num_unique: distinct blocks by content. kept: kept blocks per label of the settings measured.
+    num_distinct: different contents among the blocks. num_unique: blocks whose content no other block of the image has.
+    kept: kept blocks per label of the settings measured.
     """
 
     path: str
     original_size: tuple[int, int]
     size: tuple[int, int]
     num_blocks: int
+    num_distinct: int
     num_unique: int
     kept: dict[str, int]
 
@@ -47,7 +50,7 @@ class ImageStats:
 
     @property
     def duplicate_ratio(self) -> float:
-        """Share of the blocks that repeat an earlier one of the same image."""
+        """Share of the blocks that another block of the image equals, the first of them included (Table 9)."""
         return 1 - self.num_unique / self.num_blocks
 
 
@@ -68,7 +71,7 @@ class DatasetStats:
 
     @property
     def duplicate_ratio(self) -> float:
-        """Share of all blocks that repeat an earlier one of their own image."""
+        """Share of all blocks that another block of their own image equals, the first of them included (Table 9)."""
         return 1 - sum(image.num_unique for image in self.images) / self.num_blocks
 
     def mean_size(self, original: bool = False) -> tuple[float, float]:
@@ -89,6 +92,7 @@ class DatasetStats:
                 "mean_original_size": self.mean_size(original=True),
                 "mean_size": self.mean_size(),
                 "num_blocks": self.num_blocks,
+                "num_distinct_blocks": sum(image.num_distinct for image in self.images),
                 "num_unique_blocks": sum(image.num_unique for image in self.images),
                 "duplicate_ratio": self.duplicate_ratio,
                 "retain_ratio": {label: self.retain_ratio(label) for label in self.images[0].kept},
@@ -99,6 +103,7 @@ class DatasetStats:
                 "original_size": image.original_size,
                 "size": image.size,
                 "num_blocks": image.num_blocks,
+                "num_distinct_blocks": image.num_distinct,
                 "num_unique_blocks": image.num_unique,
                 "duplicate_ratio": image.duplicate_ratio,
                 "kept_blocks": image.kept,
@@ -110,13 +115,14 @@ class DatasetStats:
         return summary
 
 
-def num_unique_blocks(image: np.ndarray, block: int = BLOCK) -> int:
-    """Distinct blocks of a block-aligned uint8 image (height, width, 3), compared byte by byte."""
+def count_contents(image: np.ndarray, block: int = BLOCK) -> tuple[int, int]:
+    """(distinct, unique) of a block-aligned uint8 image (height, width, 3): how many contents its blocks have, and how
+    many of them stand in one block only; compared byte by byte."""
     rows, cols = image.shape[0] // block, image.shape[1] // block
-    seen: set[bytes] = set()
+    seen: Counter[bytes] = Counter()
     for band in image.reshape(rows, block, cols, block, 3):
         seen.update(tile.tobytes() for tile in band.swapaxes(0, 1))
-    return len(seen)
+    return len(seen), sum(times == 1 for times in seen.values())
 
 
 def measure_image(path: Path, rules: Mapping[str, PruneSettings], resize: ResizeSettings) -> ImageStats:
@@ -127,7 +133,7 @@ def measure_image(path: Path, rules: Mapping[str, PruneSettings], resize: Resize
     kept = {label: prune_pixels(image, rule, original_size).selection.num_kept for label, rule in rules.items()}
     height, width = image.shape[:2]
     num_blocks = height * width // BLOCK**2
-    return ImageStats(str(path), original_size, (height, width), num_blocks, num_unique_blocks(image), kept)
+    return ImageStats(str(path), original_size, (height, width), num_blocks, *count_contents(image), kept)
 
 
 def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str]]]:

@@ -41,7 +41,7 @@ def reference_components(image: np.ndarray, block: int) -> np.ndarray:
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     num_tiles=st.integers(1, 4),
     noise=st.sampled_from([0, 0, 2]),
-    strategy=st.sampled_from(["random", "conncomp"]),
+    strategy=st.sampled_from(["random", "conncomp", "conncomp_cover"]),
     metric=st.sampled_from(["max", "mae"]),
     threshold=st.sampled_from([0.0, 0.02, 0.1]),
 )
@@ -52,7 +52,7 @@ def test_budget_is_met_exactly(seed, grid, num_tiles, noise, strategy, metric, t
     assert got.num_kept == budget
     assert got.keep.shape == grid
     np.testing.assert_array_equal(got.source, np.where(got.keep, np.arange(got.keep.size).reshape(grid), -1))
-    if strategy == "conncomp":
+    if strategy == "conncomp_cover":
         number = reference_components(image, 4)
         kept, sizes = np.bincount(number[got.keep], minlength=number.max() + 1), np.bincount(number.ravel())
         assert (kept <= sizes).all()
@@ -63,12 +63,63 @@ def test_budget_is_met_exactly(seed, grid, num_tiles, noise, strategy, metric, t
             assert (np.abs(kept - exact) < 1).all()
         else:
             assert kept.max() == 1
-    if threshold == 0 and strategy == "conncomp":
+    if threshold == 0 and strategy == "conncomp_cover":
         # Proposition 1 leaves one kept block in each component, so the budget always reaches all of them.
         assert budget >= number.max() + 1
 
 
-@pytest.mark.parametrize("strategy", ["random", "conncomp"])
+def near_components(image: np.ndarray, block: int, metric: str, threshold: float) -> np.ndarray:
+    """Component number of every block by flood fill over 4-neighbours within the threshold."""
+    rows, cols = image.shape[0] // block, image.shape[1] // block
+    tiles = image.reshape(rows, block, cols, block, 3).swapaxes(1, 2).reshape(rows, cols, -1).astype(int)
+    measure = np.max if metric == "max" else np.mean
+    number = np.full((rows, cols), -1)
+    for count, start in enumerate(np.ndindex(rows, cols)):
+        queue = [start] if number[start] < 0 else []
+        while queue:
+            r, c = queue.pop()
+            number[r, c] = count
+            for y, x in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
+                inside = 0 <= y < rows and 0 <= x < cols
+                if inside and number[y, x] < 0 and measure(abs(tiles[r, c] - tiles[y, x])) / 255 <= threshold:
+                    queue.append((y, x))
+    return np.unique(number, return_inverse=True)[1].reshape(rows, cols)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    noise=st.sampled_from([0, 2]),
+    metric=st.sampled_from(["max", "mae"]),
+    threshold=st.sampled_from([0.0, 0.02, 0.1]),
+)
+def test_conncomp_is_the_published_rule(seed, grid, noise, metric, threshold) -> None:
+    """Thinned by the ratio, one at least, then only removed or only added: no component crosses its share the wrong
+    way, and the differences add up to what was missing."""
+    image = mosaic(np.random.default_rng(seed), *grid, 4, 3, 3, noise)
+    budget = select(image, metric=metric, threshold=threshold, block=4).num_kept
+    got = select(image, strategy="conncomp", metric=metric, threshold=threshold, seed=seed, block=4)
+    number = near_components(image, 4, metric, threshold)
+    sizes = np.bincount(number.ravel())
+    ratio = 1.0 - budget / number.size
+    shares = np.array([1 if size == 1 else max(1, size - round(size * ratio)) for size in sizes.tolist()])
+    difference = np.bincount(number[got.keep], minlength=len(sizes)) - shares
+    assert difference.sum() == budget - shares.sum()
+    assert (difference <= 0).all() if budget <= shares.sum() else (difference >= 0).all()
+
+
+def test_the_published_rule_loses_lone_blocks_and_the_covering_one_does_not() -> None:
+    image = page(320, 640)
+    number = reference_components(image, 32)
+    lone = np.bincount(number.ravel())[number] == 1
+    kept = [select(image, strategy="conncomp", seed=seed).keep[lone].mean() for seed in range(20)]
+    assert lone.sum() > 10
+    assert np.mean(kept) < 1
+    assert select(image, strategy="conncomp_cover").keep[lone].all()
+
+
+@pytest.mark.parametrize("strategy", ["random", "conncomp", "conncomp_cover"])
 def test_choice_depends_on_seed_and_pixels_only(strategy: str) -> None:
     image = page(320, 640)
     first = select(image, strategy=strategy, seed=3)

@@ -15,7 +15,7 @@ from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 
-BASELINES = ("random", "conncomp", "resize")
+BASELINES = ("random", "conncomp", "conncomp_cover", "resize")
 SMALL = ResizeSettings(min_pixels=1024)
 MESSAGES = [
     {"role": "user", "content": [{"type": "image", "image": screen(6, 9)}, {"type": "text", "text": "Where is it?"}]}

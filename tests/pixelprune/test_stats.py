@@ -13,10 +13,10 @@ from pixelprune.selection.overlay import draw_overlay, side_by_side
 from pixelprune.selection.stats import (
     DatasetStats,
     ImageStats,
+    count_contents,
     find_images,
     measure_files,
     measure_image,
-    num_unique_blocks,
 )
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.pixelprune.selection_reference import mosaic, page
@@ -25,15 +25,16 @@ RULES = {"pred2d": PruneSettings(), "none": PruneSettings(strategy="none")}
 SMALL = ResizeSettings(min_pixels=32 * 32)
 
 
-def test_unique_blocks_are_distinct_contents() -> None:
+def test_contents_are_counted_as_distinct_and_as_unique() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         image = mosaic(rng, *rng.integers(1, 7, size=2), 32, num_tiles=4, step=3, noise=0)
         cells = image[::32, ::32].reshape(-1, 3)
-        assert num_unique_blocks(image) == len(np.unique(cells, axis=0))
+        _, times = np.unique(cells, axis=0, return_counts=True)
+        assert count_contents(image) == (len(times), (times == 1).sum())
     almost = np.zeros((32, 64, 3), np.uint8)
     almost[31, 63, 2] = 1
-    assert num_unique_blocks(almost) == 2
+    assert count_contents(almost) == (2, 2)
 
 
 def test_an_image_is_measured_as_the_model_sees_it(tmp_path: Path) -> None:
@@ -43,12 +44,14 @@ def test_an_image_is_measured_as_the_model_sees_it(tmp_path: Path) -> None:
     seen = np.asarray(Image.open(path).resize((320, 192), Image.Resampling.BICUBIC))
     assert (got.original_size, got.size, got.num_blocks) == ((200, 330), (192, 320), 60)
     assert got.kept == {"pred2d": select(seen).num_kept, "none": 60}
-    assert got.num_unique == num_unique_blocks(seen)
+    assert (got.num_distinct, got.num_unique) == count_contents(seen)
     assert got.duplicate_ratio == 1 - got.num_unique / 60
 
 
 def make(kept: int, blocks: int, unique: int, size: tuple[int, int]) -> ImageStats:
-    return ImageStats(f"{kept}.png", size, (2 * size[0], 2 * size[1]), blocks, unique, {"pred2d": kept, "none": blocks})
+    return ImageStats(
+        f"{kept}.png", size, (2 * size[0], 2 * size[1]), blocks, unique + 3, unique, {"pred2d": kept, "none": blocks}
+    )
 
 
 def test_data_set_ratios_are_ratios_of_sums() -> None:
@@ -60,7 +63,7 @@ def test_data_set_ratios_are_ratios_of_sums() -> None:
     assert [image.path for image in result.by_retain_ratio("pred2d")] == ["100.png", "90.png"]
     summary = result.as_dict()
     assert summary["retain_ratio"] == {"pred2d": 0.19, "none": 1.0}
-    assert summary["num_unique_blocks"] == 130
+    assert (summary["num_distinct_blocks"], summary["num_unique_blocks"]) == (136, 130)
     assert summary["images"][0]["retain_ratio"]["pred2d"] == 0.9
     assert summary["unreadable"] == [{"path": "x.png", "reason": "damaged"}]
     assert DatasetStats().as_dict() == {"num_images": 0, "images": [], "unreadable": []}
