@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pixelprune.attention.segments import takes_borders
 from pixelprune.decoding import decode, end_token_ids, generation_settings, trim
 from pixelprune.pack import VisionGeometry, pack_samples, vision_inputs
 from pixelprune.prompter import Messages, Prompter
@@ -192,7 +193,7 @@ def encode_images(model: Any, samples: list[Sample], prompter: Prompter) -> dict
     geometry = VisionGeometry.from_config(stock.config, normalisation)
     vision = stock.model.visual
     pack = pack_samples(samples, geometry).to(next(vision.parameters()).device)
-    arguments = vision_inputs(pack, geometry, vision.dtype)
+    arguments = vision_inputs(pack, geometry, vision.dtype, with_borders=takes_borders(stock))
     if not arguments:
         return {}
     return {"mm_encoder_outputs": {"image": stock.model.get_image_features(**arguments, return_dict=True)}}

@@ -1,8 +1,9 @@
 """A packed row through the stock model, with sample borders in every layer of its family.
 
-Full-attention layers take borders from positions and cumulative lengths. Linear-attention layers (Qwen3.5) carry state
-along the row, and take borders only from compiled kernels. Where those are not at hand, the row is unpacked into padded
-batches right here and the result is gathered back, so that packs stay packs everywhere else.
+Full-attention layers take borders as host integers or cumulative lengths, stock ones from positions. Linear-attention
+layers (Qwen3.5) carry state along the row, and take borders only from compiled kernels. Where those are not at hand,
+the row is unpacked into padded batches right here and the result is gathered back, so that packs stay packs everywhere
+else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import is_flash_attention_requested
 
+from pixelprune.attention.segments import takes_borders
 from pixelprune.family import family_of
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, vision_inputs
 
@@ -44,7 +46,7 @@ def final_hidden(
     """
     dtype = dtype or model.dtype
     if takes_packed_rows(model):
-        inputs = model_inputs(pack, geometry, dtype)
+        inputs = model_inputs(pack, geometry, dtype, with_borders=takes_borders(model))
         if is_flash_attention_requested(model.config):
             # Borders are the cumulative lengths; row 0 would only be searched for them once more, and waited for.
             inputs["position_ids"] = inputs["position_ids"][1:]
@@ -149,7 +151,7 @@ def _places(pack: Pack, groups: list[list[int]], longest: list[int], starts: lis
 def _images_by_sample(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Features (kept, D) of each sample's images: the vision tower runs once over all images of the pack."""
     features: tuple[Any, ...] = ()
-    if inputs := vision_inputs(pack, geometry, dtype):
+    if inputs := vision_inputs(pack, geometry, dtype, with_borders=takes_borders(model)):
         features = model.model.get_image_features(**inputs, return_dict=True).pooler_output
     borders = [0, *accumulate(pack.num_images_per_sample)]
     return [tuple(features[start:stop]) for start, stop in pairwise(borders)]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
+from pixelprune.attention.borders import Borders
 from pixelprune.extras import INFERENCE, TRAINING, require_transformers
 from pixelprune.family import family_of
 from pixelprune.images.image import PrunedImage
@@ -84,6 +85,7 @@ class Pack:
     blocks[block_index[i]] (the decoder of an exact strategy: Proposition 1).
     vit_position_ids int64 (P, 2), vit_interp_indices int64 (P, 4), vit_interp_weights float32 (P, 4): rows of the
     original grid for the kept patches; vit_cu_seqlens int32 (I+1,) image borders in patches.
+    borders, vit_borders: which tokens see which, and which patches, as host integers.
     logit_index int64 (N,): positions whose logits predict a supervised token; labels int64 (N,): those tokens.
     """
 
@@ -104,6 +106,8 @@ class Pack:
     num_images_per_sample: tuple[int, ...]
     record_ids: tuple[str, ...]
     num_full_blocks: int
+    borders: Borders
+    vit_borders: Borders
     block_index: torch.Tensor | None = None
 
     @property
@@ -172,6 +176,7 @@ def pack_samples(samples: list[Sample], geometry: VisionGeometry) -> Pack:
         num_images_per_sample=tuple(len(sample.images) for sample in samples),
         record_ids=tuple(sample.record_id for sample in samples),
         num_full_blocks=sum(image.num_full_blocks for image in images),
+        borders=Borders.of_lengths(lengths, is_causal=True),
         **_vision_fields(images, geometry),
     )
 
@@ -191,15 +196,25 @@ def decoding_index(images: list[PrunedImage]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict[str, Any]:
+def model_inputs(
+    pack: Pack, geometry: VisionGeometry, dtype: torch.dtype, *, with_borders: bool = False
+) -> dict[str, Any]:
     """The keyword arguments of the stock forward for a pack that is on its device already.
 
     Pixels are scaled, normalised and their frame duplicated here, in `dtype`. `use_cache=False` always: with a cache
     the packed mask is not built and samples leak into each other. Nothing in here waits for the device.
+    with_borders: hand on the host integers too, for models whose attention reads them
+    (`pixelprune.attention.segments.takes_borders`); any other would drop them without a word.
+    Raises ValueError for a row that only such attention keeps apart, without with_borders.
     A family with linear-attention layers takes these inputs only where its compiled kernels are installed and raises
     otherwise; `pixelprune.model_call.final_hidden` runs it anywhere.
     """
     require_transformers(TRAINING, "a packed row in the stock model")
+    if not with_borders and not pack.borders.are_apart:
+        raise ValueError(
+            "a row whose samples share a prefix: expected attention that reads borders; "
+            "switch the model with pixelprune.attention.segments.use_borders"
+        )
     inputs = {
         "input_ids": pack.input_ids[None],
         "position_ids": pack.position_ids[:, None],
@@ -211,7 +226,9 @@ def model_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> di
     }
     if geometry.linear_attention:
         inputs["seq_idx"] = _sample_of_token(pack)[None]
-    return inputs | vision_inputs(pack, geometry, dtype)
+    if with_borders:
+        inputs["row_borders"] = pack.borders
+    return inputs | vision_inputs(pack, geometry, dtype, with_borders=with_borders)
 
 
 def _sample_of_token(pack: Pack) -> torch.Tensor:
@@ -220,7 +237,9 @@ def _sample_of_token(pack: Pack) -> torch.Tensor:
     return samples.repeat_interleave(pack.cu_seqlens.diff().to(torch.int64), output_size=pack.num_tokens)
 
 
-def vision_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict[str, Any]:
+def vision_inputs(
+    pack: Pack, geometry: VisionGeometry, dtype: torch.dtype, *, with_borders: bool = False
+) -> dict[str, Any]:
     """The part of `model_inputs` that concerns images; empty for a pack without one."""
     if pack.num_patches == 0:
         return {}
@@ -228,7 +247,8 @@ def vision_inputs(pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> d
     blocks = pack.blocks if pack.block_index is None else pack.blocks[pack.block_index]
     patches_per_image = pack.vit_cu_seqlens.diff().to(torch.int64)
     ones = torch.ones_like(patches_per_image)
-    return {
+    borders = {"image_borders": pack.vit_borders} if with_borders else {}
+    return borders | {
         "pixel_values": normalise_blocks(blocks, geometry).to(dtype),
         # Used by the model only to split features by image: 1 x 2 x (2 * kept) patches.
         "image_grid_thw": torch.stack([ones, MERGE * ones, patches_per_image // MERGE], dim=1),
@@ -290,6 +310,7 @@ def _vision_fields(images: list[PrunedImage], geometry: VisionGeometry) -> dict[
             "vit_interp_weights": torch.empty(0, 4, dtype=torch.float32),
             "vit_cu_seqlens": torch.zeros(1, dtype=torch.int32),
             "vit_max_seqlen": 0,
+            "vit_borders": Borders([], is_causal=False),
         }
     grids = [_kept_rows(image.selection.keep, geometry) for image in images]
     num_patches = [len(positions) for positions, _, _ in grids]
@@ -300,6 +321,7 @@ def _vision_fields(images: list[PrunedImage], geometry: VisionGeometry) -> dict[
         "vit_interp_weights": torch.cat([weights for _, _, weights in grids]),
         "vit_cu_seqlens": torch.tensor([0, *accumulate(num_patches)], dtype=torch.int32),
         "vit_max_seqlen": max(num_patches),
+        "vit_borders": Borders.of_lengths(num_patches, is_causal=False),
     }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
+from pixelprune.attention.segments import mask_beside_borders
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, pack_samples
 from pixelprune.sample import ChatTokens, build_sample
@@ -27,7 +28,6 @@ from training.model.attention import (
     reference_varlen,
     use_varlen,
     varlen_attention,
-    varlen_mask,
 )
 
 CPU = torch.device("cpu")
@@ -230,10 +230,10 @@ def test_the_kernel_equals_the_reference(device):
 
 def test_the_mask_is_left_to_sdpa_where_something_is_masked():
     plain = {"batch_size": 2, "q_length": 3, "kv_length": 3}
-    assert varlen_mask(**plain) is None
-    assert varlen_mask(**plain, allow_is_causal_skip=False).shape == (0,)
+    assert mask_beside_borders(**plain) is None
+    assert mask_beside_borders(**plain, allow_is_causal_skip=False).shape == (0,)
     padded = torch.tensor([[False, True, True], [True, True, True]])
-    mask = varlen_mask(**plain, attention_mask=padded)
+    mask = mask_beside_borders(**plain, attention_mask=padded)
     assert mask.shape == (2, 1, 3, 3)
     assert not mask[0, 0, 2, 0]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from pixelprune.attention.segments import use_borders
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, pack_samples
 from tests.conftest import screen
@@ -81,9 +82,13 @@ def most_versions() -> int:
     return max(len(_debug_get_cache_entry_list(code)) for code in codes)
 
 
-def test_compiled_equals_eager_within_the_bound(toy_model, toy_tokenizer, geometry):
-    """Every second layer is recomputed: kept and recomputed layers share their program."""
-    plain, model = copy.deepcopy(toy_model).train(), copy.deepcopy(toy_model).train()
+@pytest.mark.parametrize("by_segment", [False, True])
+def test_compiled_equals_eager_within_the_bound(by_segment, toy_model, toy_tokenizer, geometry):
+    """Every second layer is recomputed: kept and recomputed layers share their program, whatever the segments are."""
+    plain = copy.deepcopy(toy_model).train()
+    if by_segment:
+        use_borders(plain)
+    model = copy.deepcopy(plain)
     enable_recomputation(model, ModelSettings(recompute_vit=2, recompute_llm=2))
     compile_layers(model, BOUND, backend="aot_eager")
     for pack in packs(toy_tokenizer, geometry):

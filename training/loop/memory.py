@@ -115,9 +115,12 @@ def llm_bytes(text: Any, num_tokens: int, itemsize: int, attention: str, *, fuse
     per_token += (3 if fused else 4) * b * inner  # gate, up, (silu of gate,) product
     pairs = 0.0
     if attention in ("sdpa", "eager"):
-        # k and v repeated for all heads, the result copied to (T, H, E); the packed mask as numbers, in every layer.
-        per_token += b * (2 * (heads - kv_heads) + heads) * head_dim
-        pairs = b if attention == "sdpa" else (4 + 2 * b) * heads
+        # The samples' results, put together again.
+        per_token += b * heads * head_dim
+    if attention == "eager":
+        # k and v repeated for all heads; scores of a sample, counted as if it filled the pack.
+        per_token += b * 2 * (heads - kv_heads) * head_dim
+        pairs = (4 + 2 * b) * heads
     kept = per_token * num_tokens + pairs * num_tokens**2
     final_norm = norm * width * num_tokens
     return TowerBytes(text.num_hidden_layers, kept, b * width * num_tokens, final_norm)

@@ -6,9 +6,10 @@ What "auto" takes, the first that can run:
 
     flash_attention_3, flash_attention_2   where the package is installed (GPU, bfloat16 or float16)
     varlen                                 `torch.nn.attention.varlen`: torch's own flash kernels over rows with borders
-    sdpa                                   last: it needs an (L, L) mask for packed rows, and a loop over images
+    sdpa                                   anywhere, once per sample and image (`pixelprune.attention.segments`)
 
-The first three take sample borders as cumulative lengths: one call per layer for a whole row, whatever is in it.
+The first three take sample borders as cumulative lengths: one call per layer for a whole row, whatever is in it. None
+builds an (L, L) mask for a packed row; `eager`, the definition for comparisons, runs per sample too.
 
 varlen is registered with transformers as `flash_varlen`: a name with "flash" in it makes the stock vision tower hand
 over the borders of all images at once instead of looping over them.
@@ -26,9 +27,9 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from pixelprune.attention.segments import KERNELS, mask_beside_borders, use_borders
 from training.config.settings import ATTENTION_NAMES
 from training.errors import UserError
 
@@ -85,13 +86,15 @@ def load_pretrained(path: str, *, attention: str, dtype: torch.dtype, trust_remo
     )
     if attention == "varlen":
         use_varlen(model)
+    elif attention in KERNELS:
+        use_borders(model, attention)
     return model
 
 
 def use_varlen(model: PreTrainedModel) -> None:
     """Switch this model, vision tower and language model, to varlen attention. No class and no other model changes."""
     AttentionInterface.register(_REGISTERED, varlen_attention)
-    AttentionMaskInterface.register(_REGISTERED, varlen_mask)
+    AttentionMaskInterface.register(_REGISTERED, mask_beside_borders)
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             part.config._attn_implementation = _REGISTERED
@@ -141,35 +144,6 @@ def varlen_attention(
     else:
         out = reference_varlen(*rows, cu_seq_lens_q, scaling=scaling, is_causal=causal)
     return out.unsqueeze(0), None
-
-
-def varlen_mask(
-    *,
-    q_length: int,
-    kv_length: int,
-    attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> torch.Tensor | None:
-    """The mask beside `varlen_attention`. Rows and batches of a training step need none, and none is built.
-
-    transformers looks for borders in row 0 of 4-row positions. Where it found some, an empty marker (0,) is returned:
-    the layers ignore it when they are given the borders, and refuse to run when they are not.
-    Anything with padding or a cache (generation) gets the mask of sdpa.
-    """
-    if attention_mask is None and q_length == kv_length and not use_vmap:
-        return None if allow_is_causal_skip else torch.empty(0, device=device)
-    return sdpa_mask(
-        q_length=q_length,
-        kv_length=kv_length,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        use_vmap=use_vmap,
-        device=device,
-        **kwargs,
-    )
 
 
 @torch.compiler.disable  # its loop would be unrolled: a version for every number of segments
