@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from training.distributed.cores import usable_cores
 from training.errors import UserError
 
 _OF_A_RANK = (
@@ -20,14 +21,15 @@ OF_EVERY_RANK = (*_THREADS, "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR")
 def rank_environment(num_ranks: int, threads_per_rank: int = 0) -> dict[str, str]:
     """This environment for a launcher of `num_ranks` processes on this host.
 
-    The stock launcher sets no thread counts, so every rank would take all cores; here they are shared evenly
-    (`threads_per_rank` when given). What the user has set stays. Variables that would make a process think that it is a
-    rank already are removed.
+    The stock launcher sets no thread counts, so every rank would take all cores; here they are shared evenly, unless
+    the recipe (`threads_per_rank`) or the user has set them. Variables that would make a process think it is a rank
+    already are removed.
     """
     environment = {key: value for key, value in os.environ.items() if key not in _OF_A_RANK}
-    num_threads = threads_per_rank or max(1, len(os.sched_getaffinity(0)) // max(1, num_ranks))
+    if threads_per_rank:
+        environment |= dict.fromkeys(_THREADS, str(threads_per_rank))
     for name in _THREADS:
-        environment.setdefault(name, str(num_threads))
+        environment.setdefault(name, str(max(1, usable_cores() // max(1, num_ranks))))
     # Loader workers are forked after the tokenizer was used; its own threads would not survive that.
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from launch.environment import chosen_gpus, num_gpus, rank_environment
 from launch.restart import RestartPolicy
+from training.distributed.cores import usable_cores
 from training.errors import UserError
 
 TRAINER = "training.train"
@@ -17,7 +17,7 @@ TRAINER = "training.train"
 
 def default_num_ranks() -> int:
     """One rank per GPU; without a GPU two, so that the distributed path is the one that runs."""
-    return num_gpus() or min(2, os.cpu_count() or 1)
+    return num_gpus() or min(2, usable_cores())
 
 
 def find_deepspeed() -> str:

@@ -87,7 +87,7 @@ def segment_attention(
 
 @torch.compiler.disable  # its loop would be unrolled: a version for every number of segments
 def _by_segment(
-    stock: Callable,
+    stock: Callable[..., Any],
     kernel: str,
     module: nn.Module,
     query: torch.Tensor,
@@ -126,16 +126,17 @@ def _read_borders(cumulative: torch.Tensor, is_causal: bool) -> Borders:
     return Borders.of_lengths(cumulative.diff().tolist(), is_causal=is_causal)
 
 
-def _eager_of(module: nn.Module) -> Callable:
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
     """The eager function in the modeling file of a stock layer: transformers registers none under that name."""
-    return sys.modules[type(module).__module__].eager_attention_forward
+    function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+    return function
 
 
 def _segment_eager(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     return segment_attention(*args, kernel="eager", **kwargs)
 
 
-_ATTENTIONS: dict[str, Callable] = {"sdpa": segment_attention, "eager": _segment_eager}
+_ATTENTIONS: dict[str, Callable[..., Any]] = {"sdpa": segment_attention, "eager": _segment_eager}
 
 
 def mask_beside_borders(

@@ -142,7 +142,7 @@ class DistributedSettings:
     zero_stage: Literal[1, 2] = 2
     """1 or 2: what ZeRO shards over ranks (optimizer states; also gradients). 1 needs model.dtype=float32."""
     threads_per_rank: int = 0
-    """CPU threads of a rank; 0 shares the machine's cores evenly."""
+    """CPU threads of a rank; 0: OMP_NUM_THREADS where you set it, else an even share of the cores this job may use."""
     timeout_minutes: float = 30.0
     """A collective that hangs for this long ends the run."""
     reduce_bucket_size: int = 200_000_000

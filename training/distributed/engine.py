@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import nn
 
 from training.config.rules import check_passthrough
 from training.config.settings import Config
+from training.distributed.cores import usable_core_numbers, usable_cores
 from training.distributed.fragments import create_moments, own_fragments
 from training.errors import UserError
 from training.model.parameters import parameter_groups
@@ -35,11 +35,13 @@ class Ranks:
     world_size_per_node: int = 1
     has_launcher: bool = True
     """False for a process that nothing started as a rank: it can index, cache and evaluate, but not train."""
+    ranks_on_cores: int = 1
+    """Ranks that may run on this rank's cores: all of the machine, or 1 where a scheduler binds each to its own."""
 
     @property
     def cores_per_rank(self) -> int:
-        """CPU cores that this machine has for each of its ranks."""
-        return max(1, (os.cpu_count() or 1) // self.world_size_per_node)
+        """CPU cores that this process may use, for each of the ranks that share them."""
+        return max(1, usable_cores() // self.ranks_on_cores)
 
     @property
     def is_first(self) -> bool:
@@ -62,10 +64,12 @@ def join_ranks(config: Config) -> Ranks:
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
     _unlink_shared_buffers()
-    hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    num_here = hosts.count(socket.gethostname())
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, num_here, has_launcher)
+    mine = (socket.gethostname(), usable_core_numbers())
+    places = [mine] * dist.get_world_size()
+    dist.all_gather_object(places, mine)
+    here = [numbers for host, numbers in places if host == mine[0]]
+    sharing = sum(not numbers.isdisjoint(mine[1]) for numbers in here)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, len(here), has_launcher, sharing)
 
 
 def _unlink_shared_buffers() -> None:

@@ -21,6 +21,7 @@ from training.checkpoint.export import export_model, run_facts
 from training.config.recipe import show
 from training.config.settings import Config
 from training.data.loader import START, Cursor, MicroBatch, PackLoader
+from training.distributed.cores import use_threads
 from training.distributed.engine import Ranks, build_engine, join_ranks
 from training.distributed.stopping import Agreement, StopRequest
 from training.errors import RankError, StopAskedError, UserError
@@ -249,8 +250,7 @@ def _settled(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
     `python -m launch` holds a lock of its own from start to restart; this one covers starts without it.
     """
     if ranks.device.type == "cpu":
-        # Without this every rank takes all cores, and ranks on one machine slow each other down.
-        torch.set_num_threads(config.distributed.threads_per_rank or ranks.cores_per_rank)
+        use_threads(config.distributed.threads_per_rank, ranks.cores_per_rank)
     seed = config.run.seed + ranks.rank
     random.seed(seed)
     np.random.seed(seed)

@@ -28,6 +28,7 @@ from training.data.index import Index
 from training.data.loader import PackLoader
 from training.data.plan import plan_epoch
 from training.data.targets import TargetEntry, TargetReader, write_shard
+from training.distributed.cores import use_threads
 from training.distributed.engine import Ranks, patient_barrier
 from training.errors import UserError
 from training.loop.feed import Feed, build_feed
@@ -51,7 +52,7 @@ def build_cache(config: Config, ranks: Ranks) -> Path:
     Raises UserError: data that cannot be used, a teacher that does not fit, too little space on the disk.
     """
     if ranks.device.type == "cpu":
-        torch.set_num_threads(config.distributed.threads_per_rank or ranks.cores_per_rank)
+        use_threads(config.distributed.threads_per_rank, ranks.cores_per_rank)
     student = load_model_files(config.model)
     teacher_files = load_teacher_files(config, student)
     folder = cache_folder(config, teacher_files, student, ranks)
