@@ -289,3 +289,18 @@ def test_other_configs_are_refused() -> None:
     config["text_config"]["layer_types"] = ["full_attention", "sliding"]
     with pytest.raises(ValueError, match="expected layer_types for 4"):
         CostModel.from_config(config)
+
+
+def test_the_papers_ratio_in_the_papers_convention():
+    """Table 4: 6.6x for Qwen3-VL-2B at 26.2 % of a screenshot of 2048 x 2048 pixels, a short instruction behind it."""
+    from benchmarks.parts.shapes import shape_config
+
+    triangle = CostModel.from_config(shape_config("2b"))
+    ratios = []
+    for cost in (triangle.whole_square(), triangle):
+        full, pruned = (
+            cost.sample_flops(kept_blocks=[kept], text_tokens=22, supervised_tokens=1, training=False)
+            for kept in (4096, round(0.262 * 4096))
+        )
+        ratios.append(full / pruned)
+    assert ratios == pytest.approx([6.58, 6.45], abs=0.01)
