@@ -44,6 +44,9 @@ def test_what_is_the_users_is_one_line_and_exit_code_2(module, tmp_path):
 def test_every_command_is_tried_here():
     commands = {f"training.{path.stem}" for path in (ROOT / "training").glob("*.py") if "main(" in path.read_text()}
     assert commands - {"training.toy_model"} <= set(WRONG)  # it has no input that could be wrong
+    # Any of them may be started on several ranks: test_train.py, test_evaluate.py and the next test do so.
+    for name in commands:
+        assert "from training.command import run_command" in (ROOT / f"{name.replace('.', '/')}.py").read_text(), name
 
 
 def test_under_torchrun_it_is_said_once():
