@@ -28,14 +28,16 @@ from pixelprune.flops import CostModel
 from training.composition.toy import build_toy_model, texts_of_records
 from training.config.recipe import load_recipe
 from training.config.settings import Config
-from training.data.loader import MicroBatch, PackLoader
-from training.distributed.engine import Ranks, build_engine, join_ranks
-from training.loop.feed import build_feed
-from training.loop.run import run_step
+from training.data.loader import MicroBatch
+from training.distributed.engine import build_engine
+from training.distributed.ranks import Ranks, join_ranks
+from training.loop.context import RunContext
+from training.loop.feed import build_feed, prepare_settings, training_loader
+from training.loop.step import run_step
 from training.loop.teacher_cache import build_cache
 from training.model.loading import load_model, load_model_files
 from training.model.supervised import SupervisedModel
-from training.teacher.files import find_teaching
+from training.teacher.files import plan_teacher
 from training.teacher.teachers import build_teacher
 from training.tracking.meter import StepMeter
 
@@ -74,12 +76,19 @@ def prepare(config: Config, ranks: Ranks) -> Way:
     """The engine and the packs of one optimizer step, as `training.loop.run` makes them."""
     folder = Path(config.run.folder)
     files = load_model_files(config.model)
-    teaching = find_teaching(config, files, ranks)
-    feed = build_feed(config, config.data.sources, files, ranks, folder, shuffle=True, teaching=teaching)
+    context = RunContext(config, ranks, folder, files)
+    teacher_plan = plan_teacher(config.kd, config.model, config.loss, prepare_settings(config, files), files, ranks)
+    feed = build_feed(context, config.data.sources, shuffle=True, teacher_plan=teacher_plan)
     model = load_model(config.model, attention="sdpa", device=ranks.device)
-    teacher = build_teacher(config, teaching, ranks, "sdpa")
-    engine = build_engine(SupervisedModel(model, files.geometry, config.loss, teacher), config, ranks.device)
-    loader = PackLoader.build(config, feed, files, ranks, num_steps=1)
+    teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, "sdpa")
+    engine = build_engine(
+        SupervisedModel(model, files.geometry, config.loss, teacher),
+        ranks,
+        config.distributed,
+        config.optim,
+        config.model.dtype,
+    )
+    loader = training_loader(context, feed, num_steps=1)
     batches = [batch for _, step in loader.steps() for batch in step]
     return Way(engine, batches, _planned_flops(feed, files, batches))
 
@@ -160,7 +169,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     shutil.rmtree(settings.folder, ignore_errors=True)
-    ranks = join_ranks(Config())
+    ranks = join_ranks()
     rows = measure("toy", None, settings, ranks) + measure("151,936", REAL_VOCABULARY, settings, ranks)
     table = markdown_table(
         [

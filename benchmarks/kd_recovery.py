@@ -34,9 +34,9 @@ from pixelprune.settings import BLOCK
 from training.composition.toy import build_toy_model
 from training.config.recipe import load_recipe
 from training.config.settings import Config
-from training.data.loader import PackLoader
-from training.distributed.engine import Ranks, join_ranks
-from training.loop.feed import build_feed
+from training.distributed.ranks import Ranks, join_ranks
+from training.loop.context import RunContext
+from training.loop.feed import build_feed, validation_loader
 from training.loop.run import run
 from training.loss.supervised import LossSettings
 from training.model.loading import load_model, load_model_files
@@ -126,9 +126,10 @@ def evaluate(config: Config, ranks: Ranks) -> tuple[float, list[tuple[int, ...]]
     files = load_model_files(config.model)
     model = load_model(config.model, attention="sdpa", device=ranks.device).eval()
     module = SupervisedModel(model, files.geometry, LossSettings()).eval()
-    feed = build_feed(config, config.data.eval_sources, files, ranks, Path(config.run.folder), shuffle=False)
+    context = RunContext(config, ranks, Path(config.run.folder), files)
+    feed = build_feed(context, config.data.eval_sources, shuffle=False)
     loss, answers, num_right = 0.0, {}, 0
-    for batch in PackLoader.build_eval(config, feed, files, ranks):
+    for batch in validation_loader(context, feed):
         pack = batch.pack
         loss += float(module(pack).ce)
         top1 = model.lm_head(module.hidden_at_supervised(pack)).argmax(-1)
@@ -215,7 +216,7 @@ def main() -> None:
     started = time.perf_counter()
     shutil.rmtree(settings.folder, ignore_errors=True)
     make_screens(settings.folder)
-    ranks = join_ranks(Config())
+    ranks = join_ranks()
     seeds = [one_seed(settings.folder, seed, ranks, settings) for seed in range(settings.seeds)]
     table, facts = summarise(seeds)
     facts["minutes"] = (time.perf_counter() - started) / 60

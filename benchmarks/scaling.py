@@ -168,7 +168,7 @@ def simulate(
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     meta = random_model(arguments.shapes, device=torch.device("meta"), dtype=torch.bfloat16)
-    gradients = Gradients.of(meta, bucket_elements(Config(), meta))
+    gradients = Gradients.of(meta, bucket_elements(Config().distributed.reduce_bucket_size, meta))
     cost = CostModel.from_config(meta.config)
     rows = []
     for scaling in ("weak", "strong"):

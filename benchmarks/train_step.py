@@ -36,10 +36,9 @@ from benchmarks.parts.shapes import SHAPES
 from benchmarks.parts.step_meter import DeviceMeter, peak_bytes, reset_peak
 from benchmarks.parts.step_profile import draw_profile, profile_step
 from benchmarks.parts.step_ways import TAUGHT, Bench, Step, Way
-from training.config.settings import Config
 from training.data.loader import MicroBatch
-from training.distributed.engine import join_ranks, leave_ranks
-from training.loop.run import run_step
+from training.distributed.ranks import join_ranks, leave_ranks
+from training.loop.step import run_step
 
 PRUNED = ("Full", "PixelPrune", "Resize")
 Rounds = dict[str, list[list[Step]]]
@@ -233,7 +232,7 @@ def main() -> None:
         sys.exit(run_as_rank("benchmarks.train_step", sys.argv[1:]))
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
-    ranks = join_ranks(Config())
+    ranks = join_ranks()
     if ranks.device.type != arguments.device:
         raise SystemExit(f"--device: this machine trains on {ranks.device.type}, not on {arguments.device}")
     folder = arguments.folder / arguments.shapes

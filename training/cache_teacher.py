@@ -12,7 +12,7 @@ from pathlib import Path
 
 from training.command import run_command, set_up_logging
 from training.config.recipe import load_recipe
-from training.distributed.engine import join_ranks, leave_ranks
+from training.distributed.ranks import join_ranks, leave_ranks
 from training.exit_codes import leave_process
 from training.loop.teacher_cache import build_cache
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def build() -> None:
         config = load_recipe(args.recipe, args.overrides)
-        build_cache(config, join_ranks(config))
+        build_cache(config, join_ranks(config.distributed.timeout_minutes))
         leave_ranks()
 
     return run_command(build)

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-from accelerate import PartialState
-from deepspeed.accelerator import get_accelerator
 
 from pixelprune.answers import FORMATS
 from pixelprune.command import plain_console
 from pixelprune.settings import ResizeSettings
 from training.command import run_command, set_up_logging
 from training.config.settings import ATTENTION_NAMES
+from training.distributed.ranks import join_ranks, leave_ranks
 from training.evaluation.answering import AnswerSettings
 from training.evaluation.passes import MODES, evaluate, result_table
 from training.exit_codes import leave_process
@@ -34,14 +31,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     console = plain_console(stderr=True)
-    ranks = PartialState(cpu=get_accelerator().device_name() == "cpu", timeout=timedelta(hours=12))
+    ranks = join_ranks()
     try:
         results = evaluate(args, ranks, console)
-        if ranks.is_main_process:
+        if ranks.is_first:
             for mode, result in results.items():
                 plain_console(width=max(console.width, 110)).print(result_table(mode, result))
     finally:
-        ranks.destroy_process_group()
+        leave_ranks()
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def _train(args: argparse.Namespace) -> int:
         sys.stdout.write(show(config))
         return 0
     _quieten()
-    from training.distributed.engine import leave_ranks
+    from training.distributed.ranks import leave_ranks
     from training.loop.run import run
 
     code = run(config)

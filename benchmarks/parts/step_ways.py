@@ -24,16 +24,18 @@ from training.composition.toy import build_tokenizer
 from training.config.recipe import load_recipe
 from training.config.settings import Config
 from training.data.index import Index
-from training.data.loader import MicroBatch, PackLoader
-from training.distributed.engine import Ranks, build_engine
-from training.loop.feed import Feed, build_feed
+from training.data.loader import MicroBatch
+from training.distributed.engine import build_engine
+from training.distributed.ranks import Ranks
+from training.loop.context import RunContext
+from training.loop.feed import Feed, build_feed, prepare_settings, training_loader
 from training.loop.teacher_cache import build_cache
 from training.model.attention import choose_attention
 from training.model.loading import DTYPES, load_model_files, prepare_layers
 from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts
 from training.model.supervised import SupervisedModel, Teacher
-from training.teacher.files import Teaching, find_teaching
+from training.teacher.files import TeacherPlan, plan_teacher
 from training.teacher.teachers import build_teacher
 
 RECIPE = Path(__file__).parents[2] / "configs" / "debug.yaml"
@@ -96,7 +98,9 @@ class Bench:
         add_adapters(self.model, self.config.lora)
         prepare_layers(self.model, self.config.model, ranks.device)
         self.module = SupervisedModel(self.model, self.files.geometry, self.config.loss)
-        self.engine = build_engine(self.module, self.config, ranks.device)
+        self.engine = build_engine(
+            self.module, ranks, self.config.distributed, self.config.optim, self.config.model.dtype
+        )
         self.engine.train()
         self.cost = CostModel.from_config(self.files.config)
         self.recomputed = recomputed_shares(self.model)
@@ -104,18 +108,19 @@ class Bench:
     def way(self, name: str, *, pack_samples: int, packs: int, num_steps: int) -> Way:
         """The packs of a way: `packs` of `pack_samples` samples in every step, the same samples for all ways."""
         config = self._config(name, f"data.samples_per_step={pack_samples * packs}")
-        teaching: Teaching | None = None
+        context = RunContext(config, self.ranks, self.folder, self.files)
+        teacher_plan: TeacherPlan | None = None
         if name in TAUGHT:
             self._save_weights()
             if config.kd.source == "cached":
                 build_cache(config, self.ranks)
-            teaching = find_teaching(config, self.files, self.ranks)
-        feed = build_feed(
-            config, config.data.sources, self.files, self.ranks, self.folder, shuffle=True, teaching=teaching
-        )
+            teacher_plan = plan_teacher(
+                config.kd, config.model, config.loss, prepare_settings(config, self.files), self.files, self.ranks
+            )
+        feed = build_feed(context, config.data.sources, shuffle=True, teacher_plan=teacher_plan)
         feed = with_packs_of(feed, pack_samples)
-        teacher = build_teacher(config, teaching, self.ranks, self.attention)
-        loader = PackLoader.build(config, feed, self.files, self.ranks, num_steps=num_steps)
+        teacher = build_teacher(config.kd, config.model, teacher_plan, self.ranks, self.attention)
+        loader = training_loader(context, feed, num_steps=num_steps)
         executed = executed_flops(self.cost, feed.index, self.recomputed)
         if name == "KD online":
             executed += feed.plan_input.cost - feed.index.plan_input(self.cost).cost

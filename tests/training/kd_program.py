@@ -17,12 +17,14 @@ from tests.ranks import without_launcher_arguments
 from training.config.recipe import load_recipe
 from training.config.settings import Config
 from training.data.targets import TargetReader
-from training.distributed.engine import join_ranks, leave_ranks
+from training.distributed.ranks import join_ranks, leave_ranks
 from training.errors import UserError
 from training.exit_codes import leave_process
+from training.loop.feed import prepare_settings
 from training.loop.teacher_cache import build_cache
+from training.model.loading import load_model_files
 from training.model.parameters import part_of
-from training.teacher.files import find_teaching
+from training.teacher.files import plan_teacher
 from training.tracking.tracker import read_metrics
 
 LOSSES = ("loss", "ce", "kl", "teacher_agreement", "teacher_entropy", "token_accuracy", "grad_norm", "num_supervised")
@@ -34,7 +36,7 @@ class Scenarios:
 
     def __init__(self, folder: Path, model_path: str, data: str):
         self.folder = folder
-        self.ranks = join_ranks(Config())
+        self.ranks = join_ranks()
         self.common = [
             f"model.path={model_path}", f"run.folder={folder}", f"data.sources.0.path={data}",
             "data.eval_sources=[]", f"data.index_dir={folder}/index", "data.index_workers=1", "resize.min_pixels=1024",
@@ -184,8 +186,10 @@ def two_ranks(run: Scenarios) -> dict:
     results["replica, vision frozen"] = run.train("frozen", "optim.vit.freeze=true", "optim.merger.freeze=true")
     sharded = run.cache("kd.sharding=zero3", f"kd.cache_dir={run.folder}/sharded_cache")
     results["num_cached_sharded"] = len(TargetReader(sharded))
-    student = training.loop.run.load_model_files(run.config("cache").model)
-    again = find_teaching(run.config("cache", *cached), student, run.ranks)
+    config = run.config("cache", *cached)
+    student = load_model_files(config.model)
+    prepare = prepare_settings(config, student)
+    again = plan_teacher(config.kd, config.model, config.loss, prepare, student, run.ranks)
     assert again is not None
     assert again.targets is not None
     results["same folder on both ranks"] = str(again.targets.folder) == str(folder)

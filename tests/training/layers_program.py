@@ -16,9 +16,10 @@ from tests.ranks import without_launcher_arguments
 from tests.training.step_program import make_samples
 from training.config.settings import Config, ModelSettings, OptimSettings
 from training.data.loader import START, MicroBatch
-from training.distributed.engine import Ranks, build_engine, join_ranks, leave_ranks
+from training.distributed.engine import build_engine
+from training.distributed.ranks import Ranks, join_ranks, leave_ranks
 from training.exit_codes import leave_process
-from training.loop.run import run_step
+from training.loop.step import run_step
 from training.model.compiled import compile_layers
 from training.model.loading import enable_recomputation, load_model, load_model_files
 from training.model.supervised import SupervisedModel
@@ -35,7 +36,9 @@ def train(settings: ModelSettings, attention: str, ranks: Ranks, *, compiled: bo
     enable_recomputation(model, settings)
     if compiled:
         compile_layers(model, 8, backend="aot_eager")
-    engine = build_engine(SupervisedModel(model, files.geometry, config.loss), config, ranks.device)
+    engine = build_engine(
+        SupervisedModel(model, files.geometry, config.loss), ranks, config.distributed, config.optim, config.model.dtype
+    )
     samples = make_samples(files.tokenizer, some_without_image=False)
     num_supervised = sum(sample.num_supervised for sample in samples)
     groups = [samples[:1], samples[1:4], samples[4:6], samples[6:]][ranks.rank :: ranks.world_size]
@@ -62,7 +65,7 @@ def train(settings: ModelSettings, attention: str, ranks: Ranks, *, compiled: bo
 def main() -> None:
     out, path = without_launcher_arguments(sys.argv[1:])
     torch.set_num_threads(1)
-    ranks = join_ranks(Config())
+    ranks = join_ranks()
     plain = ModelSettings(path=path, dtype="float32", recompute_vit=0, recompute_llm=0)
     fast = ModelSettings(path=path, dtype="float32", recompute_vit=2, recompute_llm=2)
     results = {

@@ -13,8 +13,9 @@ from torch import nn
 from tests.ranks import without_launcher_arguments
 from training.config.settings import Config
 from training.distributed import engine as engine_module
-from training.distributed.engine import build_engine, join_ranks, leave_ranks
+from training.distributed.engine import build_engine
 from training.distributed.fragments import num_adam_steps, own_fragments
+from training.distributed.ranks import join_ranks, leave_ranks
 from training.errors import UserError
 from training.exit_codes import leave_process
 
@@ -52,10 +53,10 @@ def is_whole(engine) -> bool:
 def measure(dtype: str, zero_stage: int) -> dict:
     config = Config()
     config.model.dtype, config.distributed.zero_stage, config.optim.lr = dtype, zero_stage, 0.1
-    ranks = join_ranks(config)
+    ranks = join_ranks(config.distributed.timeout_minutes)
     module = Layers(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     try:
-        engine = build_engine(module, config, ranks.device)
+        engine = build_engine(module, ranks, config.distributed, config.optim, config.model.dtype)
     except UserError as error:
         return {"refused": str(error)}
     result = {"before": is_whole(engine), "adam_steps_before": num_adam_steps(engine)}
@@ -74,8 +75,8 @@ def main() -> None:
     # As a later DeepSpeed might lay weights out by default.
     generate = engine_module.deepspeed_json
 
-    def with_round_robin(*arguments):
-        settings = generate(*arguments)
+    def with_round_robin(*arguments, **named):
+        settings = generate(*arguments, **named)
         settings["zero_optimization"]["round_robin_gradients"] = True
         return settings
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.ranks import without_launcher_arguments
-from training.config.settings import Config
-from training.distributed.engine import join_ranks, leave_ranks
+from training.distributed.ranks import join_ranks, leave_ranks
 from training.exit_codes import leave_process
 from training.loss.supervised import LossSettings, LossSums, supervised_loss
 
@@ -71,7 +70,7 @@ def train_one_step(tied: bool) -> dict[str, list]:
 def main() -> None:
     (out,) = without_launcher_arguments(sys.argv[1:])
     torch.set_num_threads(1)
-    join_ranks(Config())
+    join_ranks()
     trained = {head: train_one_step(tied=head == "tied") for head in ("tied", "untied")}
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(trained))

@@ -15,9 +15,10 @@ from tests.pixelprune.reference import make_sample
 from tests.ranks import without_launcher_arguments
 from training.config.settings import Config, ModelSettings, OptimSettings
 from training.data.loader import START, MicroBatch
-from training.distributed.engine import Ranks, build_engine, join_ranks, leave_ranks
+from training.distributed.engine import build_engine
+from training.distributed.ranks import Ranks, join_ranks, leave_ranks
 from training.exit_codes import leave_process
-from training.loop.run import run_step
+from training.loop.step import run_step
 from training.model.loading import enable_recomputation, load_model, load_model_files
 from training.model.supervised import SupervisedModel
 from training.tracking.meter import StepMeter
@@ -57,7 +58,9 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
     files = load_model_files(config.model)
     model = load_model(config.model, attention="sdpa", device=ranks.device)
     enable_recomputation(model, config.model)
-    engine = build_engine(SupervisedModel(model, files.geometry, config.loss), config, ranks.device)
+    engine = build_engine(
+        SupervisedModel(model, files.geometry, config.loss), ranks, config.distributed, config.optim, config.model.dtype
+    )
     calls: list[int] = []
     for layers in (model.model.visual.blocks, model.model.language_model.layers):
         # A part of the layer: the layer's own hooks stay outside of the recomputation.
@@ -97,7 +100,7 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
 def main() -> None:
     out, model_path = without_launcher_arguments(sys.argv[1:])
     torch.set_num_threads(1)
-    ranks = join_ranks(Config())
+    ranks = join_ranks()
     packings = ["four packs", "text beside images"] + (["one pack"] if ranks.world_size == 1 else [])
     results = {packing: train_three_steps(packing, model_path, ranks) for packing in packings}
     if ranks.is_first:

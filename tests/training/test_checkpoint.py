@@ -15,8 +15,8 @@ import torch
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.files import checkpoint_folder, complete_checkpoints
 from training.config.settings import CheckpointSettings
-from training.distributed.engine import Ranks
 from training.distributed.fragments import KINDS, Fragment
+from training.distributed.ranks import Ranks
 from training.errors import RankError
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.files import checkpoint_folder, complete_checkpoints
 from training.checkpoint.proof import MARKER, hash_of_tensors, read_marker, what_is_broken
 from training.config.settings import CheckpointSettings
-from training.distributed.engine import Ranks
 from training.distributed.fragments import KINDS, Fragment
+from training.distributed.ranks import Ranks
 from training.errors import UserError
 
 FACTS = {"config.yaml": "run: {}\n", "environment.json": "{}"}

@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from pixelprune.settings import PruneSettings
+from pixelprune.prompter import Prompter
+from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.ranks import ROOT
 from tests.training.test_evaluate import write_eval
 from training import evaluate
 from training.config.recipe import load_recipe
-from training.config.settings import Config, EvalSettings, ModelSettings
+from training.config.settings import EvalSettings
 from training.data.settings import DataSettings, SourceSettings
-from training.distributed.engine import Ranks
+from training.distributed.ranks import Ranks
 from training.errors import UserError
 from training.evaluation.during_training import GroundingEvaluator
 from training.tracking.tracker import read_metrics
@@ -89,18 +91,12 @@ def test_evaluating_changes_nothing_and_keeps_the_best_model(data, toy_folder, t
 
 def test_data_without_boxes_is_refused(data, toy_folder, tmp_path):
     (tmp_path / "eval.jsonl").write_text((data / "train.jsonl").read_text().splitlines()[-1] + "\n")
-    config = Config(
-        model=ModelSettings(path=str(toy_folder)),
-        data=DataSettings(eval_sources=[SourceSettings(str(tmp_path / "eval.jsonl"))]),
-        eval=EvalSettings(grounding_every_steps=2),
-    )
-    import torch
 
+    held_out = DataSettings(eval_sources=[SourceSettings(str(tmp_path / "eval.jsonl"))])
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
+    prompter = Prompter.load(toy_folder, prune=PruneSettings(), resize=ResizeSettings())
     with pytest.raises(UserError, match=r"no record can be answered: no metadata\.bbox"):
-        GroundingEvaluator.build(config, None, ranks, tmp_path, None)  # type: ignore[arg-type]
-    config.eval.grounding_every_steps = 0
-    assert GroundingEvaluator.build(config, None, ranks, tmp_path, None) is None  # type: ignore[arg-type]
+        GroundingEvaluator.build(EvalSettings(), held_out, prompter, ranks, tmp_path, seed=0)
 
 
 @pytest.mark.parametrize("suffix", ["", "_debug"])

@@ -7,8 +7,8 @@ import time
 import torch
 
 from training.data.loader import Cursor, MicroBatch
-from training.distributed.engine import Ranks
-from training.loop.run import run_step
+from training.distributed.ranks import Ranks
+from training.loop.step import run_step
 from training.loss.supervised import LossSums
 from training.tracking.meter import StepMeter
 

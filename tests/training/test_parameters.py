@@ -76,10 +76,15 @@ def test_warm_up_and_cosine_by_hand():
     assert factors == sorted(factors[:4]) + sorted(factors[4:], reverse=True)
 
 
+def generated(config: Config, device: torch.device, **more: int) -> dict:
+    max_grad_norm, dtype = config.optim.max_grad_norm, config.model.dtype
+    return deepspeed_json(config.distributed, device, dtype=dtype, max_grad_norm=max_grad_norm, **more)
+
+
 def test_gradients_accumulate_in_float32_and_nothing_is_clipped_behind_the_back():
     config = Config()
     config.optim.max_grad_norm = 0.0
-    settings = deepspeed_json(config, CPU)
+    settings = generated(config, CPU)
     assert settings["data_types"]["grad_accum_dtype"] == "fp32"
     assert settings["gradient_clipping"] == 0.0  # absent, DeepSpeed would clip to 1
 
@@ -91,7 +96,7 @@ def test_passthrough_is_merged_when_it_only_observes_or_carries():
         "comms_logger": {"enabled": True, "verbose": True},
         "communication_data_type": "fp32",
     }
-    settings = deepspeed_json(config, CPU)
+    settings = generated(config, CPU)
     assert settings["zero_optimization"]["reduce_scatter"] is False
     assert settings["zero_optimization"]["stage"] == 2
     assert settings["comms_logger"] == {"enabled": True, "verbose": True}
@@ -113,7 +118,7 @@ def test_passthrough_that_changes_results_or_checkpoints_is_refused(passed_on, m
     config = Config()
     config.distributed.deepspeed = passed_on
     with pytest.raises(ConfigError, match=r"distributed\.deepspeed\." + message) as caught:
-        deepspeed_json(config, CPU)
+        generated(config, CPU)
     assert "\n" not in str(caught.value)
 
 
@@ -125,15 +130,16 @@ def test_a_gradient_that_others_follow_fits_the_bucket(shape, elements):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(shape_config(shape), dtype=torch.bfloat16)
     config = Config()
-    zero = deepspeed_json(config, GPU, bucket_elements(config, model))["zero_optimization"]
+    wanted = config.distributed.reduce_bucket_size
+    zero = generated(config, GPU, reduce_bucket_size=bucket_elements(wanted, model))["zero_optimization"]
     assert zero["overlap_comm"]
     assert zero["contiguous_gradients"]
     assert zero["reduce_bucket_size"] == elements
     model.lm_head.requires_grad_(False)
-    assert bucket_elements(config, model) == 200_000_000
+    assert bucket_elements(wanted, model) == 200_000_000
     model.requires_grad_(False)
     model.model.visual.merger.norm.requires_grad_(True)
-    assert bucket_elements(config, model) == 2 * model.config.vision_config.hidden_size
+    assert bucket_elements(wanted, model) == 2 * model.config.vision_config.hidden_size
 
 
 def test_the_embeddings_gradient_is_the_last_of_backward(toy_folder, toy_tokenizer, geometry):

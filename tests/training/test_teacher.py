@@ -23,13 +23,14 @@ from tests.conftest import screen
 from tests.pixelprune.reference import chat_of, stock_inputs
 from training.config.settings import Config, ConfigError, ModelSettings
 from training.data.taught import TaughtPack, with_full_rows
-from training.distributed.engine import Ranks
+from training.distributed.ranks import Ranks
+from training.loop.feed import prepare_settings
 from training.loop.teacher_cache import target_bytes, target_values
 from training.loss.supervised import LossSettings
 from training.model.loading import load_model_files
 from training.model.parameters import freeze_parts
 from training.model.supervised import SupervisedModel
-from training.teacher.files import describe_targets, find_teaching, hash_weights, load_head, load_teacher_files
+from training.teacher.files import describe_targets, hash_weights, load_head, load_teacher_files
 from training.teacher.teachers import CachedTeacher, OnlineTeacher
 
 RECORDS = [("Where is Save?", "(512, 87)", 1), ("And the menu?", "At (3, 4), left of Open.", 2), ("Thanks.", "no", 0)]
@@ -311,10 +312,10 @@ def test_a_teacher_that_reads_ids_or_pixels_otherwise_is_refused(change, message
     folder = shutil.copytree(toy_folder, tmp_path / "teacher")
     student = load_model_files(config.model)
     config.kd.path = str(folder)
-    assert find_teaching(config, student, ALONE).files.path == str(folder), "a fitting one is taken"
+    assert load_teacher_files(config.kd, config.model, student).path == str(folder), "a fitting one is taken"
     change(folder)
     with pytest.raises(ConfigError, match=message) as caught:
-        load_teacher_files(config, student)
+        load_teacher_files(config.kd, config.model, student)
     assert "\n" not in str(caught.value)
 
 
@@ -325,14 +326,16 @@ def test_another_output_vocabulary_is_refused(config, toy_folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(content))
     config.kd.path = str(folder)
     with pytest.raises(ConfigError, match="another output vocabulary than the student"):
-        load_teacher_files(config, load_model_files(config.model))
+        load_teacher_files(config.kd, config.model, load_model_files(config.model))
 
 
 def test_the_fingerprint_knows_the_teacher_and_ignores_pruning(config, toy_folder, tmp_path):
     student = load_model_files(config.model)
 
     def fingerprint() -> dict:
-        return describe_targets(config, load_teacher_files(config, student), student)
+        teacher = load_teacher_files(config.kd, config.model, student)
+        prepare = prepare_settings(config, student)
+        return describe_targets(config.kd, config.model, config.loss, prepare, teacher, student)
 
     first = fingerprint()
     config.prune = PruneSettings(strategy="raster", threshold=0.1)

@@ -22,14 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 from training.checkpoint import files as files
 from training.checkpoint.proof import marker_text, read_marker, what_is_broken
 from training.config.settings import CheckpointSettings
 from training.data.loader import Cursor
-from training.distributed.engine import Ranks
+from training.distributed.engine_protocol import Engine
 from training.distributed.fragments import (
     Fragment,
     num_adam_steps,
@@ -37,6 +36,7 @@ from training.distributed.fragments import (
     refresh_model_weights,
     set_adam_steps,
 )
+from training.distributed.ranks import Ranks
 from training.errors import RankError, UserError
 from training.tracking.meter import RunTotals
 
@@ -80,16 +80,9 @@ class Checkpointer:
         aside and the one before it taken, said loudly. Raises UserError instead with checkpoint.on_broken=stop, and
         where every checkpoint is broken: to start anew in silence would lose the run.
         """
-        found: list[list[Path]] = [[]]
-        if self.ranks.is_first and self.root.exists():
-            found = [files.complete_checkpoints(self.root)]
-            for leftover in files.incomplete_checkpoints(self.root):
-                logger.warning("removing %s: its save was cut short", leftover)
-                is_old = bool(found[0]) and files.step_of(leftover) < files.step_of(found[0][-1])
-                self._delete(leftover, is_old=is_old)
-        dist.broadcast_object_list(found, src=0)
+        complete = self.ranks.from_first(self._without_leftovers)
         broken: list[tuple[Path, list[str]]] = []
-        for folder in reversed(found[0]):
+        for folder in reversed(complete):
             problems = self._problems(folder)
             if not problems:
                 self._verified = folder
@@ -101,11 +94,19 @@ class Checkpointer:
         self._report_broken(broken, None)
         return None
 
+    def _without_leftovers(self) -> list[Path]:
+        """Complete checkpoints, oldest first, when what killed saves left is gone."""
+        complete = files.complete_checkpoints(self.root)
+        for leftover in files.incomplete_checkpoints(self.root):
+            logger.warning("removing %s: its save was cut short", leftover)
+            is_old = bool(complete) and files.step_of(leftover) < files.step_of(complete[-1])
+            self._delete(leftover, is_old=is_old)
+        return complete
+
     def _problems(self, folder: Path) -> list[str]:
         """What is broken of a checkpoint, known to all ranks, each of which reads its share of the files."""
         own = what_is_broken(folder, part=self.ranks.rank, num_parts=self.ranks.world_size)
-        shares: list[list[str]] = [[] for _ in range(self.ranks.world_size)]
-        dist.all_gather_object(shares, own)
+        shares = self.ranks.gather(own)
         if not any(shares) and self.ranks.is_first and read_marker(folder) is None:
             logger.warning("%s: of an earlier version, without hashes: its files are read as they are", folder)
         return [line for share in shares for line in share]
@@ -131,7 +132,7 @@ class Checkpointer:
                 whole, newest - files.step_of(whole), newest,
             )  # fmt: skip
 
-    def save(self, engine, state: RunState, *, wait: bool = False) -> None:
+    def save(self, engine: Engine, state: RunState, *, wait: bool = False) -> None:
         """Start writing the state after optimizer step `state.step`; every rank calls this. With `wait`, finish it.
 
         A save that is still being written is finished first, see `finish`.
@@ -190,7 +191,7 @@ class Checkpointer:
         return False
 
     @torch.no_grad()
-    def load(self, engine, folder: Path) -> RunState:
+    def load(self, engine: Engine, folder: Path) -> RunState:
         """Put a checkpoint into a fresh engine, whatever number of ranks wrote it.
 
         Raises UserError when it is not of this model with these parts trained.

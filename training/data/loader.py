@@ -7,16 +7,12 @@ one sum of three integers over the ranks per optimizer step, and losses stay exa
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -30,8 +26,8 @@ from training.data.upload import upload_ahead
 from training.data.worker import PackDataset, PackFailure, PackResult, PackTask, start_worker
 from training.errors import RankError, UserError
 
-SumOverRanks = Callable[[list[int]], list[int]]
-"""Sums a few integers over all ranks; called once per optimizer step by every rank."""
+SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
+"""Sums a few integers over all ranks (`Ranks.sum`); called once per optimizer step by every rank."""
 
 
 class Cursor(NamedTuple):
@@ -112,7 +108,7 @@ class PackLoader:
         cursor: Cursor = START,
         num_steps: int | None = None,
         first_step: int | None = None,
-        sum_over_ranks: SumOverRanks = lambda values: values,
+        sum_over_ranks: SumOverRanks = torch.clone,
         targets: TargetReader | None = None,
     ):
         """`num_steps` counts from the start of the run, not from the cursor; by default the cursor's epoch is ended.
@@ -129,55 +125,6 @@ class PackLoader:
         self._lost_in_epoch = [self.start.epoch, 0]
         self._data_loader: DataLoader | None = None
         self._plans: dict[int, EpochPlan] = {}
-
-    @classmethod
-    def build(
-        cls,
-        config,
-        feed,
-        files,
-        ranks,
-        *,
-        num_steps: int,
-        cursor: Cursor = START,
-        first_step: int = 0,
-        dummy_image: bool = True,
-    ) -> PackLoader:
-        """The training loader of a run: Config, Feed, ModelFolder and Ranks of the packages above this one.
-
-        dummy_image: needed unless all ranks run their backward, and a sharded teacher, without the vision tower.
-        """
-        return cls(
-            feed.index,
-            feed.plan_input,
-            feed.plan_settings,
-            feed.prepare,
-            files.geometry,
-            _loader_settings(config, ranks, "quarantine", dummy_image=dummy_image),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            cursor=cursor,
-            num_steps=num_steps,
-            first_step=first_step,
-            sum_over_ranks=_sum_over_process_group(ranks.world_size, config.distributed.timeout_minutes),
-            targets=feed.targets,
-        )
-
-    @classmethod
-    def build_eval(cls, config, feed, files, ranks) -> PackLoader:
-        """Every record once, whatever the weights, in plan order; ranks without work get a dummy."""
-        once = dataclasses.replace(feed.plan_input, copies=np.ones(len(feed.plan_input)))
-        return cls(
-            feed.index,
-            once,
-            feed.plan_settings,
-            feed.prepare,
-            files.geometry,
-            _loader_settings(config, ranks, "quarantine_eval", dummy_image=False),
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            sum_over_ranks=_sum_over_process_group(ranks.world_size, config.distributed.timeout_minutes),
-        )
 
     def __iter__(self) -> Iterator[MicroBatch]:
         for _, batches in self.steps():
@@ -232,7 +179,7 @@ class PackLoader:
         for entry in lost:
             self._report(entry)
         mine = [sum(result.num_lost_supervised for result in prepared), len(lost), int(failure is not None)]
-        tokens, samples, num_failures = self.sum_over_ranks(mine)
+        tokens, samples, num_failures = self.sum_over_ranks(torch.tensor(mine)).tolist()
         if failure:
             raise RankError(failure.message)
         if num_failures:
@@ -308,35 +255,6 @@ class PackLoader:
         index = self.index
         columns = (index.source[rows], index.row[rows], index.content_hash[rows], index.num_supervised[rows])
         return PackTask(tuple(zip(*(column.tolist() for column in columns), strict=True)))
-
-
-def _loader_settings(config, ranks, report: str, *, dummy_image: bool) -> LoaderSettings:
-    return LoaderSettings(
-        num_workers=config.data.num_workers,
-        prefetch_packs=config.data.prefetch_packs,
-        dummy_image=dummy_image,
-        device=ranks.device,
-        max_quarantined_share=config.data.max_quarantined_share,
-        report=Path(config.run.folder) / config.run.name / f"{report}_rank{ranks.rank}.jsonl",
-    )
-
-
-@lru_cache(maxsize=4)
-def _sum_over_process_group(world_size: int, timeout_minutes: float) -> SumOverRanks:
-    """Over gloo on the CPU whatever the backend of training: nothing waits for the device.
-
-    Every rank must build its loaders in the same order, as the group is made with the first one.
-    """
-    if world_size == 1:
-        return lambda values: values
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-
-    def sum_over_ranks(values: list[int]) -> list[int]:
-        total = torch.tensor(values, dtype=torch.int64)
-        torch.distributed.all_reduce(total, group=group)
-        return total.tolist()
-
-    return sum_over_ranks
 
 
 class _Tasks:

@@ -1,110 +1,25 @@
-"""The DeepSpeed engine: its JSON is generated from the config, and one call runs one optimizer step."""
+"""The DeepSpeed engine around the trained module: its JSON, generated from the config, and what is checked of it."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from training.config.rules import check_passthrough
-from training.config.settings import Config
-from training.distributed.cores import usable_core_numbers, usable_cores
+from training.config.settings import DistributedSettings, OptimSettings
+from training.distributed.engine_protocol import Engine
 from training.distributed.fragments import create_moments, own_fragments
+from training.distributed.ranks import Ranks
 from training.errors import UserError
 from training.model.parameters import parameter_groups
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all of them."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    device: torch.device
-    world_size_per_node: int = 1
-    has_launcher: bool = True
-    """False for a process that nothing started as a rank: it can index, cache and evaluate, but not train."""
-    ranks_on_cores: int = 1
-    """Ranks that may run on this rank's cores: all of the machine, or 1 where a scheduler binds each to its own."""
-
-    @property
-    def cores_per_rank(self) -> int:
-        """CPU cores that this process may use, for each of the ranks that share them."""
-        return max(1, usable_cores() // self.ranks_on_cores)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-
-def join_ranks(config: Config) -> Ranks:
-    """Join the process group that the launcher described (one process alone counts as a group of one)."""
-    accelerator = get_accelerator()
-    alone = -1
-    local_rank = dist.get_node_local_rank(fallback_rank=alone)
-    accelerator.set_device(max(0, local_rank))
-    timeout = timedelta(minutes=config.distributed.timeout_minutes)
-    if local_rank == alone and not dist.is_initialized():
-        # Without a launcher DeepSpeed would ask MPI who else is there.
-        dist.init_process_group(
-            accelerator.communication_backend_name(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
-        )
-    has_launcher, local_rank = local_rank != alone, max(0, local_rank)
-    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
-    device = torch.device(accelerator.current_device_name())
-    _unlink_shared_buffers()
-    mine = (socket.gethostname(), usable_core_numbers())
-    places = [mine] * dist.get_world_size()
-    dist.all_gather_object(places, mine)
-    here = [numbers for host, numbers in places if host == mine[0]]
-    sharing = sum(not numbers.isdisjoint(mine[1]) for numbers in here)
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device, len(here), has_launcher, sharing)
-
-
-def _unlink_shared_buffers() -> None:
-    """Take the names of DeepSpeed's shared buffers (CPU collectives) out of the file system; every rank calls this.
-
-    Nothing else ever does: 69 MB of memory per rank would outlive every run until the machine is started again. What is
-    mapped stays usable without a name.
-    """
-    dist.barrier()  # every rank has mapped the buffers of all others
-    maps = Path("/proc/self/maps")
-    for line in maps.read_text().splitlines() if maps.exists() else ():
-        _, found, name = line.partition("/dev/shm/deepspeed_allreduce_buffer")
-        if found:
-            Path((found + name).removesuffix(" (deleted)")).unlink(missing_ok=True)
-
-
-def patient_barrier() -> Callable[[], None]:
-    """A barrier for work that takes ranks hours more or less, as indexing may. Every rank makes it, before that work.
-
-    On the group of training a rank that waits for longer than distributed.timeout_minutes is taken for hung.
-    """
-    if dist.get_world_size() == 1:
-        return lambda: None
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    return lambda: dist.barrier(group)
-
-
-def leave_ranks() -> None:
-    """Leave the process group at the end of the work: gloo's threads abort a process that exits while in it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def bucket_elements(config: Config, model: nn.Module) -> int:
-    """Elements of ZeRO's gradient bucket: the setting, but room for every gradient that others follow in backward.
+def bucket_elements(wanted: int, model: nn.Module) -> int:
+    """Elements of ZeRO's gradient bucket: those `wanted`, but room for every gradient that others follow in backward.
 
     DeepSpeed (0.19.8) copies gradients of up to this size into the bucket. A larger one it reduces where it lies, and
     frees it before the reduction stream has read it: the rest of backward allocates into that memory meanwhile. The
@@ -118,13 +33,20 @@ def bucket_elements(config: Config, model: nn.Module) -> int:
     trained = [p for p in model.parameters() if p.requires_grad]
     largest = max((p.numel() for p in trained if id(p) not in embeddings), default=0)
     # More than all gradients would be reserved for nothing, with adapters 0.8 GB of it.
-    return max(min(config.distributed.reduce_bucket_size, sum(p.numel() for p in trained)), largest)
+    return max(min(wanted, sum(p.numel() for p in trained)), largest)
 
 
-def deepspeed_json(config: Config, device: torch.device, reduce_bucket_size: int = 0) -> dict[str, Any]:
+def deepspeed_json(
+    distributed: DistributedSettings,
+    device: torch.device,
+    *,
+    dtype: str,
+    max_grad_norm: float,
+    reduce_bucket_size: int = 0,
+) -> dict[str, Any]:
     """DeepSpeed's settings, generated. Raises ConfigError for a passthrough that is not allowed.
 
-    reduce_bucket_size: `bucket_elements` of the model, or what the config says.
+    reduce_bucket_size: `bucket_elements` of the model, or what the setting says.
 
     Buckets, for models of 2 to 8 billion weights in bfloat16: 200 million elements are 0.4 GB, twice (one fills while
     the other is reduced), 1 % of an 80 GB device; DeepSpeed's 500 million would be 2 GB. A backward makes 11 to 44 of
@@ -139,46 +61,55 @@ def deepspeed_json(config: Config, device: torch.device, reduce_bucket_size: int
     queued, the compute stream waits for those queued before it, so that the buffer it fills next has been read; the
     float32 sums are made on the reduction stream, and the end of a backward waits. Others: `bucket_elements`.
     """
-    check_passthrough(config.distributed.deepspeed)
+    check_passthrough(distributed.deepspeed)
     on_cpu = device.type == "cpu"
     generated: dict[str, Any] = {
         # The loop decides where an optimizer step ends and scales losses itself: these two only satisfy DeepSpeed.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optim.max_grad_norm,
+        "gradient_clipping": max_grad_norm,
         "zero_optimization": {
-            "stage": config.distributed.zero_stage,
+            "stage": distributed.zero_stage,
             "overlap_comm": not on_cpu,
             "contiguous_gradients": True,
-            "reduce_bucket_size": reduce_bucket_size or config.distributed.reduce_bucket_size,
-            "allgather_bucket_size": 2 * -(-config.distributed.reduce_bucket_size // 2),  # it must be even
+            "reduce_bucket_size": reduce_bucket_size or distributed.reduce_bucket_size,
+            "allgather_bucket_size": 2 * -(-distributed.reduce_bucket_size // 2),  # it must be even
         },
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "bf16": {"enabled": dtype == "bfloat16"},
         # bf16 accumulation is off by 0.24 % in the gradient norm after 64 micro-steps.
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
-    passed_on = dict(config.distributed.deepspeed)
+    passed_on = dict(distributed.deepspeed)
     zero = generated["zero_optimization"] | passed_on.pop("zero_optimization", {})
     return generated | {"zero_optimization": zero} | passed_on
 
 
-def build_engine(module: nn.Module, config: Config, device: torch.device):
+def build_engine(
+    module: nn.Module, ranks: Ranks, distributed: DistributedSettings, optim: OptimSettings, dtype: str
+) -> Engine:
     """The engine around `module`, in training mode, with AdamW over the recipe's parameter groups.
 
+    dtype: of the module's weights, float32 or bfloat16.
     Every rank calls this. Raises UserError when a checkpoint of this engine would not hold its weights.
     """
     # `from_pretrained` hands models out in evaluation mode, in which the stock layers silently skip recomputation.
     module.train()
-    groups = parameter_groups(module, config.optim)
+    groups = parameter_groups(module, optim)
     optimizer = torch.optim.AdamW(
         groups,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-        fused=device.type == "cuda",
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=ranks.device.type == "cuda",
     )
-    settings = deepspeed_json(config, device, bucket_elements(config, module))
+    settings = deepspeed_json(
+        distributed,
+        ranks.device,
+        dtype=dtype,
+        max_grad_norm=optim.max_grad_norm,
+        reduce_bucket_size=bucket_elements(distributed.reduce_bucket_size, module),
+    )
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         raise UserError(
@@ -186,7 +117,7 @@ def build_engine(module: nn.Module, config: Config, device: torch.device):
             f"{type(engine.optimizer).__name__}, whose state cannot be saved by name; set distributed.zero_stage=2"
         )
     create_moments(engine)
-    _check_layout(engine)
+    _check_layout(engine, ranks)
     _check_rotary(engine.module)
     return engine
 
@@ -202,7 +133,7 @@ def _check_rotary(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _check_layout(engine) -> None:
+def _check_layout(engine: Engine, ranks: Ranks) -> None:
     """Whether the pieces of all ranks are the trained parameters, each element once; every rank calls this.
 
     Raises UserError: another layout than the one read in DeepSpeed would save weights under wrong names.
@@ -214,11 +145,10 @@ def _check_layout(engine) -> None:
         own = parameters[fragment.name].flatten()[fragment.start : fragment.start + len(weight)]
         if own.shape == weight.shape and ((own == weight) | own.isnan()).all():
             num_right += len(weight)
-    total = torch.tensor(num_right, device=engine.device)
-    dist.all_reduce(total)
+    total = int(ranks.sum(torch.tensor(num_right)))
     num_trained = sum(parameter.numel() for parameter in parameters.values())
-    if total.item() != num_trained:
+    if total != num_trained:
         raise UserError(
-            f"deepspeed {deepspeed.__version__}: only {total.item()} of {num_trained} trained weights lie where a "
+            f"deepspeed {deepspeed.__version__}: only {total} of {num_trained} trained weights lie where a "
             "checkpoint would look for them; use a version that pyproject.toml allows"
         )

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from training.distributed.engine_protocol import Engine
+
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -27,7 +29,7 @@ class Fragment:
     tensors: dict[str, torch.Tensor]
 
 
-def own_fragments(engine) -> Iterator[Fragment]:
+def own_fragments(engine: Engine) -> Iterator[Fragment]:
     """This rank's pieces of every trained parameter of a ZeRO-1 or ZeRO-2 engine, in the model's order.
 
     The moments are those of `create_moments`: AdamW makes its own in the first step that is not skipped.
@@ -45,7 +47,7 @@ def own_fragments(engine) -> Iterator[Fragment]:
         yield Fragment(name, mapping.lp_fragment_address.start, tuple(parameter.shape), tensors)
 
 
-def create_moments(engine) -> None:
+def create_moments(engine: Engine) -> None:
     """Give a fresh engine the zero moments that AdamW makes in its first step: they can be saved and filled before."""
     zero = engine.optimizer
     fused = bool(zero.optimizer.defaults.get("fused"))
@@ -57,7 +59,7 @@ def create_moments(engine) -> None:
         state["exp_avg_sq"] = torch.zeros_like(flat)
 
 
-def num_adam_steps(engine) -> int:
+def num_adam_steps(engine: Engine) -> int:
     """Updates that AdamW has made (skipped steps do not count)."""
     zero = engine.optimizer
     counts = {int(state["step"]) for state in zero.optimizer.state.values()}
@@ -65,13 +67,13 @@ def num_adam_steps(engine) -> int:
     return counts.pop()
 
 
-def set_adam_steps(engine, count: int) -> None:
+def set_adam_steps(engine: Engine, count: int) -> None:
     for state in engine.optimizer.optimizer.state.values():
         state["step"].fill_(count)
 
 
 @torch.no_grad()
-def refresh_model_weights(engine, read_weight: Callable[[str], torch.Tensor]) -> None:
+def refresh_model_weights(engine: Engine, read_weight: Callable[[str], torch.Tensor]) -> None:
     """Put the float32 weights, rounded as ZeRO rounds them, into the parameters that the forward pass uses.
 
     read_weight(name) gives a whole flattened float32 parameter; one is in memory at a time.

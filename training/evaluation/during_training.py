@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Callable
@@ -10,15 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pixelprune.files import write_whole
-from pixelprune.model_folder import ModelFolder
 from pixelprune.prompter import Prompter
 from pixelprune.settings import PruneSettings
-from training.config.settings import Config
-from training.distributed.engine import Ranks
-from training.distributed.stopping import StopRequest
+from training.config.settings import EvalSettings
+from training.data.settings import DataSettings
+from training.distributed.ranks import Ranks
 from training.errors import UserError
 from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
 from training.evaluation.scoring import Prediction, summarise, to_row
@@ -35,40 +34,50 @@ class GroundingEvaluator:
     """
 
     def __init__(
-        self, config: Config, files: ModelFolder, ranks: Ranks, folder: Path, tasks: list[Task], stop: StopRequest
+        self,
+        settings: EvalSettings,
+        prompters: dict[str, Prompter],
+        ranks: Ranks,
+        folder: Path,
+        tasks: list[Task],
+        is_stopped: Callable[[], bool],
     ):
-        self.config, self.ranks, self.folder, self.tasks, self.stop = config, ranks, folder, tasks, stop
-        settings = config.eval
+        """prompters: suffix of the metrics' names -> how the question is asked."""
+        self.settings, self.prompters, self.ranks, self.folder = settings, prompters, ranks, folder
+        self.tasks, self.is_stopped = tasks, is_stopped
         self.answers = AnswerSettings(settings.grounding_max_new_tokens, "auto", settings.grounding_batch_size)
-        prunes = {"": config.prune}
-        if settings.grounding_on_full and config.prune.strategy != "none":
-            prunes["_full"] = PruneSettings("none")
-        self.prompters = {
-            suffix: Prompter.load(
-                files.path, prune=prune, resize=config.resize, trust_remote_code=config.model.trust_remote_code
-            )
-            for suffix, prune in prunes.items()
-        }
         self.state: dict[str, Any] = {"best_step": None, "best_accuracy": None, "evaluated_steps": []}
 
     @classmethod
     def build(
-        cls, config: Config, files: ModelFolder, ranks: Ranks, folder: Path, stop: StopRequest
-    ) -> GroundingEvaluator | None:
-        """None when eval.grounding_every_steps is 0. Raises UserError when no eval source has records with boxes."""
-        if not config.eval.grounding_every_steps:
-            return None
-        tasks, refused = read_tasks(config.data.eval_sources, ignore_keys=config.data.ignore_keys)
+        cls,
+        settings: EvalSettings,
+        data: DataSettings,
+        prompter: Prompter,
+        ranks: Ranks,
+        folder: Path,
+        *,
+        seed: int,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> GroundingEvaluator:
+        """prompter: asks as the model is trained. seed: of the sample of records. is_stopped: asked in between.
+
+        Raises UserError when no source has records with boxes.
+        """
+        tasks, refused = read_tasks(data.eval_sources, ignore_keys=data.ignore_keys)
         if not tasks:
             reason = next(iter(refused.values()), "there are no data.eval_sources")
             raise UserError(f"eval.grounding_every_steps: no record can be answered: {reason}")
         if refused and ranks.is_first:
             logger.warning("grounding leaves out %d records, the first: %s", len(refused), next(iter(refused.items())))
-        wanted = config.eval.grounding_samples
+        wanted = settings.grounding_samples
         if 0 < wanted < len(tasks):
-            chosen = np.random.default_rng(config.run.seed).choice(len(tasks), wanted, replace=False)
+            chosen = np.random.default_rng(seed).choice(len(tasks), wanted, replace=False)
             tasks = [tasks[i] for i in sorted(chosen.tolist())]
-        return cls(config, files, ranks, folder, tasks, stop)
+        prompters = {"": prompter}
+        if settings.grounding_on_full and prompter.prune.strategy != "none":
+            prompters["_full"] = dataclasses.replace(prompter, prune=PruneSettings("none"))
+        return cls(settings, prompters, ranks, folder, tasks, is_stopped)
 
     def restore(self, step: int) -> None:
         """Read what an earlier start of the run found, unless the run begins anew."""
@@ -77,11 +86,11 @@ class GroundingEvaluator:
             self.state = json.loads(path.read_text())
             # Steps behind the restored one will be made again.
             self.state["evaluated_steps"] = [done for done in self.state["evaluated_steps"] if done <= step]
-        dist.barrier()  # nobody writes the state before all have read it
+        self.ranks.barrier()  # nobody writes the state before all have read it
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Whether to evaluate after `step` steps: every n, and after the last; once each."""
-        every = self.config.eval.grounding_every_steps
+        every = self.settings.grounding_every_steps
         return step > 0 and (step % every == 0 or step == num_steps) and step not in self.state["evaluated_steps"]
 
     def evaluate(self, model: Any, step: int, export: Callable[[Path, dict], Any]) -> dict[str, float] | None:
@@ -119,10 +128,9 @@ class GroundingEvaluator:
         with torch.random.fork_rng(devices=[]):  # answers are greedy; whatever draws numbers leaves training's alone
             for batch in predict(model, prompter, mine, self.answers):
                 rows += [to_row(one) for one in batch]
-                if self.stop.is_asked:
+                if self.is_stopped():
                     break
-        gathered: list[list[dict]] = [[] for _ in range(self.ranks.world_size)]
-        dist.all_gather_object(gathered, rows)
+        gathered = self.ranks.gather(rows)
         if sum(map(len, gathered)) < len(self.tasks):
             return None
         by_id = {row["id"]: Prediction.from_dict(row) for part in gathered for row in part}

@@ -6,12 +6,11 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -20,39 +19,38 @@ from pixelprune.files import write_whole
 from pixelprune.prompter import Prompter
 from pixelprune.selection import check_settings
 from pixelprune.selection.registry import get_strategy
-from pixelprune.settings import PruneSettings
+from pixelprune.settings import PruneSettings, ResizeSettings
+from training.distributed.ranks import PATIENCE_MINUTES, Ranks
 from training.errors import UserError
 from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
 from training.evaluation.inputs import default_out, model_fingerprint, name_sources
 from training.evaluation.prediction_files import PredictionFiles
 from training.evaluation.prediction_sheet import draw_sheet
-from training.evaluation.scoring import Prediction, summarise
+from training.evaluation.scoring import summarise
 from training.model.attention import choose_attention, load_pretrained
 from training.model.loading import DTYPES
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 MODES = ("full", "pruned")
 
 
-def evaluate(args: argparse.Namespace, ranks: PartialState, console: Console) -> dict[str, dict[str, Any]]:
-    """Every mode asked for: mode -> result, as in result.json (empty on all ranks but the first).
+def evaluate(args: argparse.Namespace, ranks: Ranks, console: Console) -> dict[str, dict[str, Any]]:
+    """Every mode asked for: mode -> result, as in result.json.
 
     Raises UserError for data, checkpoint or settings that cannot be used, the same one on every rank.
     """
-    tasks, refused = _together(ranks, lambda: _read_data(args))
+    tasks, refused = ranks.agree(lambda: _read_data(args))
     modes = MODES if args.mode == "both" else (args.mode,)
-    prompters = _together(ranks, lambda: {mode: _prompter(args, mode) for mode in modes})
-    model = _together(ranks, lambda: _load_model(args, ranks.device))
+    prompters = ranks.agree(lambda: {mode: _prompter(args, mode) for mode in modes})
+    model = ranks.agree(lambda: _load_model(args, ranks.device))
     answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size, args.template_kwargs)
     out = args.out or default_out(args.checkpoint)
     results = {}
     for mode, prompter in prompters.items():
         settings = {
             "checkpoint": args.checkpoint,
-            "weights": model_fingerprint(args.checkpoint, model.config) if ranks.is_main_process else "",
+            "weights": ranks.from_first(partial(model_fingerprint, args.checkpoint, model.config)),
             "data": [str(Path(path).resolve()) if Path(path).exists() else path for path in args.data],
             "prune": dataclasses.asdict(prompter.prune),
             "resize": dataclasses.asdict(prompter.resize),
@@ -63,30 +61,8 @@ def evaluate(args: argparse.Namespace, ranks: PartialState, console: Console) ->
         }
         files = PredictionFiles(out / mode, settings)
         _run_pass(model, prompter, tasks, answers, files, ranks, console, retry_failed=args.retry_failed)
-        if ranks.is_main_process:
-            predictions = files.merge({task.id: task.fingerprint for task in tasks})
-            results[mode] = _write_result(files, tasks, predictions, refused)
-            draw_sheet(list(zip(tasks, predictions, strict=True)), files.folder / "sheet.png", prompter.resize)
-        ranks.wait_for_everyone()
+        results[mode] = ranks.from_first(partial(_write_result, files, tasks, refused, prompter.resize))
     return results
-
-
-def _together(ranks: PartialState, do: Callable[[], T]) -> T:
-    """`do` on every rank; a UserError of any is raised by all, with the rank where not all have met the same."""
-    result, problem = None, ""
-    try:
-        result = do()
-    except UserError as error:
-        problem = str(error)
-    problems = [problem]
-    if ranks.num_processes > 1:
-        problems = [""] * ranks.num_processes
-        torch.distributed.all_gather_object(problems, problem)
-    if len(set(problems)) > 1:
-        raise UserError("; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem))
-    if problem:
-        raise UserError(problem)
-    return result  # type: ignore[return-value]
 
 
 def _read_data(args: argparse.Namespace) -> tuple[list[Task], dict[str, str]]:
@@ -103,36 +79,38 @@ def _run_pass(
     tasks: list[Task],
     answers: AnswerSettings,
     files: PredictionFiles,
-    ranks: PartialState,
+    ranks: Ranks,
     console: Console,
     *,
     retry_failed: bool,
 ) -> None:
     """Answer what is not answered yet, this rank's share of it."""
-    _together(ranks, lambda: files.start(retry_failed=retry_failed) if ranks.is_main_process else None)
+    ranks.from_first(lambda: files.start(retry_failed=retry_failed))
     done = files.done({task.id: task.fingerprint for task in tasks})
     pending = [task for task in tasks if task.id not in done]
-    ranks.wait_for_everyone()  # all have read what is done before anyone adds to it
-    if done and pending and ranks.is_main_process:
+    ranks.barrier()  # all have read what is done before anyone adds to it
+    if done and pending and ranks.is_first:
         console.print(f"{files.folder}: continuing, {len(tasks) - len(pending)} of {len(tasks)} are answered")
-    mine = pending[ranks.process_index :: ranks.num_processes]
-    what = f"{files.folder.name}, on this rank" if ranks.num_processes > 1 else files.folder.name
-    with ProgressLine(what, len(mine), is_shown=ranks.is_main_process, console=console) as line:
+    mine = pending[ranks.rank :: ranks.world_size]
+    what = f"{files.folder.name}, on this rank" if ranks.world_size > 1 else files.folder.name
+    with ProgressLine(what, len(mine), is_shown=ranks.is_first, console=console) as line:
         num_scored, total = 0, 0.0
         for predictions in predict(model, prompter, mine, answers):
-            files.append(ranks.process_index, predictions)
+            files.append(ranks.rank, predictions)
             scores = [prediction.score for prediction in predictions if prediction.score is not None]
             num_scored, total = num_scored + len(scores), total + sum(scores)
             status = f"accuracy so far {total / num_scored:.1%}" if num_scored else ""
             line.update(line.num_done + len(predictions), status)
-    ranks.wait_for_everyone()
+    ranks.barrier(PATIENCE_MINUTES)
 
 
 def _write_result(
-    files: PredictionFiles, tasks: list[Task], predictions: list[Prediction], refused: dict[str, str]
+    files: PredictionFiles, tasks: list[Task], refused: dict[str, str], resize: ResizeSettings
 ) -> dict[str, Any]:
+    predictions = files.merge({task.id: task.fingerprint for task in tasks})
     result = {**files.settings, **summarise(predictions), "num_refused": len(refused), "refused": refused}
     write_whole(files.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    draw_sheet(list(zip(tasks, predictions, strict=True)), files.folder / "sheet.png", resize)
     return result
 
 

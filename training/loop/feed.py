@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,17 @@ from pixelprune.flops import CostModel
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.prepare import PrepareSettings
 from training.checkpoint.files import complete_checkpoints
-from training.config.settings import Config
+from training.config.settings import Config, ScheduleSettings
 from training.data.index import Index
 from training.data.index_builder import build_index
-from training.data.loader import Cursor
+from training.data.loader import START, Cursor, LoaderSettings, PackLoader
 from training.data.plan import PlanInput, PlanSettings, num_steps
 from training.data.settings import SourceSettings
 from training.data.targets import BUILD_ADVICE, TargetReader
-from training.distributed.engine import Ranks, patient_barrier
-from training.distributed.stopping import Agreement, StopRequest
+from training.distributed.ranks import PATIENCE_MINUTES
 from training.errors import UserError
-from training.teacher.files import Teaching
+from training.loop.context import RunContext
+from training.teacher.files import TeacherPlan
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +39,11 @@ class Feed:
     plan_settings: PlanSettings
     targets: TargetReader | None = None
 
-    def num_steps(self, config: Config) -> int:
+    def num_steps(self, schedule: ScheduleSettings) -> int:
         """Optimizer steps of the whole run: schedule.max_steps, or the epochs' steps."""
-        if config.schedule.max_steps:
-            return config.schedule.max_steps
-        whole, part = divmod(config.schedule.epochs, 1)
+        if schedule.max_steps:
+            return schedule.max_steps
+        whole, part = divmod(schedule.epochs, 1)
         steps = [num_steps(self.plan_input, self.plan_settings, epoch) for epoch in range(int(whole) + (part > 0))]
         if part:
             steps[-1] = max(1, round(steps[-1] * part))
@@ -90,33 +89,18 @@ class Feed:
 
 
 def build_feed(
-    config: Config,
-    sources: list[SourceSettings],
-    files: ModelFolder,
-    ranks: Ranks,
-    folder: Path,
-    *,
-    shuffle: bool,
-    teaching: Teaching | None = None,
-    stop: StopRequest | None = None,
-    agreement: Agreement | None = None,
+    context: RunContext, sources: list[SourceSettings], *, shuffle: bool, teacher_plan: TeacherPlan | None = None
 ) -> Feed:
     """Index the sources (all ranks together), refuse too much bad data, and set up the plan.
 
-    teaching: packs bring the teacher's side with them. The records are then those that fit unpruned too, with a cached
-    teacher as with an online one: the two train on the same samples.
-    stop, agreement: given together, a request to stop ends the index early on all ranks.
-    Raises StopAskedError then, and UserError for anything about the data that the user must mend.
+    teacher_plan: packs bring the teacher's side with them. The records are then those that fit unpruned too, with a
+    cached teacher as with an online one: the two train on the same samples.
+    A request to stop, of any rank, ends the index early on all ranks with StopAskedError. Raises UserError for anything
+    about the data that the user must fix.
     """
+    config, ranks, folder, files = context.config, context.ranks, context.folder, context.files
     data = config.data
-    prepare = PrepareSettings(
-        files.path,
-        config.prune,
-        config.resize,
-        data.last_turn_only,
-        ignore_keys=tuple(data.ignore_keys),
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    prepare = prepare_settings(config, files)
     try:
         index = build_index(
             sources,
@@ -125,15 +109,15 @@ def build_feed(
             num_workers=data.index_workers or ranks.cores_per_rank,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            barrier=patient_barrier(),
+            barrier=lambda: ranks.barrier(PATIENCE_MINUTES),
             show_progress=ranks.is_first,
             # A run that continues keeps its records: an image mended meanwhile would change the order of all samples.
             recheck=not complete_checkpoints(folder / "checkpoints"),
-            is_stopped=lambda: stop is not None and stop.is_asked,
-            any_rank=agreement.any_rank if agreement else bool,
+            is_stopped=lambda: context.is_asked_to_stop,
+            any_rank=ranks.any,
         )
         report = folder / f"quarantine{'' if shuffle else '_eval'}.jsonl"
-        index = index.checked(data, report, with_teacher=teaching is not None, write_report=ranks.is_first)
+        index = index.checked(data, report, with_teacher=teacher_plan is not None, write_report=ranks.is_first)
     except ValueError as error:
         raise UserError(str(error)) from error
     cost = cost_model(config, files.config)
@@ -144,13 +128,86 @@ def build_feed(
         shuffle=shuffle and data.shuffle,
         seed=config.run.seed,
     )
-    if teaching is None:
+    if teacher_plan is None:
         return Feed(index, prepare, index.plan_input(cost), plan_settings)
-    if teaching.targets is not None:
-        _require_targets(index, teaching.targets)
-        return Feed(index, prepare, index.plan_input(cost), plan_settings, teaching.targets)
-    plan_input = index.plan_input(cost, with_teacher=True, teacher_cost=CostModel.from_config(teaching.files.config))
+    if teacher_plan.targets is not None:
+        _require_targets(index, teacher_plan.targets)
+        return Feed(index, prepare, index.plan_input(cost), plan_settings, teacher_plan.targets)
+    plan_input = index.plan_input(
+        cost, with_teacher=True, teacher_cost=CostModel.from_config(teacher_plan.files.config)
+    )
     return Feed(index, dataclasses.replace(prepare, with_full=True), plan_input, plan_settings)
+
+
+def prepare_settings(config: Config, files: ModelFolder) -> PrepareSettings:
+    """How a record becomes a sample in this run."""
+    return PrepareSettings(
+        files.path,
+        config.prune,
+        config.resize,
+        config.data.last_turn_only,
+        ignore_keys=tuple(config.data.ignore_keys),
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def training_loader(
+    context: RunContext,
+    feed: Feed,
+    *,
+    num_steps: int,
+    cursor: Cursor = START,
+    first_step: int = 0,
+    dummy_image: bool = True,
+) -> PackLoader:
+    """This rank's packs of a run.
+
+    num_steps: of the whole run; cursor, first_step: where it goes on, and how many steps were done before.
+    dummy_image: needed unless all ranks run their backward, and a sharded teacher, without the vision tower.
+    """
+    return PackLoader(
+        feed.index,
+        feed.plan_input,
+        feed.plan_settings,
+        feed.prepare,
+        context.files.geometry,
+        _loader_settings(context, "quarantine", dummy_image=dummy_image),
+        rank=context.ranks.rank,
+        world_size=context.ranks.world_size,
+        cursor=cursor,
+        num_steps=num_steps,
+        first_step=first_step,
+        sum_over_ranks=context.ranks.sum,
+        targets=feed.targets,
+    )
+
+
+def validation_loader(context: RunContext, feed: Feed) -> PackLoader:
+    """Every record once, whatever the weights, in plan order; ranks without work get a dummy."""
+    once = dataclasses.replace(feed.plan_input, copies=np.ones(len(feed.plan_input)))
+    return PackLoader(
+        feed.index,
+        once,
+        feed.plan_settings,
+        feed.prepare,
+        context.files.geometry,
+        _loader_settings(context, "quarantine_eval", dummy_image=False),
+        rank=context.ranks.rank,
+        world_size=context.ranks.world_size,
+        sum_over_ranks=context.ranks.sum,
+    )
+
+
+def _loader_settings(context: RunContext, report: str, *, dummy_image: bool) -> LoaderSettings:
+    data = context.config.data
+    return LoaderSettings(
+        num_workers=data.num_workers,
+        prefetch_packs=data.prefetch_packs,
+        dummy_image=dummy_image,
+        device=context.ranks.device,
+        max_quarantined_share=data.max_quarantined_share,
+        report=context.folder / f"{report}_rank{context.ranks.rank}.jsonl",
+    )
 
 
 def cost_model(config: Config, hf_config: Any) -> CostModel:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pixelprune.command import ProgressLine
 from training.checkpoint.checkpointer import RunState
 from training.config.recipe import config_to_dict
-from training.config.settings import Config
-from training.distributed.engine import Ranks
+from training.loop.context import RunContext
 from training.tracking.metrics import live_line
 from training.tracking.tracker import Tracker
 
@@ -16,13 +13,14 @@ from training.tracking.tracker import Tracker
 class Journal:
     """Metrics to their files and to the terminal; on ranks other than the first it does nothing."""
 
-    def __init__(self, config: Config, ranks: Ranks, folder: Path, num_steps: int, state: RunState):
-        self.config, self.num_steps = config, num_steps
+    def __init__(self, context: RunContext, num_steps: int, state: RunState):
+        config = context.config
+        self.log_every, self.num_steps = config.tracking.log_every, num_steps
         self.tracker: Tracker | None = None
-        if ranks.is_first:
+        if context.ranks.is_first:
             self.progress = ProgressLine("step", num_steps, start=state.step, speaks_at_once=True)
             self.tracker = Tracker(
-                folder,
+                context.folder,
                 config.tracking,
                 config.run.name,
                 config_to_dict(config),
@@ -36,7 +34,7 @@ class Journal:
 
     def stepped(self, num_done: int, metrics: dict[str, float]) -> None:
         if self.tracker:
-            if num_done % self.config.tracking.log_every == 0 or num_done == self.num_steps:
+            if num_done % self.log_every == 0 or num_done == self.num_steps:
                 self.tracker.log(num_done, metrics)
             self.progress.update(num_done, live_line(metrics))
 

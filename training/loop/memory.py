@@ -17,15 +17,16 @@ from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForImageTextToText
 
 from pixelprune.family import family_of
 from pixelprune.flops import CostModel
 from training.config.settings import AUTO, Config, ModelSettings
-from training.distributed.engine import Ranks, bucket_elements
+from training.distributed.engine import bucket_elements
+from training.distributed.ranks import Ranks
+from training.loop.context import RunContext
 from training.model.parameters import part_of
-from training.teacher.files import Teaching
+from training.teacher.files import TeacherPlan
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,9 @@ def estimate_memory(
     return MemoryEstimate(
         weights=b * num_weights,
         optimizer=12 * num_trained / world_size,
-        gradients=_gradient_bytes(config, num_trained, bucket_elements(config, model), world_size, b),
+        gradients=_gradient_bytes(
+            config, num_trained, bucket_elements(config.distributed.reduce_bucket_size, model), world_size, b
+        ),
         vit=vit.saved(policy.vit),
         llm=llm.saved(policy.llm),
         workspace=max(head, llm.workspace(policy.llm), vit.workspace(policy.vit) - llm.saved(policy.llm)),
@@ -223,20 +226,18 @@ class MemoryPlan:
         return f"{self.estimate.describe()} of {self.available / 1e9:.1f} GB"
 
 
-def plan_memory(
-    config: Config, model: Any, ranks: Ranks, attention: str, teaching: Teaching | None = None
-) -> MemoryPlan:
+def plan_memory(context: RunContext, model: Any, attention: str, teacher_plan: TeacherPlan | None = None) -> MemoryPlan:
     """The recomputation of a run, the same on all ranks. Every rank calls this, after freezing and adapters."""
-    itemsize = ITEMSIZE[config.model.dtype]
-    loaded = itemsize * sum(p.numel() for p in model.parameters())
-    available = available_memory(ranks.device, ranks.world_size_per_node, loaded)
+    config, ranks = context.config, context.ranks
+    loaded = ITEMSIZE[config.model.dtype] * sum(p.numel() for p in model.parameters())
+    available = available_memory(ranks, loaded)
     return choose_recomputation(
         config,
         model,
         available=available,
         world_size=ranks.world_size,
         attention=attention,
-        teacher_weights=_teacher_weights(config, model, teaching, ranks.world_size),
+        teacher_weights=_teacher_weights(config, model, teacher_plan, ranks.world_size),
     )
 
 
@@ -282,35 +283,31 @@ def choose_recomputation(
     return plan
 
 
-def available_memory(device: torch.device, ranks_on_node: int, loaded: float) -> float:
+def available_memory(ranks: Ranks, loaded: float) -> float:
     """Bytes that the rank with the least may use: what is free, and what this process holds already.
 
     loaded: bytes of the weights that are in host memory already. Every rank calls this.
     """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        mine = float(free + torch.cuda.memory_reserved(device))
+    if ranks.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(ranks.device)
+        mine = float(free + torch.cuda.memory_reserved(ranks.device))
     else:
-        mine = psutil.virtual_memory().available / ranks_on_node + loaded
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        least = torch.tensor(mine, dtype=torch.float64, device=device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        mine = float(least)
-    return mine
+        mine = psutil.virtual_memory().available / ranks.world_size_per_node + loaded
+    return float(ranks.min(torch.tensor(mine, dtype=torch.float64)))
 
 
-def _teacher_weights(config: Config, student: Any, teaching: Teaching | None, world_size: int) -> float:
+def _teacher_weights(config: Config, student: Any, teacher_plan: TeacherPlan | None, world_size: int) -> float:
     """Weights that the teacher keeps on a rank: all, its share of them and the head, or the head alone."""
-    if teaching is None:
+    if teacher_plan is None:
         return 0.0
-    text = teaching.files.config.get_text_config()  # type: ignore[attr-defined]
+    text = teacher_plan.files.config.get_text_config()  # type: ignore[attr-defined]
     head = float(text.vocab_size * text.hidden_size)
-    if teaching.targets is not None:
+    if teacher_plan.targets is not None:
         return 0.0 if config.kd.top_k else head
     if config.kd.path in ("", config.model.path):
         num_weights = sum(p.numel() for name, p in student.named_parameters() if ".lora_" not in name)
     else:
         with torch.device("meta"):
-            teacher = AutoModelForImageTextToText.from_config(teaching.files.config)
+            teacher = AutoModelForImageTextToText.from_config(teacher_plan.files.config)
         num_weights = sum(p.numel() for p in teacher.parameters())
     return num_weights / world_size + head if config.kd.sharding == "zero3" else float(num_weights)

@@ -6,19 +6,16 @@ from rich.table import Table
 from torch import nn
 
 from pixelprune.command import plain_console
-from pixelprune.model_folder import ModelFolder
 from pixelprune.selection.registry import is_recoverable
 from training.config.settings import Config
-from training.distributed.engine import Ranks
+from training.loop.context import RunContext
 from training.loop.feed import Feed
 from training.loop.memory import MemoryPlan
 from training.model.parameters import count_parts
 
 
 def print_start_table(
-    config: Config,
-    ranks: Ranks,
-    files: ModelFolder,
+    context: RunContext,
     feed: Feed,
     model: nn.Module,
     attention: str,
@@ -27,8 +24,9 @@ def print_start_table(
     first_step: int,
 ) -> None:
     """Printed once, by the first rank."""
+    config, ranks = context.config, context.ranks
     table = Table(title=config.run.name, show_header=False, title_justify="left")
-    table.add_row("model", f"{files.path}, {config.model.dtype}, attention {attention}")
+    table.add_row("model", f"{context.files.path}, {config.model.dtype}, attention {attention}")
     for count in count_parts(model, config.optim):
         layers = f"{count.num_layers} layers of {count.num_layer:,}"
         table.add_row(

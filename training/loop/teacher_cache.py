@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from rich.console import Console
 
 from pixelprune.command import ProgressLine, plain_console
@@ -25,18 +24,18 @@ from pixelprune.pack import Pack
 from pixelprune.settings import PruneSettings
 from training.config.settings import Config
 from training.data.index import Index
-from training.data.loader import PackLoader
 from training.data.plan import plan_epoch
 from training.data.targets import TargetEntry, TargetReader, write_shard
 from training.distributed.cores import use_threads
-from training.distributed.engine import Ranks, patient_barrier
+from training.distributed.ranks import PATIENCE_MINUTES, Ranks
 from training.errors import UserError
-from training.loop.feed import Feed, build_feed
+from training.loop.context import RunContext
+from training.loop.feed import Feed, build_feed, prepare_settings, training_loader
 from training.loop.folder_lock import FolderLock
 from training.loss.divergence import tempered_log_softmax
 from training.model.attention import choose_attention
 from training.model.loading import DTYPES, load_model_files
-from training.teacher.files import Teaching, cache_folder, load_teacher_files, teacher_dtype
+from training.teacher.files import TeacherPlan, cache_folder, load_teacher_files, teacher_dtype
 from training.teacher.teachers import OnlineTeacher, build_online_teacher
 
 logger = logging.getLogger(__name__)
@@ -54,29 +53,32 @@ def build_cache(config: Config, ranks: Ranks) -> Path:
     if ranks.device.type == "cpu":
         use_threads(config.distributed.threads_per_rank, ranks.cores_per_rank)
     student = load_model_files(config.model)
-    teacher_files = load_teacher_files(config, student)
-    folder = cache_folder(config, teacher_files, student, ranks)
+    teacher_files = load_teacher_files(config.kd, config.model, student)
+    prepare = prepare_settings(config, student)
+    folder = cache_folder(config.kd, config.model, config.loss, prepare, teacher_files, student, ranks)
     lock = FolderLock(folder, "cache.lock")
-    if ranks.is_first:
+
+    def clean_up() -> None:
         lock.acquire()
         for partial in folder.glob("*.partial"):
             partial.unlink()
-    feed = build_feed(
-        config, config.data.sources, student, ranks, folder, shuffle=True, teaching=Teaching(teacher_files)
-    )
-    missing = _from_first(ranks, _missing(feed.index, folder) if ranks.is_first else None)
+
+    ranks.from_first(clean_up)
+    context = RunContext(config, ranks, folder, student)
+    feed = build_feed(context, config.data.sources, shuffle=True, teacher_plan=TeacherPlan(teacher_files))
+    # The first rank's: another's view of a shared folder may be older.
+    missing = ranks.from_first(lambda: _missing(feed.index, folder))
     console = plain_console(stderr=True, quiet=not ranks.is_first)
     console.print(f"teacher {teacher_files.path}: {feed.index.describe()}", soft_wrap=True)
     num_missing = int(missing.sum())
     console.print(f"{len(feed.index)} records, {num_missing} of them to compute; targets in {folder}", soft_wrap=True)
-    meet = patient_barrier()
     if num_missing:
         todo = feed.index.subset(missing, [])
-        _check_space(config, todo, teacher_files, folder, ranks, console)
-        attention = choose_attention(config.model.attention, ranks.device, teacher_dtype(config))
-        teacher = build_online_teacher(config, teacher_files, ranks, attention)
-        _compute(config, todo, feed, student, teacher, folder, ranks, console)
-    meet()
+        _check_space(context, todo, teacher_files, console)
+        attention = choose_attention(config.model.attention, ranks.device, teacher_dtype(config.kd, config.model))
+        teacher = build_online_teacher(config.kd, config.model, teacher_files, ranks, attention)
+        _compute(context, todo, feed, teacher, console)
+    ranks.barrier(PATIENCE_MINUTES)
     if ranks.is_first:
         lock.release()
     console.print("all records have their targets: train with kd.source=cached", soft_wrap=True)
@@ -123,21 +125,11 @@ def _missing(index: Index, folder: Path) -> np.ndarray:
     return first & ~TargetReader(folder).has(index.content_hash)
 
 
-def _from_first(ranks: Ranks, value: np.ndarray | None) -> np.ndarray:
-    """The first rank's value on all of them: another's view of a shared folder may be older."""
-    shared = [value]
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(shared, src=0)
-    assert shared[0] is not None
-    return shared[0]
-
-
-def _check_space(
-    config: Config, todo: Index, teacher: ModelFolder, folder: Path, ranks: Ranks, console: Console
-) -> None:
+def _check_space(context: RunContext, todo: Index, teacher: ModelFolder, console: Console) -> None:
+    config, folder = context.config, context.folder
     num_supervised = int(todo.num_supervised.sum())
     needed = target_bytes(config, teacher, num_supervised)
-    free = int(_from_first(ranks, np.array(shutil.disk_usage(folder).free)))
+    free = context.ranks.from_first(lambda: shutil.disk_usage(folder).free)
     values = f"{config.kd.top_k} log-probabilities" if config.kd.top_k else "a hidden state"
     console.print(
         f"size: {num_supervised:,} supervised tokens with {values} each take {needed / GIB:.3f} GiB, "
@@ -151,17 +143,9 @@ def _check_space(
         )
 
 
-def _compute(
-    config: Config,
-    todo: Index,
-    feed: Feed,
-    student: ModelFolder,
-    teacher: OnlineTeacher,
-    folder: Path,
-    ranks: Ranks,
-    console: Console,
-) -> None:
+def _compute(context: RunContext, todo: Index, feed: Feed, teacher: OnlineTeacher, console: Console) -> None:
     """Every rank writes a shard for each kd.cache_records of its records, and one for the rest."""
+    config, ranks = context.config, context.ranks
     full_only = dataclasses.replace(todo, kept_blocks=todo.full_blocks)
     inputs = full_only.plan_input(CostModel.from_config(teacher.model.config))
     inputs = dataclasses.replace(inputs, copies=np.ones(len(inputs)))
@@ -170,7 +154,7 @@ def _compute(
     prepare = dataclasses.replace(feed.prepare, prune=PruneSettings(strategy="none"), with_full=False)
     plan = plan_epoch(inputs, settings, epoch=0, world_size=ranks.world_size)
     hash_of = {todo.record_id(i): int(todo.content_hash[i]) for i in range(len(todo))}
-    loader = PackLoader.build(config, Feed(todo, prepare, inputs, settings), student, ranks, num_steps=len(plan))
+    loader = training_loader(context, Feed(todo, prepare, inputs, settings), num_steps=len(plan))
     started, entries = time.perf_counter(), []
     with ProgressLine("teacher, records", len(todo), is_shown=ranks.is_first, console=console) as progress:
         for step, batches in loader.steps():
@@ -178,7 +162,7 @@ def _compute(
                 pack = batch.pack.to(ranks.device)
                 entries += _entries(pack, target_values(pack, teacher, config), hash_of)
             if len(entries) >= config.kd.cache_records or (entries and step == len(plan) - 1):
-                write_shard(folder, entries)
+                write_shard(context.folder, entries)
                 entries = []
             progress.advance(plan[step].num_samples)
             if step == 0 and len(plan) > 1:

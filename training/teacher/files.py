@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 from safetensors import safe_open
 from torch import nn
@@ -17,10 +16,12 @@ from torch import nn
 from pixelprune.files import write_whole
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.prepare import PrepareSettings
-from training.config.settings import Config, ConfigError
+from training.config.settings import ConfigError, ModelSettings
+from training.config.teacher import TeacherSettings
 from training.data.targets import TargetReader
-from training.distributed.engine import Ranks
+from training.distributed.ranks import Ranks
 from training.errors import UserError
+from training.loss.supervised import LossSettings
 from training.model.loading import DTYPES, load_model_files
 from training.model.tensor_files import weight_paths
 
@@ -29,28 +30,38 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Teaching:
-    """Who teaches, and how packs get the teacher's side: full rows, or targets read from a cache."""
+class TeacherPlan:
+    """Which teacher, and how packs get the teacher's side: full rows, or targets read from a cache."""
 
     files: ModelFolder
     targets: TargetReader | None = None
 
 
-def find_teaching(config: Config, student: ModelFolder, ranks: Ranks) -> Teaching | None:
-    """None without distillation. Every rank calls this. Raises ConfigError for a teacher that does not fit."""
-    if config.loss.kd_weight == 0:
+def plan_teacher(
+    kd: TeacherSettings,
+    model: ModelSettings,
+    loss: LossSettings,
+    prepare: PrepareSettings,
+    student: ModelFolder,
+    ranks: Ranks,
+) -> TeacherPlan | None:
+    """None without distillation. Every rank calls this. Raises ConfigError for a teacher that does not fit.
+
+    prepare: how the student's samples are made, on which cached targets depend.
+    """
+    if loss.kd_weight == 0:
         return None
-    files = load_teacher_files(config, student)
-    if config.kd.source == "online":
-        return Teaching(files)
-    return Teaching(files, TargetReader(cache_folder(config, files, student, ranks)))
+    files = load_teacher_files(kd, model, student)
+    if kd.source == "online":
+        return TeacherPlan(files)
+    return TeacherPlan(files, TargetReader(cache_folder(kd, model, loss, prepare, files, student, ranks)))
 
 
-def load_teacher_files(config: Config, student: ModelFolder) -> ModelFolder:
+def load_teacher_files(kd: TeacherSettings, model: ModelSettings, student: ModelFolder) -> ModelFolder:
     """The teacher's config, tokenizer and preprocessor; refuses one that does not fit. Raises ConfigError."""
-    if config.kd.path in ("", student.path):
+    if kd.path in ("", student.path):
         return student
-    files = load_model_files(dataclasses.replace(config.model, path=config.kd.path), "kd.path")
+    files = load_model_files(dataclasses.replace(model, path=kd.path), "kd.path")
     # The student's packs are the teacher's input: both must read ids and pixels alike.
     for what, mine, other in (
         ("output vocabulary", _vocab_size(student), _vocab_size(files)),
@@ -66,42 +77,52 @@ def load_teacher_files(config: Config, student: ModelFolder) -> ModelFolder:
     return files
 
 
-def teacher_dtype(config: Config) -> torch.dtype:
-    return DTYPES[config.kd.dtype or config.model.dtype]
+def teacher_dtype(kd: TeacherSettings, model: ModelSettings) -> torch.dtype:
+    return DTYPES[kd.dtype or model.dtype]
 
 
-def cache_folder(config: Config, teacher: ModelFolder, student: ModelFolder, ranks: Ranks) -> Path:
+def cache_folder(
+    kd: TeacherSettings,
+    model: ModelSettings,
+    loss: LossSettings,
+    prepare: PrepareSettings,
+    teacher: ModelFolder,
+    student: ModelFolder,
+    ranks: Ranks,
+) -> Path:
     """The folder of this teacher's targets, made if need be; every rank calls this, the first one reads the weights."""
-    shared: list[Any] = [None]
-    if ranks.is_first:
-        fingerprint = describe_targets(config, teacher, student)
-        text = json.dumps(fingerprint, indent=2, sort_keys=True)
-        folder = Path(config.kd.cache_dir) / xxhash.xxh3_64(text.encode()).hexdigest()
+
+    def make() -> Path:
+        text = json.dumps(describe_targets(kd, model, loss, prepare, teacher, student), indent=2, sort_keys=True)
+        folder = Path(kd.cache_dir) / xxhash.xxh3_64(text.encode()).hexdigest()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "teacher.json", f"{text}\n".encode())
-            shared[0] = str(folder)
         except OSError as error:
-            shared[0] = ConfigError(f"kd.cache_dir: {folder} cannot be written: {error.strerror}")
-    if ranks.world_size > 1:
-        dist.broadcast_object_list(shared, src=0)
-    if isinstance(shared[0], ConfigError):
-        raise shared[0]
-    return Path(shared[0])
+            raise ConfigError(f"kd.cache_dir: {folder} cannot be written: {error.strerror}") from error
+        return folder
+
+    return ranks.from_first(make)
 
 
-def describe_targets(config: Config, teacher: ModelFolder, student: ModelFolder) -> dict[str, Any]:
+def describe_targets(
+    kd: TeacherSettings,
+    model: ModelSettings,
+    loss: LossSettings,
+    prepare: PrepareSettings,
+    teacher: ModelFolder,
+    student: ModelFolder,
+) -> dict[str, Any]:
     """All that a cached target depends on besides its record; not pruning, since the teacher sees all tokens."""
-    prepare = PrepareSettings(student.path, config.prune, config.resize, config.data.last_turn_only)
     sample = prepare.fingerprint(prepare.build_from(student))
     del sample["prune"], sample["ignore_keys"]  # ignored keys are no part of a record, nor of its content hash
-    top_k = {"top_k": config.kd.top_k, "temperature": config.loss.temperature}
-    stored = config.kd.cache_dtype or config.kd.dtype or config.model.dtype
+    top_k = {"top_k": kd.top_k, "temperature": loss.temperature}
+    stored = kd.cache_dtype or kd.dtype or model.dtype
     return {
         "version": FORMAT_VERSION,
         "weights": hash_weights(teacher.path),
-        "computed_in": str(teacher_dtype(config)).removeprefix("torch."),
-        "values": top_k if config.kd.top_k else {"hidden": stored},
+        "computed_in": str(teacher_dtype(kd, model)).removeprefix("torch."),
+        "values": top_k if kd.top_k else {"hidden": stored},
         "geometry": dataclasses.asdict(teacher.geometry),
         **sample,
     }

@@ -19,32 +19,37 @@ from transformers import PreTrainedModel
 from pixelprune.model_call import final_hidden
 from pixelprune.model_folder import ModelFolder
 from pixelprune.pack import Pack, VisionGeometry
-from training.config.settings import Config
+from training.config.settings import ModelSettings
+from training.config.teacher import TeacherSettings
 from training.data.taught import TaughtPack
-from training.distributed.engine import Ranks
+from training.distributed.ranks import Ranks
 from training.model.attention import attention_for
 from training.model.loading import load_model
 from training.model.supervised import Teacher
-from training.teacher.files import Teaching, load_head, teacher_dtype
+from training.teacher.files import TeacherPlan, load_head, teacher_dtype
 
 
-def build_teacher(config: Config, teaching: Teaching | None, ranks: Ranks, attention: str) -> Teacher | None:
+def build_teacher(
+    kd: TeacherSettings, model: ModelSettings, plan: TeacherPlan | None, ranks: Ranks, attention: str
+) -> Teacher | None:
     """The teacher that the recipe asks for, on this rank's device; None without distillation. Every rank calls this."""
-    if teaching is None:
+    if plan is None:
         return None
-    if teaching.targets is not None:
-        head = None if config.kd.top_k else load_head(teaching.files, teacher_dtype(config), ranks.device)
+    if plan.targets is not None:
+        head = None if kd.top_k else load_head(plan.files, teacher_dtype(kd, model), ranks.device)
         return CachedTeacher(head)
-    return build_online_teacher(config, teaching.files, ranks, attention)
+    return build_online_teacher(kd, model, plan.files, ranks, attention)
 
 
-def build_online_teacher(config: Config, files: ModelFolder, ranks: Ranks, attention: str) -> OnlineTeacher:
+def build_online_teacher(
+    kd: TeacherSettings, model: ModelSettings, files: ModelFolder, ranks: Ranks, attention: str
+) -> OnlineTeacher:
     """The teacher's weights, frozen; kd.sharding says how the ranks hold them."""
-    attention = attention_for(teacher_dtype(config), ranks.device, attention)
-    if config.kd.sharding == "zero3" and ranks.world_size > 1:
-        return _build_sharded(config, files, ranks, attention)
-    model = _load_frozen(config, files, ranks.device, attention)
-    return OnlineTeacher(model, model.lm_head, files.geometry)
+    attention = attention_for(teacher_dtype(kd, model), ranks.device, attention)
+    if kd.sharding == "zero3" and ranks.world_size > 1:
+        return _build_sharded(kd, model, files, ranks, attention)
+    teacher = _load_frozen(kd, model, files, ranks.device, attention)
+    return OnlineTeacher(teacher, teacher.lm_head, files.geometry)
 
 
 class OnlineTeacher:
@@ -79,19 +84,22 @@ class CachedTeacher:
         return {"teacher_hidden": pack.teacher_hidden, "teacher_head": self.head}
 
 
-def _load_frozen(config: Config, files: ModelFolder, device: torch.device, attention: str) -> PreTrainedModel:
-    settings = dataclasses.replace(config.model, path=files.path, dtype=config.kd.dtype or config.model.dtype)
-    model = load_model(settings, attention=attention, device=device).eval()
-    return model.requires_grad_(False)
+def _load_frozen(
+    kd: TeacherSettings, model: ModelSettings, files: ModelFolder, device: torch.device, attention: str
+) -> PreTrainedModel:
+    settings = dataclasses.replace(model, path=files.path, dtype=kd.dtype or model.dtype)
+    return load_model(settings, attention=attention, device=device).eval().requires_grad_(False)
 
 
-def _build_sharded(config: Config, files: ModelFolder, ranks: Ranks, attention: str) -> OnlineTeacher:
+def _build_sharded(
+    kd: TeacherSettings, model: ModelSettings, files: ModelFolder, ranks: Ranks, attention: str
+) -> OnlineTeacher:
     """ZeRO-3 inference: every rank keeps 1 / world size of the weights and fetches a layer's others for its forward.
 
     The output head stays whole on every rank: how often the loss uses it depends on a rank's number of chunks, and
     ranks that fetch must fetch equally often.
     """
-    dtype = teacher_dtype(config)
+    dtype = teacher_dtype(kd, model)
     settings = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {
@@ -106,9 +114,9 @@ def _build_sharded(config: Config, files: ModelFolder, ranks: Ranks, attention: 
     head = load_head(files, dtype, ranks.device)
     # Whole in host memory, then divided tensor by tensor: the device never holds more than its share and the layers in
     # use. Left to itself, `initialize` would move the whole model there first; buffers are not divided.
-    model = _load_frozen(config, files, torch.device("cpu"), attention)
-    deepspeed.zero.Init(module=model.model, config_dict_or_path=settings)
-    model.model.to(ranks.device)
-    model.model, *_ = deepspeed.initialize(model=model.model, config=settings)
-    model.eval()
-    return OnlineTeacher(model, head, files.geometry, is_sharded=True)
+    teacher = _load_frozen(kd, model, files, torch.device("cpu"), attention)
+    deepspeed.zero.Init(module=teacher.model, config_dict_or_path=settings)
+    teacher.model.to(ranks.device)
+    teacher.model, *_ = deepspeed.initialize(model=teacher.model, config=settings)
+    teacher.eval()
+    return OnlineTeacher(teacher, head, files.geometry, is_sharded=True)

@@ -1,4 +1,4 @@
-"""What one optimizer step did, summed over ranks with a single reduction, and the running totals of a run."""
+"""What one optimizer step did, summed over ranks, and the running totals of a run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from pixelprune.pack import Pack
 from pixelprune.records.collator import DUMMY_ID, DUMMY_TOKENS
-from training.distributed.engine import Ranks
+from training.distributed.ranks import Ranks
 from training.loss.supervised import LossSums
 from training.tracking.hardware import host_memory_gb, peak_flops, peak_memory_gb
 
@@ -91,11 +90,8 @@ class StepMeter:
             self._times[name] += start.elapsed_time(end) / 1000
         mine = [*self._counts.values(), *self._times.values(), self._flops]
         vector = torch.cat([losses, torch.tensor(mine, dtype=torch.float64)])
-        slowest = torch.tensor([self._flops], dtype=torch.float64)
-        if self.ranks.world_size > 1:
-            vector, slowest = vector.to(self.ranks.device), slowest.to(self.ranks.device)
-            dist.all_reduce(vector)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        vector = self.ranks.sum(vector)
+        slowest = self.ranks.max(torch.tensor(self._flops, dtype=torch.float64))
         step_seconds = time.perf_counter() - self._started
         names = [*LossSums._fields, *_COUNTS, *_TIMES, "flops"]
         sums = dict(zip(names, vector.tolist(), strict=True))

@@ -5,7 +5,6 @@ import multiprocessing
 import threading
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 
@@ -194,7 +193,7 @@ def test_frozen_vision_needs_no_dummy_images(setup):
 
 
 class Sums:
-    """Sums lists over ranks that run as threads."""
+    """Sums tensors over ranks that run as threads."""
 
     def __init__(self, world_size):
         self.barrier, self.values = threading.Barrier(world_size), {}
@@ -203,7 +202,7 @@ class Sums:
         def sum_over_ranks(values):
             self.values[rank] = values
             self.barrier.wait()
-            total = np.sum(list(self.values.values()), axis=0).tolist()
+            total = torch.stack(list(self.values.values())).sum(0)
             self.barrier.wait()
             return total
 
