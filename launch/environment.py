@@ -30,7 +30,7 @@ def rank_environment(num_ranks: int, threads_per_rank: int = 0) -> dict[str, str
         environment |= dict.fromkeys(_THREADS, str(threads_per_rank))
     for name in _THREADS:
         environment.setdefault(name, str(max(1, usable_cores() // max(1, num_ranks))))
-    # Loader workers are forked after the tokenizer was used; its own threads would not survive that.
+    # Every loader worker has a tokenizer: threads of each on all cores would stand in each other's way.
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         # The launcher overwrites CUDA_VISIBLE_DEVICES in the ranks, which would bring the hidden GPUs back.

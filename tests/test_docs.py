@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import importlib
 import importlib.util
+import io
 import re
 import subprocess
+import tokenize
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -20,6 +25,27 @@ OURS = "pixelprune|training|data_tools|launch|benchmarks"
 SECTIONS = "|".join(Config.__dataclass_fields__)
 WRITTEN_BY_RUNS = ("config.yaml",)
 NOT_SETTINGS = ("model.generate",)
+
+
+def prose(path: Path) -> str:
+    """Docstrings, those of fields among them, and comments of a file."""
+    text = path.read_text()
+    strings = [
+        node.value.value
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    comments = [token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT]
+    return "\n".join([*strings, *comments])
+
+
+@functools.cache
+def names_of(module: str) -> set[str]:
+    """Everything that a file of this name defines, or none if there is no such file."""
+    stem = module.replace(".", "/")
+    path = next((ROOT / name for name in (f"{stem}.py", f"{stem}/__init__.py") if (ROOT / name).exists()), None)
+    return {"", *re.findall(r"\w+", path.read_text())} if path else set()
 
 
 @pytest.fixture(params=DOCS, ids=lambda path: path.name)
@@ -42,6 +68,17 @@ def test_files_it_names_exist(doc):
         assert name in WRITTEN_BY_RUNS or any(file == name or file.endswith(f"/{name}") for file in FILES), (
             f"{doc.name}: {name}"
         )
+
+
+@pytest.mark.parametrize("package", [*OURS.split("|"), "tests"])
+def test_files_and_modules_that_the_code_speaks_of_exist(package):
+    for source in sorted((ROOT / package).rglob("*.py")):
+        text, where = prose(source), source.relative_to(ROOT)
+        for name in re.findall(r"(?<![\w./-])((?:\w+/)*\w+\.py)\b", text):
+            assert any(file == name or file.endswith(f"/{name}") for file in FILES), f"{where}: {name}"
+        for dotted in re.findall(rf"`((?:{OURS})(?:\.\w+)+)`", text):
+            module, _, name = dotted.rpartition(".")
+            assert "" in names_of(dotted) or name in names_of(module), f"{where}: {dotted}"
 
 
 def test_modules_it_runs_exist(doc):

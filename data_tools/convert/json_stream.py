@@ -17,7 +17,7 @@ def iter_json(path: Path) -> Iterator[tuple[Any, int]]:
 
     A line that is no JSON is yielded as its text, for the caller to count. In an array nothing after such a place can
     be trusted: raises ValueError with its character position. Bytes that are not UTF-8 come as lone surrogates, which
-    `data_tools.convert.shapes.check_unicode` refuses. Memory: two chunks, or the longest value.
+    `data_tools.convert.dropped.check_unicode` refuses. Memory: two chunks, or the longest value.
     """
     with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape") as file:
         head = file.read(1)

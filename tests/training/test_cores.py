@@ -14,7 +14,7 @@ from launch.environment import rank_environment
 from tests.ranks import ROOT
 from training.distributed import cores
 from training.distributed.cores import usable_cores
-from training.distributed.engine import Ranks
+from training.distributed.ranks import Ranks
 
 REPORT = (
     "from training.distributed.cores import use_threads as u; import torch; print(u({}, 1), torch.get_num_threads())"

@@ -95,10 +95,6 @@ class EpochPlan:
         self._step = lru_cache(maxsize=32)(self._pack)
 
     @property
-    def steps(self) -> EpochPlan:
-        return self
-
-    @property
     def num_samples(self) -> int:
         return len(self.order)
 

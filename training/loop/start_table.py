@@ -28,7 +28,7 @@ def print_start_table(
     table = Table(title=config.run.name, show_header=False, title_justify="left")
     table.add_row("model", f"{context.files.path}, {config.model.dtype}, attention {attention}")
     for count in count_parts(model, config.optim):
-        layers = f"{count.num_layers} layers of {count.num_layer:,}"
+        layers = f"{count.num_layers} layers of {count.layer_size:,}"
         table.add_row(
             f"  {count.part}", f"{count.num_trained:,} of {count.num_total:,} trained, {layers}, lr {count.lr:g}"
         )

@@ -25,7 +25,7 @@ class PartCount:
     num_trained: int
     num_layers: int
     """Layers of the stack (ViT blocks, decoder layers), or mergers."""
-    num_layer: int
+    layer_size: int
     """Weights of the largest of them."""
     lr: float
 
