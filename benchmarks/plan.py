@@ -4,7 +4,7 @@
 
 Waste = 1 - sum of FLOPs / (ranks x sum over micro-steps of the largest rank's FLOPs): the share of the fleet's time
 spent waiting for the slowest rank. Its bound is the waste that no plan of the same optimizer steps can go below, since
-a sample cannot be split. The peer is next-fit in arrival order by *unpruned* length, packs dealt to ranks in turn: what
+a sample cannot be split. The peer is next-fit in arrival order by *unpruned* length, packs assigned in turn: what
 packing before pruning amounts to. Both plan the same samples; the peer has to drop those whose unpruned length exceeds
 the cap, and the table says how many. FLOPs are those of Qwen3-VL-4B's published shape.
 """

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: printed as a single line, exit code 2."""
+"""Errors that are the user's to fix: printed as a single line, exit code 2."""
 
 
 class UserError(ValueError):

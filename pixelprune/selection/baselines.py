@@ -73,7 +73,7 @@ def component_shares(sizes: np.ndarray, budget: int, generator: np.random.Genera
     """How many blocks each component keeps: at least one each where the budget allows, the rest by size.
 
     sizes: blocks per component. The rest is divided in proportion to what is left of each component, by largest
-    remainder; ties, and a budget smaller than the number of components, are settled at random. The sum is `budget`.
+    remainder; ties, and a budget smaller than the number of components, are decided at random. The sum is `budget`.
     """
     if budget < len(sizes):
         shares = np.zeros(len(sizes), dtype=np.int64)

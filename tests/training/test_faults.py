@@ -95,7 +95,7 @@ INTERRUPTED = {
 
 
 @pytest.mark.parametrize("fault", INTERRUPTED)
-def test_a_stop_breaks_an_evaluation_off_and_the_next_start_makes_it_up(fault, data, toy_folder, tmp_path):
+def test_a_stop_interrupts_an_evaluation_and_the_next_start_makes_it_up(fault, data, toy_folder, tmp_path):
     """Schedulers leave seconds: they go to the checkpoint of the last step, not to the rest of an evaluation."""
     rows = [json.loads(line) for line in (data / "eval.jsonl").read_text().splitlines()]
     lines = [json.dumps(row | {"metadata": {"bbox": [0, 0, 32, 32]}}) for row in rows]

@@ -60,7 +60,7 @@ def test_what_changes_the_order_changes_its_facts(records, toy_folder):
     orders = [epoch_order(f.plan_input, seed=f.plan_settings.seed, epoch=0, shuffle=f.plan_settings.shuffle).tolist()
               for f in others.values()]  # fmt: skip
     mine = epoch_order(feed.plan_input, seed=0, epoch=0).tolist()
-    assert sum(order != mine for order in orders) == 4, "all but the step's size deal out other samples"
+    assert sum(order != mine for order in orders) == 4, "all but the step's size assign other samples"
     for name, other in others.items():
         assert other.order != feed.order, name
         with pytest.raises(UserError, match=r"not the checkpoint's any more .*checkpoint\.on_changed_data"):

@@ -3,7 +3,7 @@
 Each source is cut into chunks of rows. A rank takes every world_size-th chunk, its processes write one Parquet part per
 chunk under a temporary name and rename it, so that a part is either whole or absent. After a barrier rank 0 joins the
 parts into `index.parquet`. A run that was killed finds its parts again. In an index that is reused, rank 0 measures
-again what was quarantined for an image file: the file may have been mended since.
+again what was quarantined for an image file: the file may have been fixed since.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ REPAIRABLE = (
     "missing_file", "unreadable_file", "empty_file", "outside_root", "not_an_image", "truncated_image",
     "unsupported_mode", "decompression_bomb", "aspect_ratio",
 )  # fmt: skip
-"""Reasons that lie in an image file, which may be mended while the data file and so the index folder stay the same."""
+"""Reasons that lie in an image file, which may be fixed while the data file and so the index folder stay the same."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def build_index(
     fingerprint = prepare.fingerprint(preparer)
     folders = [open_folder(source, fingerprint, index_dir) for source in opened]
     missing = [number for number, folder in enumerate(folders) if not folder.table.exists()]
-    # Dealt source by source: a source that another run completes meanwhile is missing to some ranks only.
+    # Assigned source by source: a source that another run completes meanwhile is missing to some ranks only.
     mine = [
         chunk
         for number in missing
@@ -258,13 +258,13 @@ def _replace_rows(source: Source, folder: IndexFolder, rows: list[dict]) -> None
     table = pq.read_table(folder.table, schema=SCHEMA)
     others = table.filter(~pc.field("row").isin([row["row"] for row in rows]))
     joined = pa.concat_tables([others, pa.Table.from_pylist(rows, schema=SCHEMA)]).sort_by("row")
-    mended = sum(not row["reason"] for row in rows)
+    num_fixed = sum(not row["reason"] for row in rows)
     try:
         _write_index(source, folder, joined)
     except OSError as error:
-        logger.warning("%d records that can be used now stay out: %s: %s", mended, folder.path, error.strerror)
+        logger.warning("%d records that can be used now stay out: %s: %s", num_fixed, folder.path, error.strerror)
         return
-    logger.warning("%s: %d records whose images were mended can be used now", source.name, mended)
+    logger.warning("%s: %d records whose images were fixed can be used now", source.name, num_fixed)
 
 
 def _write_index(source: Source, folder: IndexFolder, table: pa.Table) -> None:

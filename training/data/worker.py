@@ -41,7 +41,7 @@ class PackResult:
 
 @dataclass(frozen=True)
 class PackFailure:
-    """What the user must mend before this pack can be made: an error would reach the run as a worker's traceback."""
+    """What the user must fix before this pack can be made: an error would reach the run as a worker's traceback."""
 
     message: str
 

@@ -16,7 +16,7 @@ from training.loop.journal import Journal
 class Evaluations:
     """Runs what is due after a step; every rank calls it, the journal writes it down.
 
-    A request to stop breaks an evaluation off, on all ranks: the time that a scheduler leaves is for the checkpoint.
+    A request to stop interrupts an evaluation, on all ranks: the time that a scheduler leaves is for the checkpoint.
     The next start makes it up (`catch_up`).
     """
 

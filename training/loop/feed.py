@@ -111,7 +111,7 @@ def build_feed(
             world_size=ranks.world_size,
             barrier=lambda: ranks.barrier(PATIENCE_MINUTES),
             show_progress=ranks.is_first,
-            # A run that continues keeps its records: an image mended meanwhile would change the order of all samples.
+            # A run that continues keeps its records: an image fixed meanwhile would change the order of all samples.
             recheck=not complete_checkpoints(folder / "checkpoints"),
             is_stopped=lambda: context.is_asked_to_stop,
             any_rank=ranks.any,

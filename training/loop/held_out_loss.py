@@ -35,11 +35,11 @@ class Validator:
         was_training = engine.module.training
         engine.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self.context.ranks.device)
-        broken_off = False
+        is_interrupted = False
         for _, batches in self.loader.steps():
             # Decided together: the loader's steps begin with a collective call, which a rank that left would miss.
-            broken_off = self.context.is_stopping()
-            if broken_off:
+            is_interrupted = self.context.is_stopping()
+            if is_interrupted:
                 break
             for batch in batches:
                 if batch.is_dummy:
@@ -49,7 +49,7 @@ class Validator:
                     [loss.ce, loss.num_correct, torch.full_like(loss.ce, batch.pack.num_supervised)]
                 ).double()
         engine.train(was_training)
-        if broken_off:
+        if is_interrupted:
             return None
         ce, num_correct, num_supervised = self.context.ranks.sum(sums).tolist()
         return {"eval_loss": ce / num_supervised, "eval_token_accuracy": num_correct / num_supervised}

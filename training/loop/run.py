@@ -94,8 +94,8 @@ def _train(context: RunContext) -> int:
         print_start_table(context, feed, model, attention, memory, num_steps, state.step)
 
     meter = StepMeter(ranks, state.totals)
-    broken_off = evaluations.catch_up(engine, state.step, journal)
-    if broken_off or (state.step == 0 and context.is_stopping()):
+    is_interrupted = evaluations.catch_up(engine, state.step, journal)
+    if is_interrupted or (state.step == 0 and context.is_stopping()):
         journal.close()
         return RESUMABLE
     # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.

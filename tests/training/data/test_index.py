@@ -266,7 +266,7 @@ def break_images(folder: Path) -> list[dict]:
     return [chat_row(name, answer=name) for name in (*files, "folder.png", "link.png", "missing.png")]
 
 
-def test_a_mended_image_is_used_by_the_next_run(screens, prepare, measured, caplog):
+def test_a_fixed_image_is_used_by_the_next_run(screens, prepare, measured, caplog):
     broken = break_images(screens)
     embedded = chat_row("data:image/png;base64,AAAA")
     write_jsonl(screens / "train.jsonl", [chat_row("screen_0.png"), *broken, embedded, "{no json", chat_row(None)])
@@ -292,20 +292,20 @@ def test_a_mended_image_is_used_by_the_next_run(screens, prepare, measured, capl
         (screens / name).write_bytes((screens / "screen_1.png").read_bytes())
     measured.clear()
     with caplog.at_level("WARNING"):
-        mended = build(screens, limited, recheck=True)
-    assert "9 records whose images were mended" in caplog.text
-    assert len(mended) == 11
-    assert [entry.record for entry in mended.quarantined] == ["train:10", "train:11"]
+        fixed = build(screens, limited, recheck=True)
+    assert "9 records whose images were fixed" in caplog.text
+    assert len(fixed) == 11
+    assert [entry.record for entry in fixed.quarantined] == ["train:10", "train:11"]
     fresh = build(screens, limited, index_dir=str(screens / "fresh"))
-    assert fresh.quarantined == mended.quarantined == read_quarantine(table.with_name("quarantine.jsonl"))
+    assert fresh.quarantined == fixed.quarantined == read_quarantine(table.with_name("quarantine.jsonl"))
     for name in ("row", "content_hash", "text_tokens", "num_supervised", "kept_blocks", "full_blocks", "image_starts"):
-        np.testing.assert_array_equal(getattr(mended, name), getattr(fresh, name))
+        np.testing.assert_array_equal(getattr(fixed, name), getattr(fresh, name))
     measured.clear()
     build(screens, limited)
     assert measured == []
 
 
-def test_mending_is_measured_by_processes_and_seen_by_all_ranks(screens, prepare, monkeypatch):
+def test_a_fix_is_measured_by_processes_and_seen_by_all_ranks(screens, prepare, monkeypatch):
     monkeypatch.setattr(index_builder, "CHUNK_ROWS", 3)
     write_jsonl(screens / "train.jsonl", [chat_row(f"late_{i}.png", answer=str(i)) for i in range(8)])
     assert len(build(screens, prepare)) == 0
