@@ -35,7 +35,7 @@ from benchmarks.parts.record import markdown_table, write_record
 from benchmarks.parts.shapes import SHAPES
 from benchmarks.parts.step_meter import DeviceMeter, peak_bytes, reset_peak
 from benchmarks.parts.step_profile import draw_profile, profile_step
-from benchmarks.parts.step_ways import TAUGHT, Bench, Step, Way
+from benchmarks.parts.step_ways import WITH_TEACHER, Bench, Step, Way
 from training.data.loader import MicroBatch
 from training.distributed.ranks import join_ranks, leave_ranks
 from training.loop.step import run_step
@@ -249,10 +249,10 @@ def main() -> None:
     rows = [summarise(name, rounds[name], rounds["Full"]) for name in PRUNED]
     found = profiles(bench, ways) if arguments.profile else {}
     del ways
-    for name in TAUGHT if arguments.kd else ():
+    for name in WITH_TEACHER if arguments.kd else ():
         # One after the other, each beside Full again: no teacher is held while another one is measured.
-        taught = measure(bench, ("Full", name), arguments)[0]
-        rows.append(summarise(name, taught[name], taught["Full"]))
+        distilled = measure(bench, ("Full", name), arguments)[0]
+        rows.append(summarise(name, distilled[name], distilled["Full"]))
         if rows[0]["peak_gb"]:  # that of Full without a teacher
             rows[-1]["memory_change"] = rows[-1]["peak_gb"] / rows[0]["peak_gb"] - 1
         bench.forget_teacher()

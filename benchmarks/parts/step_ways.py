@@ -46,7 +46,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "KD cached": ("loss.kd_weight=1", "kd.source=cached"),
     "KD online": ("loss.kd_weight=1", "kd.source=online"),
 }
-TAUGHT = ("KD cached", "KD online")
+WITH_TEACHER = ("KD cached", "KD online")
 NO_CAP = 2**30
 
 
@@ -110,7 +110,7 @@ class Bench:
         config = self._config(name, f"data.samples_per_step={pack_samples * packs}")
         context = RunContext(config, self.ranks, self.folder, self.files)
         teacher_plan: TeacherPlan | None = None
-        if name in TAUGHT:
+        if name in WITH_TEACHER:
             self._save_weights()
             if config.kd.source == "cached":
                 build_cache(config, self.ranks)

@@ -27,7 +27,7 @@ from tests.ranks import ROOT
 from tests.training.debug_run import overrides, write_records
 from training.composition.toy import build_toy_model
 from training.config.settings import ModelSettings, OptimSettings
-from training.data.taught import with_full_rows
+from training.data.distillation import with_full_rows
 from training.loss.supervised import LossSettings
 from training.model.loading import enable_recomputation, load_model, load_model_files
 from training.model.parameters import PARTS, parameter_groups, part_of

@@ -22,7 +22,7 @@ from pixelprune.settings import PruneSettings
 from tests.conftest import screen
 from tests.pixelprune.reference import chat_of, stock_inputs
 from training.config.settings import Config, ConfigError, ModelSettings
-from training.data.taught import TaughtPack, with_full_rows
+from training.data.distillation import DistillationPack, with_full_rows
 from training.distributed.ranks import Ranks
 from training.loop.feed import prepare_settings
 from training.loop.teacher_cache import target_bytes, target_values
@@ -41,7 +41,7 @@ def pictures(number: int, num_images: int) -> list[np.ndarray]:
     return [screen(3 + number, 4, 10 * number + i) for i in range(num_images)]
 
 
-def make_pack(tokenizer, geometry, strategy: str = "pred2d") -> TaughtPack:
+def make_pack(tokenizer, geometry, strategy: str = "pred2d") -> DistillationPack:
     """Three records of uneven length, with one, two and no images, beside their full rows."""
     samples, fulls = [], []
     for number, (question, answer, num_images) in enumerate(RECORDS):
@@ -53,7 +53,7 @@ def make_pack(tokenizer, geometry, strategy: str = "pred2d") -> TaughtPack:
 
 
 @pytest.fixture(scope="module")
-def pack(toy_tokenizer, geometry) -> TaughtPack:
+def pack(toy_tokenizer, geometry) -> DistillationPack:
     return make_pack(toy_tokenizer, geometry)
 
 
@@ -206,7 +206,7 @@ def test_a_rank_without_work_still_reaches_every_parameter(toy_tokenizer, geomet
 # --- cached targets ---
 
 
-def cached_pack(pack: TaughtPack, values: dict[str, torch.Tensor]) -> TaughtPack:
+def cached_pack(pack: DistillationPack, values: dict[str, torch.Tensor]) -> DistillationPack:
     return dataclasses.replace(pack, full=None, **{f"teacher_{name}": value for name, value in values.items()})
 
 

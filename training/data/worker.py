@@ -11,10 +11,10 @@ from pixelprune.records.collator import PixelPruneCollator
 from pixelprune.records.prepare import PreparedRecord, PrepareSettings
 from pixelprune.records.record import RecordError
 from pixelprune.selection.registry import is_recoverable
+from training.data.distillation import with_cached_targets, with_full_rows
 from training.data.quarantine import Quarantined
 from training.data.sources import Source
 from training.data.targets import TargetReader
-from training.data.taught import with_cached_targets, with_full_rows
 from training.errors import UserError
 
 

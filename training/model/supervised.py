@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry
-from training.data.taught import TaughtPack
+from training.data.distillation import DistillationPack
 from training.loss.supervised import LossSettings, LossSums, supervised_loss
 
 
 class Teacher(Protocol):
     """What `training.teacher.teachers` builds."""
 
-    def targets(self, pack: TaughtPack) -> dict[str, Any]:
+    def targets(self, pack: DistillationPack) -> dict[str, Any]:
         """The teacher's arguments of `supervised_loss` for this pack."""
         ...
 
@@ -29,7 +29,7 @@ class SupervisedModel(nn.Module):
     The inner stock model gives final hidden states; the output head runs only at positions that predict a supervised
     token, in chunks. This equals the stock forward with `logits_to_keep` (tested) without its (N, V) logits.
 
-    teacher: what a TaughtPack is learned from. It is no submodule: optimizer, checkpoint and export never see it.
+    teacher: what a DistillationPack is learned from. It is no submodule: optimizer, checkpoint and export never see it.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class SupervisedModel(nn.Module):
 
         A pack without its teacher's side gives the cross-entropy alone: what validation sends.
         """
-        loss, taught = self.loss, {}
-        if self.teacher is not None and isinstance(pack, TaughtPack):
+        loss, targets = self.loss, {}
+        if self.teacher is not None and isinstance(pack, DistillationPack):
             # Before the student's forward: the teacher's activations are gone when the student's are kept.
-            taught = self.teacher.targets(pack)
+            targets = self.teacher.targets(pack)
         elif loss.kd_weight > 0:
             assert not self.training, "a training step with kd_weight > 0 needs packs with their teacher's side"
             loss = dataclasses.replace(loss, ce_weight=1.0, kd_weight=0.0)
         hidden = self.hidden_at_supervised(pack)
-        return supervised_loss(hidden, self.model.lm_head, pack.labels, loss, **taught)
+        return supervised_loss(hidden, self.model.lm_head, pack.labels, loss, **targets)
 
     def hidden_at_supervised(self, pack: Pack) -> torch.Tensor:
         """Final hidden states (N, D) at the positions whose logits predict a supervised token."""

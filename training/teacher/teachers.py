@@ -21,7 +21,7 @@ from pixelprune.model_folder import ModelFolder
 from pixelprune.pack import Pack, VisionGeometry
 from training.config.settings import ModelSettings
 from training.config.teacher import TeacherSettings
-from training.data.taught import TaughtPack
+from training.data.distillation import DistillationPack
 from training.distributed.ranks import Ranks
 from training.model.attention import attention_for
 from training.model.loading import load_model
@@ -58,7 +58,7 @@ class OnlineTeacher:
     def __init__(self, model: PreTrainedModel, head: nn.Module, geometry: VisionGeometry, *, is_sharded: bool = False):
         self.model, self.head, self.geometry, self.is_sharded = model, head, geometry, is_sharded
 
-    def targets(self, pack: TaughtPack) -> dict[str, Any]:
+    def targets(self, pack: DistillationPack) -> dict[str, Any]:
         return {"teacher_hidden": self.hidden(pack.full_pack()), "teacher_head": self.head}
 
     @torch.no_grad()
@@ -78,7 +78,7 @@ class CachedTeacher:
     def __init__(self, head: nn.Module | None):
         self.head = head
 
-    def targets(self, pack: TaughtPack) -> dict[str, Any]:
+    def targets(self, pack: DistillationPack) -> dict[str, Any]:
         if self.head is None:
             return {"teacher_topk": (pack.teacher_log_probs, pack.teacher_ids)}
         return {"teacher_hidden": pack.teacher_hidden, "teacher_head": self.head}

@@ -24,7 +24,7 @@ class AlignmentError(UserError):
 
 
 @dataclass(frozen=True)
-class TaughtPack(Pack):
+class DistillationPack(Pack):
     """A pack that knows its teacher's side; either `full` is set, or the cached fields are.
 
     full: the same samples in the same order on all their tokens. Its `blocks` are empty and `block_index` set where
@@ -43,7 +43,7 @@ class TaughtPack(Pack):
         if self.full is not None:
             yield from self.full.tensors()
 
-    def mapped(self, move) -> TaughtPack:
+    def mapped(self, move) -> DistillationPack:
         full = None if self.full is None else self.full.mapped(move)
         return dataclasses.replace(super().mapped(move), full=full)
 
@@ -57,7 +57,7 @@ class TaughtPack(Pack):
 
 def with_full_rows(
     pack: Pack, samples: list[Sample], full_samples: list[Sample], geometry: VisionGeometry, *, decode: bool
-) -> TaughtPack:
+) -> DistillationPack:
     """The pack of `samples` with the row of `full_samples` beside it.
 
     decode: the teacher's pixels are decoded from the pack's (recoverable pruning); otherwise they travel too.
@@ -71,10 +71,10 @@ def with_full_rows(
         assert len(index) == full.num_kept_blocks, "every place of every image has a block"
         # Copied: an empty view would keep all pixels, and take them through shared memory.
         full = dataclasses.replace(full, blocks=full.blocks[:0].clone(), block_index=index)
-    return TaughtPack(**_fields(pack), full=full)
+    return DistillationPack(**_fields(pack), full=full)
 
 
-def with_cached_targets(pack: Pack, records: list[PreparedRecord], targets: TargetReader) -> TaughtPack:
+def with_cached_targets(pack: Pack, records: list[PreparedRecord], targets: TargetReader) -> DistillationPack:
     """The pack of `records` (the dummy behind them has nothing supervised) with what the teacher said of them.
 
     Raises UserError for a record that the cache does not hold, or holds with other supervised tokens.
@@ -83,7 +83,7 @@ def with_cached_targets(pack: Pack, records: list[PreparedRecord], targets: Targ
             for record in records]  # fmt: skip
     joined = {name: torch.cat([row[name] for row in rows]) for name in rows[0]} if rows else targets.empty()
     assert all(len(values) == pack.num_supervised for values in joined.values()), "one row per supervised token"
-    return TaughtPack(**_fields(pack), **{f"teacher_{name}": values for name, values in joined.items()})
+    return DistillationPack(**_fields(pack), **{f"teacher_{name}": values for name, values in joined.items()})
 
 
 def check_aligned(sample: Sample, full_sample: Sample) -> None:

@@ -18,12 +18,12 @@ from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.samples import chat_row
 from tests.training.data.test_loader import Sums
+from training.data.distillation import AlignmentError, DistillationPack, supervised_ids, with_full_rows
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
 from training.data.plan import PlanSettings, plan_epoch
 from training.data.settings import SourceSettings
 from training.data.targets import TargetEntry, TargetReader, write_shard
-from training.data.taught import AlignmentError, TaughtPack, supervised_ids, with_full_rows
 from training.data.worker import PackDataset, PackTask
 from training.errors import RankError, UserError
 
@@ -46,14 +46,16 @@ def blocks_of_picture(path: Path, resize: ResizeSettings) -> torch.Tensor:
     return torch.from_numpy(np.stack(cut))
 
 
-def taught_pack(preparer: Preparer, geometry: VisionGeometry, rows: list[dict], root: Path, decode: bool) -> TaughtPack:
+def distillation_pack(
+    preparer: Preparer, geometry: VisionGeometry, rows: list[dict], root: Path, decode: bool
+) -> DistillationPack:
     records = [preparer.prepare(row, root, record_id=f"r{i}") for i, row in enumerate(rows)]
     samples, fulls = [record.sample for record in records], [record.full for record in records]
 
     return with_full_rows(pack_samples(samples, geometry), samples, fulls, geometry, decode=decode)
 
 
-def teacher_blocks(pack: TaughtPack) -> torch.Tensor:
+def teacher_blocks(pack: DistillationPack) -> torch.Tensor:
     """What feeds the teacher's vision tower."""
     full = pack.full_pack()
     return full.blocks if full.block_index is None else full.blocks[full.block_index]
@@ -62,7 +64,7 @@ def teacher_blocks(pack: TaughtPack) -> torch.Tensor:
 @pytest.mark.parametrize("path", SAMPLE_IMAGES, ids=lambda path: path.stem)
 def test_decoded_pixels_are_the_originals_on_every_sample_screenshot(path, preparer, geometry):
     preparer = dataclasses.replace(preparer, with_full=True)
-    pack = taught_pack(preparer, geometry, [chat_row(path.name)], path.parent, decode=True)
+    pack = distillation_pack(preparer, geometry, [chat_row(path.name)], path.parent, decode=True)
     # An empty view would take all of its storage through a worker's shared memory.
     assert pack.full.blocks.untyped_storage().nbytes() == 0, "no pixel travels twice"
     assert pack.num_kept_blocks < pack.full.num_kept_blocks, "something was pruned"
@@ -75,7 +77,7 @@ def test_decoding_is_exact_for_every_recoverable_strategy_and_several_images_in_
 ):
     preparer = dataclasses.replace(preparer, prune=PruneSettings(strategy=strategy), with_full=True)
     rows = [chat_row("screen_0.png"), chat_row(None), chat_row("screen_1.png"), chat_row("screen_4.png")]
-    pack = taught_pack(preparer, geometry, rows, screens, decode=True)
+    pack = distillation_pack(preparer, geometry, rows, screens, decode=True)
     expected = [blocks_of_picture(screens / f"screen_{i}.png", preparer.resize) for i in (0, 1, 4)]
     assert torch.equal(teacher_blocks(pack), torch.cat(expected))
 
@@ -99,16 +101,16 @@ def test_the_full_row_is_the_pack_of_a_run_without_pruning(screens, model_folder
     pruned = PrepareSettings(str(model_folder), PruneSettings(), SMALL, with_full=True)
     unpruned = PrepareSettings(str(model_folder), PruneSettings(strategy="none"), SMALL)
     opened = build_index(sources, pruned, num_workers=0, show_progress=False).sources
-    taught = PackDataset(opened, pruned, geometry, dummy_image=True)[task].pack
+    pack = PackDataset(opened, pruned, geometry, dummy_image=True)[task].pack
     stock = PackDataset(opened, unpruned, geometry, dummy_image=True)[task].pack
-    full = taught.full_pack()
+    full = pack.full_pack()
     for field in dataclasses.fields(stock):
         mine, other = getattr(full, field.name), getattr(stock, field.name)
         if field.name in ("blocks", "block_index"):
             continue
         assert torch.equal(mine, other) if isinstance(other, torch.Tensor) else mine == other, field.name
-    assert torch.equal(teacher_blocks(taught), stock.blocks)
-    assert torch.equal(taught.labels, full.labels)
+    assert torch.equal(teacher_blocks(pack), stock.blocks)
+    assert torch.equal(pack.labels, full.labels)
 
 
 def test_a_row_without_images_and_a_rank_without_work_have_the_dummy_on_both_sides(screens, model_folder, geometry):
@@ -125,7 +127,7 @@ def test_a_row_without_images_and_a_rank_without_work_have_the_dummy_on_both_sid
 
 def test_moving_a_pack_moves_the_teachers_side(screens, preparer, geometry):
     preparer = dataclasses.replace(preparer, with_full=True)
-    pack = taught_pack(preparer, geometry, [chat_row("screen_0.png")], screens, decode=True)
+    pack = distillation_pack(preparer, geometry, [chat_row("screen_0.png")], screens, decode=True)
     pack = dataclasses.replace(pack, teacher_hidden=torch.zeros(3, 2))
     moved = pack.to("meta")
     assert all(tensor.is_meta for tensor in moved.tensors())
