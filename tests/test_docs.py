@@ -25,6 +25,8 @@ OURS = "pixelprune|training|data_tools|launch|benchmarks"
 SECTIONS = "|".join(Config.__dataclass_fields__)
 WRITTEN_BY_RUNS = ("config.yaml",)
 NOT_SETTINGS = ("model.generate",)
+OF_OTHERS = ("methods/conncomp.py",)
+"""Files of published code that docstrings cite."""
 
 
 def prose(path: Path) -> str:
@@ -75,7 +77,8 @@ def test_files_and_modules_that_the_code_speaks_of_exist(package):
     for source in sorted((ROOT / package).rglob("*.py")):
         text, where = prose(source), source.relative_to(ROOT)
         for name in re.findall(r"(?<![\w./-])((?:\w+/)*\w+\.py)\b", text):
-            assert any(file == name or file.endswith(f"/{name}") for file in FILES), f"{where}: {name}"
+            known = name in OF_OTHERS or any(file == name or file.endswith(f"/{name}") for file in FILES)
+            assert known, f"{where}: {name}"
         for dotted in re.findall(rf"`((?:{OURS})(?:\.\w+)+)`", text):
             module, _, name = dotted.rpartition(".")
             assert "" in names_of(dotted) or name in names_of(module), f"{where}: {dotted}"
