@@ -63,7 +63,9 @@ def vllm(task: dict[str, Any]) -> list[Answer]:
         made = output.outputs[0]
         steps = zip(made.logprobs, made.token_ids, strict=True)
         chosen = [step[token].logprob for step, token in steps]
-        answers.append(Answer(len(output.prompt_token_ids), made.text, list(made.token_ids), chosen))
+        # As the other side decodes: vLLM's own text leaves out the bytes of an unfinished character.
+        text = llm.get_tokenizer().decode(made.token_ids, skip_special_tokens=True)
+        answers.append(Answer(len(output.prompt_token_ids), text, list(made.token_ids), chosen))
     return answers
 
 

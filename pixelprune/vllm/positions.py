@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,24 @@ def kept_positions(stock_rule: Rule, tokens: list[int], features: list[Any]) -> 
     kept = positions[:, torch.cat(columns)]
     assert kept.shape[1] == len(tokens), f"{kept.shape[1]} positions for {len(tokens)} tokens"
     return kept, int(positions.max()) + 1 - len(tokens)
+
+
+def check_positions(images: Sequence[tuple[int, tuple[int, int]]], max_model_len: int, num_positions: int) -> None:
+    """Raises ValueError for a request whose positions could pass the end of the model's rotary table.
+
+    An image advances positions by its longer side and tokens by its kept blocks, so positions may run ahead of tokens;
+    vLLM's table ends where its tokens do. images: (kept blocks, (rows, cols)) in order; num_positions: of the table.
+    """
+    ahead = furthest = 0
+    for num_kept, grid in images:
+        ahead += max(grid) - num_kept
+        furthest = max(furthest, ahead)
+    if max_model_len + furthest > num_positions:
+        raise ValueError(
+            f"the images keep so few blocks that positions run {furthest} ahead of tokens; with --max-model-len "
+            f"{max_model_len} they could pass the model's {num_positions} positions. Start the server with "
+            f"--max-model-len {num_positions - furthest} or less"
+        )
 
 
 def _keep_of(feature: Any) -> torch.Tensor:

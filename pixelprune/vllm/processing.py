@@ -24,6 +24,8 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails
 from pixelprune.pack import VisionGeometry
 from pixelprune.settings import BLOCK, MERGE
 from pixelprune.vllm.fields import image_fields, kept_counts
+from pixelprune.vllm.metrics import observe_request
+from pixelprune.vllm.positions import check_positions
 from pixelprune.vllm.settings import KEY, ServedSettings, of_request, served_settings
 
 MAX_ASPECT_RATIO = 200
@@ -75,6 +77,7 @@ class PrunedProcessor(Qwen3VLMultiModalProcessor):
     """Images -> kept blocks, keep mask and as many placeholders as blocks were kept."""
 
     info: PrunedProcessingInfo
+    _measures_memory = False
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         from pixelprune.images.image import prune_image  # numba must not load before vLLM's CPU worker has started
@@ -107,6 +110,23 @@ class PrunedProcessor(Qwen3VLMultiModalProcessor):
                 f"model was trained with; expected {KEY!r} only"
             )
         return of_request(self.info.settings, hf_kwargs[KEY]) if KEY in hf_kwargs else self.info.settings
+
+    def get_dummy_mm_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        self._measures_memory = True
+        try:
+            return super().get_dummy_mm_inputs(*args, **kwargs)
+        finally:
+            self._measures_memory = False
+
+    def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
+        """Every request passes here, its images from the cache too."""
+        images = [update.content for updates in mm_res.prompt_updates.get("image", ()) for update in updates]
+        if images and not self._measures_memory:
+            model_config = self.info.ctx.model_config
+            rope_positions = model_config.hf_config.text_config.max_position_embeddings
+            check_positions([(len(i.full), i.grid) for i in images], model_config.max_model_len, rope_positions)
+            observe_request(sum(len(i.full) for i in images), sum(math.prod(i.grid) for i in images))
+        return super()._maybe_apply_prompt_updates(mm_items, mm_res)
 
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
         """The stock hashes know the image and the request, not the server's settings; caches may be shared."""

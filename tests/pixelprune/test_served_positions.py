@@ -14,7 +14,7 @@ from pixelprune.pack import VisionGeometry, normalise_blocks, pack_samples
 from pixelprune.sample import ChatTokens, build_sample
 from pixelprune.settings import PruneSettings
 from pixelprune.vllm.fields import image_fields, kept_counts, patches_of_fields
-from pixelprune.vllm.positions import kept_positions
+from pixelprune.vllm.positions import check_positions, kept_positions
 from tests.conftest import screen
 
 IMAGE = 6
@@ -96,3 +96,13 @@ def test_pixels_of_both_ways_are_those_of_a_training_pack(toy_tokenizer, geometr
     device = raw.float() / 255 / 0.5 - 1
     torch.testing.assert_close(device, trained, atol=1e-6, rtol=0)
     assert isinstance(geometry, VisionGeometry)
+
+
+def test_positions_stay_within_the_rotary_table():
+    busy, blank = (500, (34, 60)), (1, (34, 60))
+    check_positions([busy, blank, blank], 1000, 1000)  # tokens are ahead all the time
+    check_positions([blank, busy], 941, 1000)
+    with pytest.raises(ValueError, match=r"run 59 ahead of tokens.*--max-model-len 941 or less"):
+        check_positions([blank, busy], 942, 1000)
+    with pytest.raises(ValueError, match="run 118 ahead"):
+        check_positions([blank, blank, busy], 1000, 1000)
