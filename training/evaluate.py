@@ -13,6 +13,7 @@ from typing import Any
 
 from pixelprune.answers import FORMATS
 from pixelprune.command import plain_console
+from pixelprune.records.presets import PRESETS
 from pixelprune.settings import ResizeSettings
 from training.command import run_command, set_up_logging
 from training.config.settings import ATTENTION_NAMES
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder of the results; CHECKPOINT-evaluation by default, evaluation/ID for a hub id")
     add("--batch-size", type=int, default=8, help="conversations generated together on a rank (default 8)")
     add("--max-new-tokens", type=int, default=128)
+    add("--prompt", default="as_recorded", choices=tuple(PRESETS), help="what is written around every question")
+    add("--system", default="", help="a system prompt instead of the preset's")
+    add("--template", default="", help="a template instead of the preset's, {question} where the record's text belongs")
     add("--answer-format", choices=FORMATS, default="auto", help="how coordinates are read")
     what = 'for the chat template; by default {"enable_thinking": false}'
     add("--template-kwargs", type=_json_object, default=AnswerSettings().template_kwargs, metavar="JSON", help=what)

@@ -15,6 +15,7 @@ from pixelprune.model_folder import ModelFolder
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.images import read_image
 from pixelprune.records.keys import NO_RULES, KeyRules
+from pixelprune.records.presets import AS_RECORDED, Preset
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import Record, RecordError
 from pixelprune.sample import Sample, build_sample
@@ -96,14 +97,22 @@ class Preparer:
     rules: KeyRules = NO_RULES
 
     def prepare(
-        self, row: Any, root: Path | None, *, record_format: str = "auto", record_id: str = "", expected_hash: int = -1
+        self,
+        row: Any,
+        root: Path | None,
+        *,
+        record_format: str = "auto",
+        preset: Preset = AS_RECORDED,
+        record_id: str = "",
+        expected_hash: int = -1,
     ) -> PreparedRecord:
         """Parse, check, read, decode, resize, prune.
 
-        row: a mapping in any supported format, or a `Record`. expected_hash: refuse a record whose content is another.
+        row: a mapping in any supported format, or a `Record`. preset: the prompt written around its questions.
+        expected_hash: refuse a record whose content is another.
         Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
         """
-        record = row if isinstance(row, Record) else parse_record(row, record_format, self.rules)
+        record = preset.apply(row if isinstance(row, Record) else parse_record(row, record_format, self.rules))
         chat = self.chat.encode(record)
         pictures = [read_image(ref, root) for ref in record.images]
         content_hash = hash_content(record, pictures)

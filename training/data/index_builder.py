@@ -122,7 +122,9 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
         "full_blocks": [],
     }
     try:
-        prepared = preparer.prepare(source.rows[row], source.root, record_format=source.settings.format)
+        prepared = preparer.prepare(
+            source.rows[row], source.root, record_format=source.settings.format, preset=source.settings.preset()
+        )
     except RecordError as error:
         return {"row": row, "reason": error.reason, "detail": str(error)} | empty
     except Exception as error:

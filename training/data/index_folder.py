@@ -9,6 +9,7 @@ from pathlib import Path
 import xxhash
 
 from pixelprune.files import write_whole
+from pixelprune.records.presets import AS_RECORDED
 from training.data.sources import Source
 
 INDEX_VERSION = 3
@@ -42,6 +43,7 @@ def open_folder(source: Source, fingerprint: dict, index_dir: str) -> IndexFolde
         "num_records": len(source),
         "root": settings.root,
         "format": settings.format,
+        **({} if (preset := settings.preset()) == AS_RECORDED else {"prompt": vars(preset)}),
         **fingerprint,
     }
     path = Path(settings.path)

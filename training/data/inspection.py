@@ -98,7 +98,11 @@ def _inspect_record(source: Source, row: int, preparer: Preparer, console: Conso
     console.rule(f"{record_id}  ({source.rows.where(row)})", align="left")
     try:
         prepared = preparer.prepare(
-            source.rows[row], source.root, record_format=source.settings.format, record_id=record_id
+            source.rows[row],
+            source.root,
+            record_format=source.settings.format,
+            preset=source.settings.preset(),
+            record_id=record_id,
         )
     except RecordError as error:
         console.print(Text(f"quarantined: {error.reason}: {error}", "bold red"))

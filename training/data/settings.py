@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pixelprune.records.keys import STRUCTURE
+from pixelprune.records.presets import Preset, get_preset
 from training.config.ranges import SHARE, Range, at_least, check_fields
 
 
@@ -24,6 +25,19 @@ class SourceSettings:
     """Split of a hub id or of a saved DatasetDict."""
     weight: float = 1.0
     """How often every record is used per epoch; a fraction draws a seeded subset, another one each epoch."""
+    prompt: str = "as_recorded"
+    """What is written around every question: a name of `pixelprune.records.presets`."""
+    system: str = ""
+    """A system prompt instead of the preset's."""
+    template: str = ""
+    """A template instead of the preset's, with {question} where the record's own text belongs."""
+
+    def __post_init__(self) -> None:
+        self.preset()
+
+    def preset(self) -> Preset:
+        """The prompt of this source. Raises ValueError for a name or a template that is none."""
+        return get_preset(self.prompt, self.system, self.template)
 
 
 @dataclass

@@ -76,6 +76,7 @@ class PackDataset(torch.utils.data.Dataset):
                     source.rows[row],
                     source.root,
                     record_format=source.settings.format,
+                    preset=source.settings.preset(),
                     record_id=source.record_id(row),
                     expected_hash=content_hash,
                 )

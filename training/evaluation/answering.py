@@ -76,6 +76,7 @@ def read_tasks(
             record_id = source.record_id(row)
             try:
                 record = parse_record(source.rows[row], source.settings.format, rules)
+                record = source.settings.preset().apply(record)
                 _question(record)
                 target = target_of(record)
                 tasks.append(Task(record_id, record, target, source.root, _fingerprint(record, target, source.root)))

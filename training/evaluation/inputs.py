@@ -44,10 +44,11 @@ def default_out(checkpoint: str) -> Path:
     return Path("evaluation") / checkpoint.replace("/", "--")
 
 
-def name_sources(paths: Sequence[str]) -> list[SourceSettings]:
+def name_sources(paths: Sequence[str], **asked: str) -> list[SourceSettings]:
     """The data of the command line; files of one stem are named by as many folders in front of it as tell them apart.
 
-    Raises UserError for data that is given twice.
+    asked: prompt, system and template of all of them. Raises UserError for data that is given twice and for a prompt
+    that is none.
     """
     tails = [(*Path(path).absolute().parts[:-1], Path(path).stem) for path in paths]
     settings = []
@@ -57,5 +58,8 @@ def name_sources(paths: Sequence[str]) -> list[SourceSettings]:
         if not own and paths.count(path) > 1:
             raise UserError(f"--data: {path} is given twice")
         name = "/".join(tail[-own[0] :]) if own else Path(path).name  # the same but for the suffix
-        settings.append(SourceSettings(path, name=name))
+        try:
+            settings.append(SourceSettings(path, name=name, **asked))
+        except ValueError as error:
+            raise UserError(f"--{error}") from error
     return settings

@@ -20,6 +20,7 @@ from pixelprune.prompter import Prompter
 from pixelprune.selection import check_settings
 from pixelprune.selection.registry import get_strategy
 from pixelprune.settings import PruneSettings, ResizeSettings
+from training.data.settings import SourceSettings
 from training.distributed.ranks import PATIENCE_MINUTES, Ranks
 from training.errors import UserError
 from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
@@ -52,6 +53,7 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, console: Console) -> dict[s
             "checkpoint": args.checkpoint,
             "weights": ranks.from_first(partial(model_fingerprint, args.checkpoint, model.config)),
             "data": [str(Path(path).resolve()) if Path(path).exists() else path for path in args.data],
+            "prompt": {"name": args.prompt, **vars(_sources(args)[0].preset())},
             "prune": dataclasses.asdict(prompter.prune),
             "resize": dataclasses.asdict(prompter.resize),
             "max_new_tokens": answers.max_new_tokens,
@@ -66,11 +68,15 @@ def evaluate(args: argparse.Namespace, ranks: Ranks, console: Console) -> dict[s
 
 
 def _read_data(args: argparse.Namespace) -> tuple[list[Task], dict[str, str]]:
-    tasks, refused = read_tasks(name_sources(args.data), ignore_keys=args.ignore_keys)
+    tasks, refused = read_tasks(_sources(args), ignore_keys=args.ignore_keys)
     if not tasks:
         reason = next(iter(refused.values()), "no records")
         raise UserError(f"--data: no record can be evaluated; the first of {len(refused)}: {reason}")
     return tasks[: args.limit or None], refused
+
+
+def _sources(args: argparse.Namespace) -> list[SourceSettings]:
+    return name_sources(args.data, prompt=args.prompt, system=args.system, template=args.template)
 
 
 def _run_pass(
