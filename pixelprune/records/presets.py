@@ -95,7 +95,7 @@ PRESETS = {
         template="Where is the element for this instruction? Answer with its point as (x, y), both from 0 to 1000, or "
         "with (-1, -1) if there is none.\nInstruction: {question}"
     ),
-    # As the paper's published evaluation asks (eval/vlmeval/vlm/qwen3_vl/prompt.py at a870e31).
+    # As the paper's published evaluation asks (its Qwen3VLPromptMixin, commit a870e31).
     "short_answer": Preset(template="{question}\nAnswer the question using a single word or phrase."),
     "select_option": Preset(template="Question: {question}\nPlease select the correct answer from the options above."),
     "option_letter": Preset(template="Question: {question}\nAnswer with the option letter only."),

@@ -90,7 +90,7 @@ def component_shares(sizes: np.ndarray, budget: int, generator: np.random.Genera
 
 
 def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
-    """Connected components as in the paper's published code (methods/conncomp.py at a870e31, after ShowUI).
+    """Connected components as in the paper's published code (its ConnCompSelector, commit a870e31).
 
     Each 4-neighbour component of blocks within the threshold of each other is thinned at random by the ratio that
     pred2d omits, at least one block kept; blocks are then removed, or put back, at random until the budget is met: a

@@ -44,11 +44,12 @@ def default_out(checkpoint: str) -> Path:
     return Path("evaluation") / checkpoint.replace("/", "--")
 
 
-def name_sources(paths: Sequence[str], **asked: str) -> list[SourceSettings]:
+def name_sources(
+    paths: Sequence[str], *, prompt: str = "as_recorded", system: str = "", template: str = ""
+) -> list[SourceSettings]:
     """The data of the command line; files of one stem are named by as many folders in front of it as tell them apart.
 
-    asked: prompt, system and template of all of them. Raises UserError for data that is given twice and for a prompt
-    that is none.
+    prompt, system, template: of all of them. Raises UserError for data given twice and for a prompt that is none.
     """
     tails = [(*Path(path).absolute().parts[:-1], Path(path).stem) for path in paths]
     settings = []
@@ -59,7 +60,7 @@ def name_sources(paths: Sequence[str], **asked: str) -> list[SourceSettings]:
             raise UserError(f"--data: {path} is given twice")
         name = "/".join(tail[-own[0] :]) if own else Path(path).name  # the same but for the suffix
         try:
-            settings.append(SourceSettings(path, name=name, **asked))
+            settings.append(SourceSettings(path, name=name, prompt=prompt, system=system, template=template))
         except ValueError as error:
             raise UserError(f"--{error}") from error
     return settings
