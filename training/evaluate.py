@@ -26,7 +26,7 @@ from training.model.loading import DTYPES
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. User errors end with one line and exit code 2."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     return run_command(lambda: _evaluate(args))
 
 
@@ -52,7 +52,8 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Its arguments, which `training.tables` fills in for every cell."""
     resize = ResizeSettings()
     parser = argparse.ArgumentParser(
         prog="training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

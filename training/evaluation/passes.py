@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,18 @@ logger = logging.getLogger(__name__)
 MODES = ("full", "pruned")
 
 
-def evaluate(args: argparse.Namespace, ranks: Ranks, console: Console) -> dict[str, dict[str, Any]]:
+def evaluate(
+    args: argparse.Namespace, ranks: Ranks, console: Console, *, load: Callable[..., Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """Every mode asked for: mode -> result, as in result.json.
 
+    load: instead of `load_checkpoint`, for a caller that has the model already.
     Raises UserError for data, checkpoint or settings that cannot be used, the same one on every rank.
     """
     tasks, refused = ranks.agree(lambda: _read_data(args))
     modes = MODES if args.mode == "both" else (args.mode,)
     prompters = ranks.agree(lambda: {mode: _prompter(args, mode) for mode in modes})
-    model = ranks.agree(lambda: _load_model(args, ranks.device))
+    model = ranks.agree(lambda: (load or load_checkpoint)(args, ranks.device))
     answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size, args.template_kwargs)
     out = args.out or default_out(args.checkpoint)
     results = {}
@@ -171,7 +175,8 @@ def _prompter(args: argparse.Namespace, mode: str) -> Prompter:
     return dataclasses.replace(prompter, prune=prune, resize=resize)
 
 
-def _load_model(args: argparse.Namespace, device: torch.device) -> Any:
+def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Any:
+    """The checkpoint that is asked, in eval mode on the device. Raises UserError where it is no model folder."""
     name = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     attention = choose_attention(args.attention, device, DTYPES[name])
     try:
