@@ -62,7 +62,13 @@ class Lengths:
         )
         ones = np.ones(len(self.kept))
         return PlanInput(
-            self.text + self.kept, 4 * self.kept, flops, self.supervised, ones, np.zeros(len(ones), dtype=np.int64)
+            self.text + self.kept,
+            4 * self.kept,
+            flops,
+            self.supervised,
+            self.supervised.astype(float),
+            ones,
+            np.zeros(len(ones), dtype=np.int64),
         )
 
 

@@ -86,7 +86,8 @@ class Pack:
     vit_position_ids int64 (P, 2), vit_interp_indices int64 (P, 4), vit_interp_weights float32 (P, 4): rows of the
     original grid for the kept patches; vit_cu_seqlens int32 (I+1,) image borders in patches.
     borders, vit_borders: which tokens see which, and which patches, as host integers.
-    logit_index int64 (N,): positions whose logits predict a supervised token; labels int64 (N,): those tokens.
+    logit_index int64 (N,): positions whose logits predict a supervised token; labels int64 (N,): those tokens;
+    weights float32 (N,): what the loss of each is multiplied with, all 1 unless is_weighted; loss_weight: their sum.
     """
 
     input_ids: torch.Tensor
@@ -101,6 +102,9 @@ class Pack:
     vit_max_seqlen: int
     logit_index: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor
+    is_weighted: bool
+    loss_weight: float
     num_supervised_per_sample: tuple[int, ...]
     sample_lens: tuple[int, ...]
     num_images_per_sample: tuple[int, ...]
@@ -171,6 +175,9 @@ def pack_samples(samples: list[Sample], geometry: VisionGeometry) -> Pack:
         max_seqlen=max(lengths),
         logit_index=torch.from_numpy(logit_index),
         labels=torch.from_numpy(ids[logit_index + 1]),
+        weights=torch.from_numpy(np.concatenate([sample.supervised_weights for sample in samples])),
+        is_weighted=any(sample.weights is not None for sample in samples),
+        loss_weight=sum(sample.loss_weight for sample in samples),
         num_supervised_per_sample=tuple(sample.num_supervised for sample in samples),
         sample_lens=tuple(lengths),
         num_images_per_sample=tuple(len(sample.images) for sample in samples),

@@ -20,10 +20,12 @@ class ChatTokens:
     """A tokenised conversation in which every image is still one placeholder id.
 
     input_ids: int64 (n,); supervised: bool (n,), True for tokens the model is trained to predict.
+    weights: float32 (n,), what each token's loss is multiplied with; above 0 exactly where supervised (None: 1 there).
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
+    weights: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Sample:
     """A pruned conversation, ready to be packed.
 
     input_ids int64 (L,), position_ids int64 (3, L) (temporal, height, width MRoPE of the *unpruned* sequence),
-    supervised bool (L,), images in order, next_position = the MRoPE position of the next generated token.
+    supervised bool (L,), images in order, next_position = the MRoPE position of the next generated token,
+    weights float32 (L,) as in `ChatTokens`.
     """
 
     input_ids: np.ndarray
@@ -40,6 +43,7 @@ class Sample:
     images: list[PrunedImage]
     next_position: int
     record_id: str = field(default="", compare=False)
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -47,6 +51,18 @@ class Sample:
     @property
     def num_supervised(self) -> int:
         return int(self.supervised.sum())
+
+    @property
+    def supervised_weights(self) -> np.ndarray:
+        """float32 (num_supervised,): the weights of the supervised tokens, in order."""
+        if self.weights is None:
+            return np.ones(self.num_supervised, dtype=np.float32)
+        return np.asarray(self.weights[self.supervised])
+
+    @property
+    def loss_weight(self) -> float:
+        """Sum of the supervised tokens' weights: what this sample adds to the divisor of its step."""
+        return float(self.supervised_weights.sum(dtype=np.float64))
 
     @property
     def num_patches(self) -> int:
@@ -86,6 +102,7 @@ def build_sample(
         images=images,
         next_position=position,
         record_id=record_id,
+        weights=None if chat.weights is None else np.repeat(chat.weights, repeats),
     )
 
 

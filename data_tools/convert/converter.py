@@ -141,7 +141,9 @@ class Converter:
             for part in message.parts
         ]
         # As the trainer reads it: an answer counts unless it says otherwise.
-        loss = {"loss": False} if message.role == "assistant" and not message.supervised else {}
+        loss: dict[str, Any] = {}
+        if message.role == "assistant" and message.weight != 1:
+            loss = {"loss_weight": message.weight} if message.supervised else {"loss": False}
         return {"role": message.role, "content": content, **loss}
 
 

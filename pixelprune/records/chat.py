@@ -63,26 +63,31 @@ class ChatEncoder:
         # The template's own special tokens are in the text already: nothing is to be added.
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-        supervised = np.zeros(len(starts), dtype=bool)
-        for start, end in self._supervised(spans, record):
-            supervised |= (starts >= start) & (ends <= end) & (ends > starts)
+        weights = np.zeros(len(starts), dtype=np.float32)
+        for (start, end), weight in self._supervised(spans, record):
+            weights[(starts >= start) & (ends <= end) & (ends > starts)] = weight
+        supervised = weights > 0
         if not supervised.any():
             raise RecordError("no_supervised_token", "no assistant turn to be trained on, so there is nothing to learn")
-        return ChatTokens(np.array(encoded["input_ids"], dtype=np.int64), supervised)
+        return ChatTokens(
+            np.array(encoded["input_ids"], dtype=np.int64),
+            supervised,
+            weights if (weights[supervised] != 1).any() else None,
+        )
 
-    def _supervised(self, spans: list[Span], record: Record) -> list[Span]:
-        """The answers to be trained on, out of all of them."""
-        wanted = [message.supervised for message in record.messages if message.role == "assistant"]
-        if all(wanted):
-            return spans[-1:] if self.last_turn_only else spans
-        if len(wanted) != len(spans):
+    def _supervised(self, spans: list[Span], record: Record) -> list[tuple[Span, float]]:
+        """The answers to be trained on, out of all of them, with the weight of each."""
+        weights = [message.weight for message in record.messages if message.role == "assistant"]
+        first = -1 if self.last_turn_only else 0
+        if all(weight == 1 for weight in weights):
+            return [(span, 1.0) for span in spans[first:]]
+        if len(weights) != len(spans):
             raise RecordError(
                 "template",
-                f"the chat template marks {len(spans)} answers in a conversation of {len(wanted)}, so which of them "
+                f"the chat template marks {len(spans)} answers in a conversation of {len(weights)}, so which of them "
                 "is not to be trained on cannot be told",
             )
-        pairs = list(zip(spans, wanted, strict=True))
-        return [span for span, is_wanted in pairs[-1 if self.last_turn_only else 0 :] if is_wanted]
+        return [(span, weight) for span, weight in list(zip(spans, weights, strict=True))[first:] if weight]
 
     def render(self, record: Record) -> tuple[str, list[Span]]:
         """The conversation as text, and the characters of every assistant turn in it."""

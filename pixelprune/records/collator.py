@@ -18,6 +18,7 @@ from pixelprune.images.image import PrunedImage
 from pixelprune.model_folder import ModelFolder
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, pack_samples
 from pixelprune.records.prepare import Preparer, PrepareSettings
+from pixelprune.records.record import RecordError
 from pixelprune.sample import ChatTokens, Sample, build_sample
 from pixelprune.selection import Selection
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
@@ -81,8 +82,11 @@ class PixelPruneCollator:
         """Records (mappings in any supported format, or `Record`) as one row on the CPU.
 
         Raises RecordError for a record that cannot be used: filter with `training.data.index` first, or catch it.
+        Labels have no weights, so turns with a loss weight other than 0 and 1 are refused (reason bad_weight).
         """
         pack = self.pack([self.preparer.prepare(record, self.root).sample for record in records])
+        if pack.is_weighted:
+            raise RecordError("bad_weight", "labels cannot weigh a turn's loss; expected weights of 0 or 1")
         labels = torch.full_like(pack.input_ids, IGNORED_LABEL)
         labels[pack.logit_index + 1] = pack.labels
         return model_inputs(pack, self.geometry, torch.float32) | {"labels": labels[None]}

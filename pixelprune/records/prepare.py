@@ -156,7 +156,9 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
     """63-bit hash of everything a sample is made of (fits Parquet's int64)."""
     digest = xxhash.xxh3_64()
     for message in record.messages:
-        role = message.role if message.supervised or message.role != "assistant" else "assistant, not trained on"
+        role = message.role
+        if role == "assistant" and message.weight != 1:
+            role = f"assistant, weight {message.weight!r}" if message.supervised else "assistant, not trained on"
         digest.update(f"\x00{role}\x00{len(message.parts)}".encode())
         for part in message.parts:
             # Lengths go in before contents, so that no two records share one stream of bytes.

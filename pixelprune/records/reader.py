@@ -6,11 +6,11 @@ messages   {"messages": [{"role": "user", "content": [{"type": "image", "image":
                                                       {"type": "text", "text": "What is it?"}]}, ...]}
            with `image_url` parts (OpenAI), parts without a source that take the next of `images`, or plain strings.
 
-In both, `system` beside the turns is a system turn in front of them, and a turn's `loss`, `train`, `weight`, ... (0 or
-1) says whether it is trained on. An image stands exactly where its mark stood: the line break that ShareGPT files write
-behind `<image>` is text of the prompt, as LLaMA-Factory and ms-swift have it. Every key is read, known to say nothing
-about training, named by the user, or refused (pixelprune/records/keys.py): left out in silence it would train another
-task. Rows from Arrow and Parquet carry None for keys another row has: None always means absent.
+In both, `system` beside the turns is a system turn in front of them, and a turn's `loss`, `train`, `weight`, ... says
+whether it is trained on, or how much. An image stands exactly where its mark stood: the line break that ShareGPT files
+write behind `<image>` is text of the prompt, as LLaMA-Factory and ms-swift have it. Every key is read, known to say
+nothing about training, named by the user, or refused (pixelprune/records/keys.py): left out in silence it would train
+another task. Rows from Arrow and Parquet carry None for keys another row has: None always means absent.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import re
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_source
 from pixelprune.records.keys import NO_RULES, KeyRules
@@ -40,6 +42,7 @@ PLACEHOLDER = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)
 BOX_KEYS = ("bbox", "bboxes")
 SUPERVISION_KEYS = ("loss", "train", "weight", "training", "trainable", "loss_scale", "loss_weight")
 """ms-swift's, OpenAI's, axolotl's and their kind: how much a turn is trained on."""
+MIN_WEIGHT, MAX_WEIGHT = 1e-4, 1e4
 _CONVERSATIONS = ("conversations", "messages")
 _NOT_METADATA = (*_CONVERSATIONS, "images", "image", "system", "metadata", "weight")
 RECORD_KEYS = (*_NOT_METADATA, *BOX_KEYS)
@@ -127,7 +130,7 @@ def _sharegpt_turn(turn: Any, supply: _ImageSupply) -> Message:
     if not isinstance(value, str):
         raise RecordError("bad_content", f"{role} turn: text is {type(value).__name__}, expected a string")
     role = SHAREGPT_ROLES[role]
-    return Message(role, tuple(_split_text(value, supply)), _is_supervised(turn, role))
+    return Message(role, tuple(_split_text(value, supply)), _turn_weight(turn, role))
 
 
 def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
@@ -136,11 +139,11 @@ def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
     if not isinstance(role, str) or role not in ROLES:
         raise RecordError("unknown_role", f"role {role!r}, expected one of {', '.join(ROLES)}")
     if isinstance(content, str):
-        return Message(role, tuple(_split_text(content, supply)), _is_supervised(turn, role))
+        return Message(role, tuple(_split_text(content, supply)), _turn_weight(turn, role))
     if not isinstance(content, list | tuple):
         raise RecordError("bad_content", f"{role} turn: content is {type(content).__name__}, expected text or parts")
     parts = [_typed_part(part, role, supply) for part in content]
-    return Message(role, tuple(part for part in parts if part != ""), _is_supervised(turn, role))
+    return Message(role, tuple(part for part in parts if part != ""), _turn_weight(turn, role))
 
 
 def _turn_object(turn: Any, rules: KeyRules, more_keys: tuple[str, ...]) -> dict[str, Any]:
@@ -164,18 +167,26 @@ def _system_turn(system: Any, messages: list[Message]) -> list[Message]:
         if messages[0].text != system:
             raise RecordError("two_systems", "the record's system and its first turn are different system prompts")
         return []
-    return [Message("system", (system,), supervised=False)] if system else []
+    return [Message("system", (system,), 0.0)] if system else []
 
 
-def _is_supervised(turn: dict[str, Any], role: str) -> bool:
-    """Whether an answer is trained on; other turns never are."""
-    given = {key: turn[key] for key in SUPERVISION_KEYS if key in turn}
-    for key, value in given.items():
-        if isinstance(value, str) or value not in (0, 1):
-            raise RecordError("bad_weight", f"{role} turn: {key} {value!r:.40}, expected 0 or 1 (false or true)")
+def _turn_weight(turn: dict[str, Any], role: str) -> float:
+    """What the loss of an answer is multiplied with, as float32 holds it; other turns are never trained on."""
+    product = 1.0
+    for key in SUPERVISION_KEYS:
+        value = turn.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or not (value == 0 or MIN_WEIGHT <= value < MAX_WEIGHT):
+            raise RecordError(
+                "bad_weight",
+                f"{role} turn: {key} {value!r:.40}, expected false, true, 0, or a number from {MIN_WEIGHT:g} to "
+                f"{MAX_WEIGHT:g}",
+            )
         if value and role != "assistant":
             raise RecordError("bad_weight", f"{role} turn: {key} is {value!r}; only assistant turns are trained on")
-    return role == "assistant" and all(given.values())
+        product *= value
+    return float(np.float32(product)) if role == "assistant" else 0.0
 
 
 def _split_text(text: str, supply: _ImageSupply) -> Iterator[Part]:

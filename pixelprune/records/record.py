@@ -38,12 +38,18 @@ Part = str | ImageRef
 class Message:
     """One turn: `role` is one of ROLES, `parts` are text and images in order.
 
-    supervised: an assistant turn is trained on; without meaning in other turns.
+    weight: scales the loss of an assistant turn, 0 for one that is read and not trained on;
+    without meaning in other turns.
     """
 
     role: str
     parts: tuple[Part, ...]
-    supervised: bool = True
+    weight: float = 1.0
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the turn is trained on."""
+        return self.role == "assistant" and self.weight > 0
 
     @property
     def text(self) -> str:

@@ -163,7 +163,7 @@ BAD = {
     "bad_weight": sharegpt("<image>\nClick", "(1, 2)", weight="high"),
     "bad_weight ": {
         "image": "shots/a.png",
-        "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "(1, 2)", "loss": 0.5}],
+        "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "(1, 2)", "loss": -0.5}],
     },
     "the stated image size is not the file's": sharegpt("<image>\nClick", "(1, 2)", width=1920, height=1080),
 }
@@ -308,6 +308,8 @@ def test_what_a_record_says_of_itself_is_kept(corpus: Path) -> None:
             {"role": "assistant", "content": "Ho", "weight": 0},
             {"role": "user", "content": "And?"},
             {"role": "assistant", "content": "So", "loss": True},
+            {"role": "user", "content": "Then?"},
+            {"role": "assistant", "content": "Thus", "loss_scale": 0.25},
         ],
         "images": ["shots/a.png"],
         "weight": 0.5,
@@ -317,7 +319,8 @@ def test_what_a_record_says_of_itself_is_kept(corpus: Path) -> None:
     read = parse_record(made[0])
     assert read.messages == parse_record(record).messages
     assert read.messages[0].text == "Be brief."
-    assert [message.supervised for message in read.messages if message.role == "assistant"] == [False, True]
+    assert [message.supervised for message in read.messages if message.role == "assistant"] == [False, True, True]
+    assert read.messages[-1].weight == 0.25
     assert read.weight == 0.5
     assert {key: read.metadata[key] for key in ("subset", "source", "bbox")} == {
         "subset": "mail", "source": "convert", "bbox": [1, 2, 3, 4],

@@ -51,6 +51,7 @@ def train(settings: ModelSettings, attention: str, ranks: Ranks, *, compiled: bo
                 number,
                 is_boundary=number == len(groups) - 1,
                 num_supervised=num_supervised,
+                loss_weight=float(num_supervised),
                 num_samples=len(samples),
                 cursor=START,
                 is_dummy=False,

@@ -25,9 +25,9 @@ class Case:
         self.teacher_hidden = randn(num, D_TEACHER)
         self.teacher_head = make_head(randn(vocab, D_TEACHER)).requires_grad_(False)
 
-    def loss(self, settings: LossSettings, **teacher: Any) -> LossSums:
+    def loss(self, settings: LossSettings, weights: Tensor | None = None, **teacher: Any) -> LossSums:
         teacher = teacher or {"teacher_hidden": self.teacher_hidden, "teacher_head": self.teacher_head}
-        return supervised_loss(self.hidden, self.head, self.labels, settings, **teacher)
+        return supervised_loss(self.hidden, self.head, self.labels, settings, weights=weights, **teacher)
 
     def grads(self, total: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(total, [self.hidden, self.head.weight])
@@ -53,14 +53,15 @@ def reference_divergence(name: str, p: Tensor, q: Tensor, beta: float) -> Tensor
     }[name]
 
 
-def reference(case: Case, settings: LossSettings) -> LossSums:
+def reference(case: Case, settings: LossSettings, weights: Tensor | None = None) -> LossSums:
     """All logits at once, in float64, differentiated by autograd."""
     z = case.hidden.double() @ case.head.weight.double().T
     teacher_z = case.teacher_hidden.double() @ case.teacher_head.weight.double().T
     rows = torch.arange(len(case.labels))
-    ce = -torch.log(torch.softmax(z, -1)[rows, case.labels]).sum()
+    weights = torch.ones(len(rows)) if weights is None else weights
+    ce = -(weights * torch.log(torch.softmax(z, -1)[rows, case.labels])).sum()
     p, q = torch.softmax(teacher_z / settings.temperature, -1), torch.softmax(z / settings.temperature, -1)
-    kl = reference_divergence(settings.divergence, p, q, settings.jsd_beta).sum()
+    kl = (weights * reference_divergence(settings.divergence, p, q, settings.jsd_beta)).sum()
     return LossSums(
         total=settings.ce_weight * ce + settings.kd_weight * settings.temperature**2 * kl,
         ce=ce,

@@ -84,6 +84,7 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
                 number,
                 is_boundary=number == len(mine) - 1,
                 num_supervised=num_supervised,
+                loss_weight=float(num_supervised),
                 num_samples=len(samples),
                 cursor=START,
                 is_dummy=False,

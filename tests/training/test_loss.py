@@ -33,6 +33,33 @@ def test_values_and_gradients_equal_the_reference(
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4, 64])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("terms", [(1.0, 0.0), (0.6, 0.7), (0.0, 1.3)], ids=str)
+def test_weights_of_positions_scale_the_loss_and_not_the_counts(
+    terms: tuple[float, float], divergence: DivergenceName, chunk_size: int
+) -> None:
+    case = Case(11)
+    weights = torch.tensor([1.0, 0.5, 0.25, 3.0, 1e-4, 0.1, 2.0, 0.7, 1.0, 1e4, 0.3])
+    settings = LossSettings(*terms, 1.7, divergence, jsd_beta=0.3, chunk_size=chunk_size)
+    expected, actual = reference(case, settings, weights), case.loss(settings, weights)
+    if settings.kd_weight == 0:
+        zero = torch.zeros((), dtype=torch.float64)
+        expected = expected._replace(kl=zero, num_agree=zero, teacher_entropy=zero)
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-12, atol=1e-12)
+    for got, want in zip(case.grads(actual.total), case.grads(expected.total), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-10)
+    assert actual.num_correct == case.loss(settings).num_correct
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_1_are_no_weights_bit_for_bit(dtype: torch.dtype) -> None:
+    case, settings = Case(30, dtype), LossSettings(ce_weight=0.7, chunk_size=8)
+    plain, weighted = case.loss(settings), case.loss(settings, torch.ones(30))
+    assert all(torch.equal(a, b) for a, b in zip(plain, weighted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(case.grads(plain.total), case.grads(weighted.total), strict=True))
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("chunk_size", [2, 8])
 def test_gradcheck(divergence: DivergenceName, chunk_size: int) -> None:
@@ -203,5 +230,7 @@ def test_shapes_and_teachers_that_do_not_belong_together_are_refused() -> None:
     refused("leaves no remainder", teacher_topk=(torch.zeros(4, V), torch.zeros(4, V, dtype=torch.int64)))
     other = Case(4, vocab=V + 1)
     refused("need the same vocabulary", teacher_hidden=other.teacher_hidden, teacher_head=other.teacher_head)
+    with pytest.raises(ValueError, match="expected one weight per label"):
+        case.loss(LossSettings(), torch.ones(3))
     with pytest.raises(ValueError, match=r"expected hidden \(N, D\) and labels \(N,\)"):
         supervised_loss(case.hidden, case.head, case.labels[:3], LossSettings())

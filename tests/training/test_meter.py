@@ -18,6 +18,7 @@ class Pack:
 
     record_ids = ("a",)
     num_samples, num_supervised, num_tokens, num_full_tokens, num_kept_blocks, num_full_blocks = 1, 4, 10, 16, 6, 12
+    loss_weight = 8.0
 
     def to(self, device, non_blocking=False):
         return self
@@ -47,7 +48,7 @@ def steps_of(pause: float, slow_data: float = 0.0):
 
     def batches():
         time.sleep(slow_data)
-        yield MicroBatch(Pack(), 0, 0, True, 4, 1, Cursor(0, 1), False)
+        yield MicroBatch(Pack(), 0, 0, True, 4, 8.0, 1, Cursor(0, 1), False)
 
     for _ in range(2):
         run_step(Engine(), batches(), meter)
@@ -65,5 +66,6 @@ def test_waiting_for_data_is_part_of_the_step():
         assert metrics["step_s"] >= 0.12
         assert 0.1 <= metrics["data_wait_share"] * metrics["step_s"] <= metrics["step_s"]
         assert metrics["forward_share"] * metrics["step_s"] >= 0.02
-        assert metrics["loss"] == 0.5
+        assert metrics["loss"] == 0.25, "over the weights"
+        assert metrics["token_accuracy"] == 0.5, "over the tokens"
         assert metrics["retain_ratio"] == 0.5

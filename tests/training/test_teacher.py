@@ -120,6 +120,19 @@ def test_the_distillation_term_is_the_divergence_from_the_stock_pipeline(
     torch.testing.assert_close(sums.total.double(), 0.5 * ce + 2 * temperature**2 * value, rtol=1e-4, atol=1e-6)
 
 
+def test_the_weights_of_a_pack_reach_both_terms(pack, student, teacher):
+    """Two packs that differ in weights alone: what one leaves out the other has, so they add up to the whole."""
+    settings = LossSettings(ce_weight=0.5, kd_weight=2.0)
+    module = SupervisedModel(student.eval(), teacher.geometry, settings, teacher)
+    first = (torch.arange(pack.num_supervised) % 3 == 0).float()
+    parts = [module(dataclasses.replace(pack, weights=weights, is_weighted=True)) for weights in (first, 1 - first)]
+    whole = module(pack)
+    for name in ("total", "ce", "kl"):
+        torch.testing.assert_close(sum(getattr(part, name) for part in parts), getattr(whole, name))
+    assert 0 < parts[0].ce < whole.ce
+    assert parts[0].num_agree == whole.num_agree, "counts stay counts"
+
+
 def test_without_pruning_a_student_is_its_own_teacher(toy_tokenizer, geometry, student, teacher):
     pack = make_pack(toy_tokenizer, geometry, strategy="none")
     module = SupervisedModel(student, geometry, LossSettings(ce_weight=0.0, kd_weight=1.0), teacher)

@@ -25,6 +25,7 @@ SCHEMA = pa.schema(
         ("content_hash", pa.int64()),
         ("text_tokens", pa.int32()),
         ("num_supervised", pa.int32()),
+        ("loss_weight", pa.float64()),
         ("weight", pa.float64()),
         ("kept_blocks", pa.list_(pa.int32())),  # per image
         ("full_blocks", pa.list_(pa.int32())),
@@ -37,8 +38,9 @@ class Index:
     """The usable records of all sources of a recipe (n of them), and the ones that are not.
 
     source, row: int (n,), where the record is read. content_hash: int64 (n,). text_tokens, num_supervised: int64 (n,).
-    weight: float64 (n,), the record's own. kept_blocks, full_blocks: int64 (I,), blocks of all images in order; those
-    of record i are at image_starts[i] to image_starts[i + 1] (int64 (n + 1,)).
+    loss_weight: float64 (n,), sum of the supervised tokens' weights. weight: float64 (n,), the record's own.
+    kept_blocks, full_blocks: int64 (I,), blocks of all images in order; those of record i are at image_starts[i] to
+    image_starts[i + 1] (int64 (n + 1,)).
     """
 
     sources: list[Source]
@@ -47,6 +49,7 @@ class Index:
     content_hash: np.ndarray
     text_tokens: np.ndarray
     num_supervised: np.ndarray
+    loss_weight: np.ndarray
     weight: np.ndarray
     image_starts: np.ndarray
     kept_blocks: np.ndarray
@@ -178,6 +181,7 @@ class Index:
             patches=MERGE * MERGE * blocks,
             cost=flops,
             num_supervised=self.num_supervised,
+            loss_weight=self.loss_weight,
             copies=source_weight * self.weight,
             source=self.source,
         )
@@ -193,7 +197,7 @@ class Index:
         )
 
 
-COLUMNS = ("source", "row", "content_hash", "text_tokens", "num_supervised", "weight")
+COLUMNS = ("source", "row", "content_hash", "text_tokens", "num_supervised", "loss_weight", "weight")
 
 
 def read_index(sources: list[Source], files: list[Path]) -> Index:
@@ -212,7 +216,7 @@ def read_index(sources: list[Source], files: list[Path]) -> Index:
         good = table.filter(pa.array(~bad))
         columns["source"].append(np.full(len(good), number, dtype=np.int64))
         for name in COLUMNS[1:]:
-            dtype = np.float64 if name == "weight" else np.int64
+            dtype = np.float64 if name in ("loss_weight", "weight") else np.int64
             columns[name].append(good[name].to_numpy().astype(dtype))
         images["num"].append(pc.list_value_length(good["kept_blocks"]).to_numpy().astype(np.int64))
         for name in ("kept_blocks", "full_blocks"):

@@ -12,7 +12,7 @@ from pixelprune.files import write_whole
 from pixelprune.records.presets import AS_RECORDED
 from training.data.sources import Source
 
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 """Raise when the meaning of a column, or what can be used, changes: older indexes are then built anew."""
 
 

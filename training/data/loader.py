@@ -27,7 +27,7 @@ from training.data.worker import PackDataset, PackFailure, PackResult, PackTask,
 from training.errors import RankError, UserError
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
-"""Sums a few integers over all ranks (`Ranks.sum`); called once per optimizer step by every rank."""
+"""Sums a few numbers over all ranks (`Ranks.sum`); called once per optimizer step by every rank."""
 
 
 class Cursor(NamedTuple):
@@ -45,7 +45,8 @@ class MicroBatch:
     """One pack of one rank.
 
     step: optimizer step counted from the start of the run; micro_step within it; is_boundary: the last one of it.
-    num_supervised, num_samples: of the whole optimizer step over all ranks, without what was lost.
+    num_supervised, loss_weight (the sum of their weights), num_samples: of the whole optimizer step over all ranks,
+    without what was lost.
     cursor: where to continue once this batch is consumed. is_dummy: nothing in here but the dummy.
     flops: planned cost of the pack.
     """
@@ -55,6 +56,7 @@ class MicroBatch:
     micro_step: int
     is_boundary: bool
     num_supervised: int
+    loss_weight: float
     num_samples: int
     cursor: Cursor
     is_dummy: bool
@@ -153,7 +155,7 @@ class PackLoader:
                 failure = failure or result
             else:
                 prepared.append(result)
-        num_supervised, num_samples = self._without_lost(planned.cursor, plan, prepared, failure)
+        num_supervised, loss_weight, num_samples = self._without_lost(planned.cursor, plan, prepared, failure)
         for micro_step, (pack, result) in enumerate(upload_ahead(prepared, self.settings.device)):
             is_boundary = micro_step == plan.num_micro_steps - 1
             yield MicroBatch(
@@ -162,6 +164,7 @@ class PackLoader:
                 micro_step,
                 is_boundary,
                 num_supervised,
+                loss_weight,
                 num_samples,
                 planned.after if is_boundary else planned.cursor,
                 result.is_dummy,
@@ -170,8 +173,8 @@ class PackLoader:
 
     def _without_lost(
         self, cursor: Cursor, plan: StepPlan, prepared: list[PackResult], failure: PackFailure | None
-    ) -> tuple[int, int]:
-        """Supervised tokens and samples of the step over all ranks, without the records that went bad.
+    ) -> tuple[int, float, int]:
+        """Supervised tokens, the sum of their weights, and samples of the step over all ranks, without what went bad.
 
         Raises UserError on all ranks when too many did, or when one rank met a failure (RankError there).
         """
@@ -179,7 +182,10 @@ class PackLoader:
         for entry in lost:
             self._report(entry)
         mine = [sum(result.num_lost_supervised for result in prepared), len(lost), int(failure is not None)]
-        tokens, samples, num_failures = self.sum_over_ranks(torch.tensor(mine)).tolist()
+        lost_weight = sum(result.lost_loss_weight for result in prepared)
+        # Counts up to 2^53 are exact in float64.
+        *counts, lost_weight = self.sum_over_ranks(torch.tensor([*mine, lost_weight], dtype=torch.float64)).tolist()
+        tokens, samples, num_failures = map(int, counts)
         if failure:
             raise RankError(failure.message)
         if num_failures:
@@ -194,7 +200,7 @@ class PackLoader:
                 f"{self.settings.max_quarantined_share}; they changed since the index was built, see "
                 f"{self.settings.report or 'the log'}"
             )
-        return plan.num_supervised - tokens, plan.num_samples - samples
+        return plan.num_supervised - tokens, plan.loss_weight - lost_weight, plan.num_samples - samples
 
     def _report(self, entry: Quarantined) -> None:
         append_quarantine(self.settings.report, entry)
@@ -253,7 +259,13 @@ class PackLoader:
     def task(self, rows) -> PackTask:
         """The task of a pack made of these rows of the index."""
         index = self.index
-        columns = (index.source[rows], index.row[rows], index.content_hash[rows], index.num_supervised[rows])
+        columns = (
+            index.source[rows],
+            index.row[rows],
+            index.content_hash[rows],
+            index.num_supervised[rows],
+            index.loss_weight[rows],
+        )
         return PackTask(tuple(zip(*(column.tolist() for column in columns), strict=True)))
 
 

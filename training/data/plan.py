@@ -27,13 +27,15 @@ class PlanInput:
     """One row per usable record (n of them), in the order of the index.
 
     tokens, patches: int64 (n,), what counts against the caps; cost: float64 (n,), FLOPs of one pass over the sample.
-    num_supervised: int64 (n,). copies: float64 (n,), uses per epoch. source: int (n,), which source a record is of.
+    num_supervised: int64 (n,). loss_weight: float64 (n,), sum of the weights of these tokens. copies: float64 (n,),
+    uses per epoch. source: int (n,), which source a record is of.
     """
 
     tokens: np.ndarray
     patches: np.ndarray
     cost: np.ndarray
     num_supervised: np.ndarray
+    loss_weight: np.ndarray
     copies: np.ndarray
     source: np.ndarray
 
@@ -69,6 +71,8 @@ class StepPlan:
     num_micro_steps: int
     world_size: int
     num_supervised: int
+    loss_weight: float
+    """Sum of the weights of the step's supervised tokens: what the loss is divided by."""
     cost: np.ndarray
     """FLOPs (micro-steps, ranks)."""
 
@@ -126,7 +130,10 @@ class EpochPlan:
         )
         loads = np.bincount(bins, weights=cost, minlength=num_micro * self.world_size)
         num_supervised = int(self.inputs.num_supervised[rows].sum())
-        return StepPlan(rows, bins, num_micro, self.world_size, num_supervised, loads.reshape(num_micro, -1))
+        loss_weight = float(self.inputs.loss_weight[rows].sum())
+        return StepPlan(
+            rows, bins, num_micro, self.world_size, num_supervised, loss_weight, loads.reshape(num_micro, -1)
+        )
 
 
 def plan_epoch(inputs: PlanInput, settings: PlanSettings, *, epoch: int, world_size: int) -> EpochPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -20,23 +21,26 @@ from training.errors import UserError
 
 @dataclass(frozen=True)
 class PackTask:
-    """The records of one pack, and what the index knows of them: (source, row, content hash, supervised tokens)."""
+    """The records of one pack, and what the index knows of them: (source, row, content hash, supervised tokens,
+    sum of their weights)."""
 
-    records: tuple[tuple[int, int, int, int], ...]
+    records: tuple[tuple[int, int, int, int, float], ...]
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """A pack and the records that could not go into it, with the supervised tokens lost with them."""
+    """A pack and the records that could not go into it, with the supervised tokens lost with them
+    and the sum of their weights."""
 
     pack: Pack
     is_dummy: bool
     lost: tuple[Quarantined, ...] = ()
     num_lost_supervised: int = 0
+    lost_loss_weight: float = 0.0
 
     def pin_memory(self) -> PackResult:
         """Called by torch's DataLoader."""
-        return PackResult(self.pack.pin_memory(), self.is_dummy, self.lost, self.num_lost_supervised)
+        return dataclasses.replace(self, pack=self.pack.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class PackDataset(torch.utils.data.Dataset):
     def __getitem__(self, task: PackTask) -> PackResult | PackFailure:
         if self._collator is None:
             self._collator = PixelPruneCollator(self.prepare.build(), self.geometry, dummy_image=self.dummy_image)
-        records, lost, num_lost_supervised = [], [], 0
-        for number, row, content_hash, num_supervised in task.records:
+        records, lost, num_lost_supervised, lost_loss_weight = [], [], 0, 0.0
+        for number, row, content_hash, num_supervised, loss_weight in task.records:
             source = self.sources[number]
             try:
                 record = self._collator.preparer.prepare(
@@ -84,11 +88,12 @@ class PackDataset(torch.utils.data.Dataset):
             except RecordError as error:
                 lost.append(Quarantined(source.record_id(row), source.rows.where(row), error.reason, str(error)))
                 num_lost_supervised += num_supervised
+                lost_loss_weight += loss_weight
         try:
             pack = self._pack(self._collator, records)
         except UserError as error:
             return PackFailure(str(error))
-        return PackResult(pack, not records, tuple(lost), num_lost_supervised)
+        return PackResult(pack, not records, tuple(lost), num_lost_supervised, lost_loss_weight)
 
     def _pack(self, collator: PixelPruneCollator, records: list[PreparedRecord]) -> Pack:
         samples = collator.with_dummy([record.sample for record in records])

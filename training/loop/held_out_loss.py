@@ -34,7 +34,7 @@ class Validator:
         """
         was_training = engine.module.training
         engine.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.context.ranks.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.context.ranks.device)
         is_interrupted = False
         for _, batches in self.loader.steps():
             # Decided together: the loader's steps begin with a collective call, which a rank that left would miss.
@@ -46,10 +46,15 @@ class Validator:
                     continue
                 loss = engine(batch.pack.to(self.context.ranks.device))
                 sums += torch.stack(
-                    [loss.ce, loss.num_correct, torch.full_like(loss.ce, batch.pack.num_supervised)]
+                    [
+                        loss.ce,
+                        loss.num_correct,
+                        torch.full_like(loss.ce, batch.pack.num_supervised),
+                        torch.full_like(loss.ce, batch.pack.loss_weight),
+                    ]
                 ).double()
         engine.train(was_training)
         if is_interrupted:
             return None
-        ce, num_correct, num_supervised = self.context.ranks.sum(sums).tolist()
-        return {"eval_loss": ce / num_supervised, "eval_token_accuracy": num_correct / num_supervised}
+        ce, num_correct, num_supervised, loss_weight = self.context.ranks.sum(sums).tolist()
+        return {"eval_loss": ce / loss_weight, "eval_token_accuracy": num_correct / num_supervised}

@@ -27,8 +27,9 @@ class StepOutcome(NamedTuple):
 def run_step(engine: Engine, batches: Iterable[MicroBatch], meter: StepMeter) -> StepOutcome:
     """One optimizer step: forward and backward of every micro-step, gradients reduced, weights updated.
 
-    The loss of a pack is a sum; divided by the supervised tokens of the whole step over all ranks it is this pack's
-    share of the mean. ZeRO averages gradients over ranks, hence the factor world size.
+    The loss of a pack is a sum; divided by the weights of all supervised tokens of the step over all ranks (by their
+    number, where none is weighted) it is this pack's share of the mean. ZeRO averages gradients over ranks, hence the
+    factor world size.
     Raises RankError when the device's memory does not hold a pack.
     """
     batches, packs, batch = iter(batches), [], None
@@ -46,7 +47,7 @@ def run_step(engine: Engine, batches: Iterable[MicroBatch], meter: StepMeter) ->
             with meter.timing("forward"):
                 sums = engine(pack)
             with meter.timing("backward"):
-                share = meter.ranks.world_size / max(1, batch.num_supervised)
+                share = meter.ranks.world_size / (batch.loss_weight if batch.num_supervised else 1.0)
                 engine.backward(sums.total * share, scale_wrt_gas=False)
             with meter.timing("optimizer"):
                 engine.step()

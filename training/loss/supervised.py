@@ -2,6 +2,8 @@
 
     N = supervised positions of a pack, C = positions of a chunk, D = model width, V = vocabulary, k = top-k entries
 
+A position may carry a weight, which multiplies its terms of the loss; counts of tokens stay counts.
+
 The divergences and their gradients are in `training.loss.divergence`, the chunks over positions in
 `training.loss.chunked_head`. This file puts them together.
 """
@@ -26,7 +28,7 @@ from training.loss.divergence import (
 
 @dataclass
 class LossSettings:
-    """loss = ce_weight * CE + kd_weight * T^2 * D(teacher, student), each a sum over supervised positions."""
+    """loss = ce_weight * CE + kd_weight * T^2 * D(teacher, student), each a weighted sum over supervised positions."""
 
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the labels; 0 with kd_weight > 0 is pure distillation."""
@@ -74,11 +76,11 @@ class LossSums(NamedTuple):
     """
 
     total: Tensor
-    """ce_weight * ce + kd_weight * T^2 * kl: divide by the global count, multiply by the world size."""
+    """ce_weight * ce + kd_weight * T^2 * kl: divide by the global sum of weights, multiply by the world size."""
     ce: Tensor
-    """Cross-entropy with the labels, in nats."""
+    """Cross-entropy with the labels, in nats, weighted."""
     kl: Tensor
-    """The chosen divergence at temperature T in nats, without weight and T^2."""
+    """The chosen divergence at temperature T in nats, weighted by position, without kd_weight and T^2."""
     num_agree: Tensor
     """Positions where student and teacher have the same most probable token."""
     teacher_entropy: Tensor
@@ -93,6 +95,7 @@ def supervised_loss(
     labels: Tensor,
     settings: LossSettings,
     *,
+    weights: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_head: nn.Module | None = None,
     teacher_topk: tuple[Tensor, Tensor] | None = None,
@@ -105,7 +108,8 @@ def supervised_loss(
         lm_head: the output head, (C, D) -> (C, V): plain, tied, frozen or LoRA-wrapped. Each of its parameters that
             require gradients receives one, zeros where the head does not use it.
         labels: (N,) int64, the supervised token ids, all within the vocabulary (no ignore index).
-        settings: weights, divergence, temperature and chunk size.
+        settings: weights of the two terms, divergence, temperature and chunk size.
+        weights: (N,) float32, what the loss of each position is multiplied with; None where all are 1.
         teacher_hidden: (N, D_teacher) the teacher's final hidden states at the same tokens; cast to the dtype of
             teacher_head where they differ.
         teacher_head: the teacher's output head, to the same vocabulary; no gradient reaches it.
@@ -116,14 +120,16 @@ def supervised_loss(
     Raises:
         ValueError: shapes that do not belong together, or kd_weight > 0 without exactly one teacher.
     """
-    _check_student(hidden, labels)
+    _check_student(hidden, labels, weights)
     teacher = None
     if settings.kd_weight > 0:
         teacher = _make_teacher(hidden.shape[0], settings, teacher_hidden, teacher_head, teacher_topk)
 
     def loss_of_logits(rows: slice, logits: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
         distilled = teacher.distil(rows, logits, settings) if teacher is not None else None
-        return _chunk_loss(logits, labels[rows], distilled, settings, wants_grad)
+        return _chunk_loss(
+            logits, labels[rows], distilled, settings, wants_grad, None if weights is None else weights[rows]
+        )
 
     num_sums = len(LossSums._fields)
     total, reported = chunked_head_loss(hidden, lm_head, loss_of_logits, num_sums, settings.chunk_size)
@@ -168,7 +174,12 @@ class _TopKTeacher(NamedTuple):
 
 
 def _chunk_loss(
-    logits: Tensor, labels: Tensor, distilled: Distilled | None, settings: LossSettings, wants_grad: bool
+    logits: Tensor,
+    labels: Tensor,
+    distilled: Distilled | None,
+    settings: LossSettings,
+    wants_grad: bool,
+    weights: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums (6,) in the order of LossSums, and the gradient (C, V) of their total in the dtype of the logits.
 
@@ -177,11 +188,13 @@ def _chunk_loss(
     columns = labels.unsqueeze(-1)
     top1 = logits.argmax(-1)
     log_q = tempered_log_softmax(logits, 1.0)  # (C, V) float32
-    ce = -log_q.gather(-1, columns).sum()
+    by_row = None if weights is None else weights.to(log_q.dtype).unsqueeze(-1)  # (C, 1)
+    log_p = log_q.gather(-1, columns)
+    ce = -(log_p if by_row is None else log_p * by_row).sum()
     total, kl, num_agree, entropy = settings.ce_weight * ce, ce.new_zeros(()), ce.new_zeros(()), ce.new_zeros(())
     kd_scale = settings.kd_weight * settings.temperature
     if distilled is not None:
-        kl = distilled.divergence.sum()
+        kl = (distilled.divergence if by_row is None else distilled.divergence * by_row.squeeze(-1)).sum()
         num_agree = (distilled.teacher_top1 == top1).sum()
         entropy = distilled.teacher_entropy.sum()
         total = total + kd_scale * settings.temperature * kl
@@ -189,9 +202,12 @@ def _chunk_loss(
     sums = torch.stack([value.to(ce.dtype) for value in (total, ce, kl, num_agree, entropy, num_correct)])
     if not wants_grad:
         return sums, None
+    if distilled is not None and by_row is not None:
+        distilled.grad.mul_(by_row)
     if settings.ce_weight > 0:
         grad = log_q.exp_()  # softmax - one-hot
-        grad.scatter_(-1, columns, grad.gather(-1, columns) - 1).mul_(settings.ce_weight)
+        scale = settings.ce_weight if by_row is None else settings.ce_weight * by_row
+        grad.scatter_(-1, columns, grad.gather(-1, columns) - 1).mul_(scale)
         if distilled is not None:
             grad.add_(distilled.grad, alpha=kd_scale)  # d/dlogits = d/du / T
     else:
@@ -200,12 +216,14 @@ def _chunk_loss(
     return sums, grad.to(logits.dtype)
 
 
-def _check_student(hidden: Tensor, labels: Tensor) -> None:
+def _check_student(hidden: Tensor, labels: Tensor, weights: Tensor | None) -> None:
     if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
         raise ValueError(
             f"expected hidden (N, D) and labels (N,) at the same supervised positions, "
             f"got {tuple(hidden.shape)} and {tuple(labels.shape)}"
         )
+    if weights is not None and weights.shape != labels.shape:
+        raise ValueError(f"expected one weight per label, ({len(labels)},), got {tuple(weights.shape)}")
 
 
 def _make_teacher(

@@ -55,7 +55,8 @@ class SupervisedModel(nn.Module):
             assert not self.training, "a training step with kd_weight > 0 needs packs with their teacher's side"
             loss = dataclasses.replace(loss, ce_weight=1.0, kd_weight=0.0)
         hidden = self.hidden_at_supervised(pack)
-        return supervised_loss(hidden, self.model.lm_head, pack.labels, loss, **targets)
+        weights = pack.weights if pack.is_weighted else None
+        return supervised_loss(hidden, self.model.lm_head, pack.labels, loss, weights=weights, **targets)
 
     def hidden_at_supervised(self, pack: Pack) -> torch.Tensor:
         """Final hidden states (N, D) at the positions whose logits predict a supervised token."""

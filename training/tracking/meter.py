@@ -53,6 +53,7 @@ class StepMeter:
         self._times = dict.fromkeys(_TIMES, 0.0)
         self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._flops = 0.0
+        self._loss_weight = 0.0
         self.begin()
 
     def add_pack(self, pack: Pack, sums: LossSums, *, is_dummy: bool, flops: float = 0.0) -> None:
@@ -61,6 +62,7 @@ class StepMeter:
         # What the dummy adds, in a pack of its own or behind text-only samples, is not work done.
         has_dummy = int(DUMMY_ID in pack.record_ids)
         self._flops += 0.0 if is_dummy else flops
+        self._loss_weight += pack.loss_weight
         self._counts["num_samples"] += pack.num_samples - has_dummy
         self._counts["num_supervised"] += pack.num_supervised
         self._counts["kept_tokens"] += pack.num_tokens - has_dummy * DUMMY_TOKENS
@@ -88,12 +90,12 @@ class StepMeter:
         losses = self._losses.double().cpu()
         for name, start, end in self._marks:  # recorded before the losses were copied, so the device has passed them
             self._times[name] += start.elapsed_time(end) / 1000
-        mine = [*self._counts.values(), *self._times.values(), self._flops]
+        mine = [*self._counts.values(), *self._times.values(), self._flops, self._loss_weight]
         vector = torch.cat([losses, torch.tensor(mine, dtype=torch.float64)])
         vector = self.ranks.sum(vector)
         slowest = self.ranks.max(torch.tensor(self._flops, dtype=torch.float64))
         step_seconds = time.perf_counter() - self._started
-        names = [*LossSums._fields, *_COUNTS, *_TIMES, "flops"]
+        names = [*LossSums._fields, *_COUNTS, *_TIMES, "flops", "loss_weight"]
         sums = dict(zip(names, vector.tolist(), strict=True))
         metrics = self._metrics(sums, step_seconds, slowest.item())
         self._reset()
@@ -102,12 +104,12 @@ class StepMeter:
     def _metrics(self, sums: dict[str, float], step_seconds: float, slowest_flops: float) -> dict[str, float]:
         for name in _COUNTS:
             setattr(self.totals, name, getattr(self.totals, name) + int(sums[name]))
-        num = max(1.0, sums["num_supervised"])
+        num, weight = max(1.0, sums["num_supervised"]), sums["loss_weight"] or 1.0
         rank_seconds = step_seconds * self.ranks.world_size
         metrics = {
-            "loss": sums["total"] / num,
-            "ce": sums["ce"] / num,
-            "kl": sums["kl"] / num,
+            "loss": sums["total"] / weight,
+            "ce": sums["ce"] / weight,
+            "kl": sums["kl"] / weight,
             "teacher_agreement": sums["num_agree"] / num,
             "teacher_entropy": sums["teacher_entropy"] / num,
             "token_accuracy": sums["num_correct"] / num,

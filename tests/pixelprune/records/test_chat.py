@@ -71,6 +71,21 @@ def test_answers_that_say_so_are_not_supervised(tokenizer):
         assert caught.value.reason == "no_supervised_token"
 
 
+def test_weights_stand_on_the_tokens_of_their_answer(tokenizer):
+    turns = TURNS["many turns"]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    plain = ChatEncoder(tokenizer).encode(parse_record({"messages": messages}))
+    assert plain.weights is None, "all 1"
+    messages[1]["loss_weight"] = 0.25
+    chat = ChatEncoder(tokenizer).encode(parse_record({"messages": messages}))
+    first, second = (np.array(by_hand(tokenizer, turns, lambda i, _, n=n: i == n)[1]) for n in (1, 3))
+    assert chat.weights.dtype == np.float32
+    assert chat.weights.tolist() == (0.25 * first + second).tolist()
+    assert chat.supervised.tolist() == (first | second).tolist()
+    last = ChatEncoder(tokenizer, last_turn_only=True).encode(parse_record({"messages": messages}))
+    assert (last.supervised.tolist(), last.weights) == (second.tolist(), None)
+
+
 def test_templates_with_marks_leave_answers_out_too():
     tokenizer = build_tokenizer()
     tokenizer.chat_template = MARKED

@@ -43,6 +43,14 @@ def test_loss_of_the_row_is_that_of_its_samples_apart(toy_folder, screens, recor
     torch.testing.assert_close(together, total / num, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_that_labels_cannot_carry_are_refused(toy_folder, screens, records):
+    collator = PixelPruneCollator.from_pretrained(toy_folder, resize=SMALL, root=screens)
+    records[0]["messages"][-1]["loss_weight"] = 0.5
+    with pytest.raises(RecordError, match="expected weights of 0 or 1"):
+        collator(records[:2])
+    assert collator(records[1:3])["labels"].shape[0] == 1
+
+
 def test_labels_are_the_supervised_tokens(tokenizer, toy_folder, screens, records):
     collator = PixelPruneCollator.from_pretrained(toy_folder, resize=SMALL, root=screens, dummy_image=False)
     row = collator(records[1:4])

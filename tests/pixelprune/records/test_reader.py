@@ -3,6 +3,7 @@
 import base64
 import math
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -135,10 +136,30 @@ def test_an_answer_may_be_left_out_of_training(key, name):
         answers = [message.supervised for message in record.messages if message.role == "assistant"]
         assert answers == [True, supervised], value
     parse_record({key: [user | {name: 0}, answer]})
-    for turns in ([user, answer | {name: 0.5}], [user, answer | {name: "no"}], [user | {name: 1}, answer]):
+    for turns in (
+        [user, answer | {name: -0.5}],
+        [user, answer | {name: 1e-9}],
+        [user, answer | {name: math.nan}],
+        [user, answer | {name: math.inf}],
+        [user, answer | {name: 10**400}],
+        [user, answer | {name: "no"}],
+        [user, answer | {name: [1]}],
+        [user | {name: 1}, answer],
+        [user | {name: 0.5}, answer],
+    ):
         with pytest.raises(RecordError) as caught:
             parse_record({key: turns})
         assert caught.value.reason == "bad_weight"
+
+
+@pytest.mark.parametrize("name", SUPERVISION_KEYS)
+def test_weights_of_answers_are_float32_and_multiply(name):
+    user, answer = TURNS["messages"]
+    record = parse_record({"messages": [user, answer | {name: 0.1}, user, answer | {name: 3}, user, answer]})
+    weights = [message.weight for message in record.messages if message.role == "assistant"]
+    assert weights == [float(np.float32(0.1)), 3.0, 1.0]
+    both = parse_record({"messages": [user, answer | {"loss": True, "loss_weight": 0.25, "weight": 0.5}]})
+    assert both.messages[1].weight == 0.125
 
 
 def test_empty_values_of_keys_that_are_not_read_say_nothing():

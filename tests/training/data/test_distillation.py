@@ -89,7 +89,7 @@ def test_where_pixels_are_lost_the_originals_travel(prune, screens, model_folder
     prepare = PrepareSettings(str(model_folder), prune, SMALL, with_full=True)
     index = build_index([SourceSettings(str(screens / "train.jsonl"))], prepare, num_workers=0, show_progress=False)
     dataset = PackDataset(index.sources, prepare, geometry, dummy_image=True)
-    pack = dataset[PackTask(((0, 0, -1, 0), (0, 1, -1, 0)))].pack
+    pack = dataset[PackTask(((0, 0, -1, 0, 0.0), (0, 1, -1, 0, 0.0)))].pack
     expected = [blocks_of_picture(screens / f"screen_{i}.png", SMALL) for i in (0, 1)]
     assert pack.full.block_index is None
     assert torch.equal(teacher_blocks(pack), torch.cat(expected))
@@ -97,7 +97,7 @@ def test_where_pixels_are_lost_the_originals_travel(prune, screens, model_folder
 
 def test_the_full_row_is_the_pack_of_a_run_without_pruning(screens, model_folder, geometry):
     sources = [SourceSettings(str(screens / "train.jsonl"))]
-    task = PackTask(tuple((0, row, -1, 0) for row in (0, 2, 3)))
+    task = PackTask(tuple((0, row, -1, 0, 0.0) for row in (0, 2, 3)))
     pruned = PrepareSettings(str(model_folder), PruneSettings(), SMALL, with_full=True)
     unpruned = PrepareSettings(str(model_folder), PruneSettings(strategy="none"), SMALL)
     opened = build_index(sources, pruned, num_workers=0, show_progress=False).sources
@@ -117,7 +117,7 @@ def test_a_row_without_images_and_a_rank_without_work_have_the_dummy_on_both_sid
     prepare = PrepareSettings(str(model_folder), PruneSettings(), SMALL, with_full=True)
     opened = build_index([SourceSettings(str(screens / "train.jsonl"))], prepare, num_workers=0, show_progress=False)
     dataset = PackDataset(opened.sources, prepare, geometry, dummy_image=True)
-    for task in (PackTask(((0, 2, -1, 0),)), PackTask(())):
+    for task in (PackTask(((0, 2, -1, 0, 0.0),)), PackTask(())):
         pack = dataset[task].pack
         assert pack.record_ids == pack.full.record_ids
         assert pack.record_ids[-1] == "dummy"

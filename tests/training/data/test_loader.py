@@ -1,6 +1,7 @@
 """Packs against samples prepared one by one; the resume drill; records that go bad while a run is under way."""
 
 import dataclasses
+import json
 import multiprocessing
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ from pixelprune.pack import VisionGeometry, pack_samples
 from pixelprune.records.collator import DUMMY_ID
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
+from tests.samples import write_jsonl
 from training.data.index_builder import build_index
 from training.data.loader import Cursor, LoaderSettings, PackLoader
 from training.data.plan import PlanSettings, plan_epoch
@@ -241,6 +243,33 @@ def test_records_that_went_bad_leave_the_count_on_all_ranks(setup, screens, tmp_
     reasons = {entry.record: entry.reason for entry in entries}
     assert reasons == {"train:0": "changed", "train:4": "missing_file", "train:6": "changed"}
     assert "quarantined train:4" in caplog.text
+
+
+def test_the_divisor_of_a_step_is_the_sum_of_the_weights_in_its_packs(screens, model_folder, tmp_path):
+    """On all ranks, and without the weights of what went bad: known to the plan, measured from the packs."""
+    rows = [json.loads(line) for line in (screens / "train.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row["messages"][-1]["loss_weight"] = (0.5, 1, 0.3)[i % 3]
+    write_jsonl(screens / "train.jsonl", rows)
+    setup = Setup(screens, model_folder)
+    (screens / "screen_4.png").unlink()
+    found = run_ranks(setup, 2, LoaderSettings(max_quarantined_share=0.2, report=tmp_path / "report.jsonl"))
+    per_step, parts = Counter(), {"train:4"}
+    for batch in found[0] + found[1]:
+        pack = batch.pack
+        parts |= set(real_ids([batch]))
+        expected = []
+        for record, num in zip(pack.record_ids, pack.num_supervised_per_sample, strict=True):
+            if num:
+                expected += [(0.5, 1, 0.3)[int(record.split(":")[1]) % 3]] * num
+        assert pack.weights.dtype == torch.float32
+        assert pack.weights.tolist() == torch.tensor(expected, dtype=torch.float32).tolist()
+        assert pack.is_weighted == any(weight != 1 for weight in expected)
+        assert pack.loss_weight == pytest.approx(sum(pack.weights.double().tolist()), rel=1e-12)
+        per_step[batch.step] += pack.loss_weight
+    assert len(parts) == 24
+    for batches in found.values():
+        assert {batch.step: batch.loss_weight for batch in batches} == pytest.approx(per_step, rel=1e-12)
 
 
 def test_too_much_gone_bad_ends_the_run(setup, screens):

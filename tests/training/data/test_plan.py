@@ -21,6 +21,7 @@ def make_input(num=500, copies=1.0, num_sources=1, seed=0) -> PlanInput:
         patches=np.where(rng.random(num) < 0.3, 0, 4 * rng.integers(1, 300, num)),
         cost=tokens + 1e-3 * tokens.astype(float) ** 2,
         num_supervised=rng.integers(1, 20, num),
+        loss_weight=rng.random(num),
         copies=np.broadcast_to(np.asarray(copies, dtype=float), (num,)).copy(),
         source=np.arange(num) % num_sources,
     )
@@ -40,6 +41,7 @@ def test_every_sample_exactly_once_within_the_caps(world_size):
         rows = np.concatenate(packs)
         assert step.num_samples == len(rows) == (32 if number < len(plan) - 1 else 500 % 32)
         assert step.num_supervised == inputs.num_supervised[rows].sum()
+        assert step.loss_weight == pytest.approx(inputs.loss_weight[rows].sum(), rel=1e-12), "the order may differ"
         expected = [[inputs.cost[pack].sum() for pack in micro] for micro in step.micro_steps]
         np.testing.assert_allclose(step.cost, expected)
         seen.update(rows.tolist())
