@@ -130,17 +130,24 @@ def prepare(
 
 @torch.no_grad()
 def generate(
-    model: Any, inputs: PrunedInputs, *, max_new_tokens: int | None = None, **generate_kwargs: Any
+    model: Any,
+    inputs: PrunedInputs,
+    *,
+    max_new_tokens: int | None = None,
+    features: dict[str, Any] | None = None,
+    **generate_kwargs: Any,
 ) -> Generation:
     """The stock `model.generate` on pruned prompts; every other argument (sampling, beams, streamer) is the stock one.
 
     Several conversations are left-padded into one batch. A streamer needs a batch of one, as in the stock method.
-    max_new_tokens: left out, the generation config's, otherwise 256.
+    max_new_tokens: left out, the generation config's, otherwise 256. features: of the kept blocks, where they are
+    not to be those of `encode_images` (`pixelprune.depth_pruning`).
     Raises ValueError for arguments that are made here, for assisted decoding, for a model in training mode and for a
     model of another family than the prompts.
     """
     settings = generation_settings(model, inputs.prompter, max_new_tokens, generate_kwargs)
-    arguments = model_arguments(model, inputs)
+    encoded = encode_images(model, inputs.samples, inputs.prompter) if features is None else features
+    arguments = padded_rows(model, inputs) | encoded
     output = model.generate(**arguments, **settings)
     output.past_key_values = None  # the memory goes with the answer, not with the result
     rows = output.sequences[:, arguments["input_ids"].shape[1] :].tolist()
