@@ -141,7 +141,7 @@ def generate(
 
     Several conversations are left-padded into one batch. A streamer needs a batch of one, as in the stock method.
     max_new_tokens: left out, the generation config's, otherwise 256. features: of the kept blocks, where they are
-    not to be those of `encode_images` (`pixelprune.depth_pruning`).
+    not to be those of `encode_images`.
     Raises ValueError for arguments that are made here, for assisted decoding, for a model in training mode and for a
     model of another family than the prompts.
     """

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from pixelprune.depth_pruning import DepthPruning, encode_pruned_after
 from pixelprune.hf import encode_images, generate, prepare
 from pixelprune.pack import VisionGeometry, pack_samples, vision_inputs
 from pixelprune.prompter import Prompter
 from pixelprune.settings import PruneSettings
 from tests.conftest import screen
 from tests.pixelprune.generation_reference import SMALL, user
+from training.evaluation.depth_pruning import DepthPruning, encode_pruned_after
 
 CONVERSATIONS = [user("Compare them.", screen(4, 5, 1), screen(2, 7, 2)), user("Open the menu.", screen(5, 3, 3))]
 
