@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
 from training.composition.toy import build_tokenizer, toy_config
-from training.model.attention import use_varlen
+from training.model.attention import use_attention
 
 # Published configs of Qwen3-VL-{2B,4B,8B}-Instruct. All share heads of 128 and 8 key-value heads.
 TEXT = {
@@ -77,12 +77,11 @@ def shape_config(name: str) -> Qwen3VLConfig:
 def random_model(name: str, *, device: torch.device, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0) -> Any:
     """A stock Qwen3-VL of that size with seeded random weights, created on the device in `dtype`.
 
-    attention: a name that transformers knows, or varlen (`training.model.attention`).
+    attention: as `training.model.attention.choose_attention` gives it.
     """
     torch.manual_seed(seed)
     stock = "sdpa" if attention == "varlen" else attention
     with device:
         model = AutoModelForImageTextToText.from_config(shape_config(name), dtype=dtype, attn_implementation=stock)
-    if attention == "varlen":
-        use_varlen(model)
+    use_attention(model, attention)
     return model.eval()

@@ -168,7 +168,7 @@ def trained(toy):
 
 
 def test_backward_and_recomputation_are_counted_with_the_part_whose_forward_they_belong_to(trained):
-    """Four layers each; the ViT attends in every image by itself, the language model once per row."""
+    """Four layers each; the ViT attends in every image by itself, the language model in every sample."""
     count: Counter[tuple[str, str]] = Counter()
     for operation, part in operations_by_part(*trained):
         if operation.name.startswith("aten::_scaled_dot_product"):
@@ -176,8 +176,8 @@ def test_backward_and_recomputation_are_counted_with_the_part_whose_forward_they
     assert count == {
         ("forward", "ViT attention"): 2 * 4 * 3,
         ("backward", "ViT attention"): 4 * 3,
-        ("forward", "LLM attention"): 2 * 4,
-        ("backward", "LLM attention"): 4,
+        ("forward", "LLM attention"): 2 * 4 * 2,
+        ("backward", "LLM attention"): 4 * 2,
     }
 
 

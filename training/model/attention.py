@@ -84,11 +84,16 @@ def load_pretrained(path: str, *, attention: str, dtype: torch.dtype, trust_remo
         trust_remote_code=trust_remote_code,
         device_map=None,
     )
+    use_attention(model, attention)
+    return model
+
+
+def use_attention(model: PreTrainedModel, attention: str) -> None:
+    """Switch a stock model to an attention that `choose_attention` gave; flash-attn's names were set as it was made."""
     if attention == "varlen":
         use_varlen(model)
     elif attention in KERNELS:
         use_borders(model, attention)
-    return model
 
 
 def use_varlen(model: PreTrainedModel) -> None:
