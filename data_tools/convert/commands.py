@@ -13,13 +13,14 @@ from rich.table import Table
 
 from data_tools.convert.converter import Converter, ConvertSettings, convert_all
 from data_tools.convert.coordinates import ANSWERS, SYSTEMS
+from data_tools.convert.dropped import DROPPED_SUFFIX
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.json_stream import iter_json
 from data_tools.convert.screenspot import ScreenSpotReader
 from data_tools.records import read_jsonl, write_jsonl
 from data_tools.sheet.draw import make_sheet
 from pixelprune.command import ProgressLine, plain_console
-from pixelprune.files import write_whole
+from pixelprune.files import whole_file, write_whole
 
 console = plain_console(stderr=True)
 
@@ -99,7 +100,7 @@ def _files(inputs: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in (".json", ".jsonl"))
+            files += sorted(p for p in path.iterdir() if _is_data(p))
         elif path.is_file():
             files.append(path)
         else:
@@ -107,6 +108,10 @@ def _files(inputs: list[Path]) -> list[Path]:
     if not files:
         raise ValueError(f"no .json or .jsonl file in {', '.join(map(str, inputs))}")
     return files
+
+
+def _is_data(path: Path) -> bool:
+    return path.suffix.lower() in (".json", ".jsonl") and not path.name.endswith(DROPPED_SUFFIX)
 
 
 def _open(options: argparse.Namespace) -> tuple[list[Path], ImageFiles]:
@@ -128,18 +133,22 @@ def run_convert(options: argparse.Namespace) -> None:
     settings = ConvertSettings(
         options.source, options.coordinates, options.answer, not options.drop_system, tuple(options.ignore_keys)
     )
-    converter = Converter(images, settings)
+    dropped_file = options.out.with_suffix(DROPPED_SUFFIX)
 
-    def records() -> Iterator[dict[str, Any]]:
+    def records(converter: Converter) -> Iterator[dict[str, Any]]:
         for path in files:
             with _progress(path) as progress:
-                for record, position in convert_all(iter_json(path), converter, options.limit):
+                for record, position in convert_all(iter_json(path), converter, options.limit, path):
                     report = converter.report
                     progress.update(position, f"{report.num_written} of {report.num_read} records")
                     yield record
 
-    count = write_jsonl(options.out, records())
+    with whole_file(dropped_file) as partial, partial.open("w", encoding="utf-8") as lines:
+        converter = Converter(images, settings, lambda entry: print(json.dumps(entry), file=lines))
+        count = write_jsonl(options.out, records(converter))
     report = converter.report
+    if not report.dropped_records:
+        dropped_file.unlink()
     counts = {"read": report.num_read, "written": count, "answers rewritten": report.num_answers}
     dropped = {"records": report.dropped_records, "exchanges of kept records": report.dropped_turns}
     _finish(options, counts, dropped, Counter(), report.examples)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from data_tools.convert.coordinates import read_place, write_place
@@ -48,14 +49,18 @@ class ConvertReport:
 class Converter:
     """Turns records into records of the training format; `report` counts what was left out and why."""
 
-    def __init__(self, images: ImageFiles, settings: ConvertSettings) -> None:
+    def __init__(
+        self, images: ImageFiles, settings: ConvertSettings, on_dropped: Callable[[dict[str, str]], None] | None = None
+    ) -> None:
+        """on_dropped: takes every record that is left out, in the words of the trainer's quarantine."""
         self.images = images
+        self.on_dropped = on_dropped
         self.settings = settings
         self.rules = KeyRules.ignoring(settings.ignore_keys)
         self.report = ConvertReport()
 
-    def convert(self, record: Any) -> dict[str, Any] | None:
-        """The record in the training format, or None where it was dropped (and counted)."""
+    def convert(self, record: Any, where: str = "") -> dict[str, Any] | None:
+        """The record in the training format, or None where it was dropped (and counted). where: its file and place."""
         number = self.report.num_read
         self.report.num_read += 1
         try:
@@ -64,6 +69,9 @@ class Converter:
             reason = error.reason if isinstance(error, RecordError) else str(error)
             self.report.dropped_records[reason] += 1
             self.report.examples.setdefault(reason, f"record {number}: {error}")
+            if self.on_dropped is not None:
+                name = f"{self.settings.source}:{number}"
+                self.on_dropped({"record": name, "file": where, "reason": reason, "detail": str(error)})
             return None
         self.report.num_written += 1
         return made
@@ -169,12 +177,12 @@ def _check_stated_size(record: dict[str, Any], size: tuple[int, int]) -> None:
 
 
 def convert_all(
-    values: Iterator[tuple[Any, int]], converter: Converter, limit: int | None
+    values: Iterator[tuple[Any, int]], converter: Converter, limit: int | None, path: Path
 ) -> Iterator[tuple[dict, int]]:
-    """Converted records with the bytes read so far, up to `limit` of them."""
-    for value, position in values:
+    """Converted records with the bytes read so far, up to `limit` of them; path: the file they come from."""
+    for number, (value, position) in enumerate(values, start=1):
         if limit is not None and converter.report.num_written >= limit:
             return
-        made = converter.convert(value)
+        made = converter.convert(value, f"{path}, record {number}")
         if made is not None:
             yield made, position

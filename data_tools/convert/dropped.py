@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+DROPPED_SUFFIX = ".dropped.jsonl"
+"""In place of the suffix of --out: the records left out, one a line, as the trainer's quarantine has them."""
+
 
 class DropError(ValueError):
     """A record or turn that is left out; the message is the reason it is counted under."""

@@ -12,7 +12,8 @@ from PIL import ExifTags, Image
 
 from data_tools.convert.dropped import DropError
 from pixelprune.files import whole_file
-from pixelprune.images.image import open_image
+from pixelprune.images.image import decode_image, open_image
+from pixelprune.settings import ResizeSettings
 
 
 class ImageFiles:
@@ -58,6 +59,7 @@ class ImageFiles:
                 return "image outside the image folder"
             if not path.is_file():
                 return "image missing"
+            decode_image(path, ResizeSettings())  # to the last pixel: a header says nothing of a file that was cut off
             with path.open("rb") as file:
                 image = open_image(file, name)
                 (width, height), orientation = image.size, _orientation(image)

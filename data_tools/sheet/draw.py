@@ -28,8 +28,11 @@ def draw_record(record: dict[str, Any], folder: Path, point: tuple[float, float]
     name = first_image(record)
     if name is None:
         raise ValueError(f"record {record.get('id')!r} has no image")
-    with (folder / name).open("rb") as file:
-        image = open_image(file, name).convert("RGB")
+    try:
+        with (folder / name).open("rb") as file:
+            image = open_image(file, name).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"record {record.get('id')!r}: image {folder / name} cannot be drawn: {error}") from error
     box = record.get("metadata", {}).get("bbox")
     width, height = image.size
     scale = min(_CELL[0] / width, (_CELL[1] - _CAPTION) / height)

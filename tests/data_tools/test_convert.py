@@ -26,6 +26,8 @@ def corpus(tmp_path: Path) -> Path:
     (tmp_path / "shots").mkdir()
     Image.new("RGB", SIZE, (200, 210, 220)).save(tmp_path / "shots" / "a.png")
     Image.new("RGB", SIZE).save(tmp_path / "shots" / "drawing.eps")
+    whole = (tmp_path / "shots" / "a.png").read_bytes()
+    (tmp_path / "shots" / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "shots" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     return tmp_path
 
@@ -137,6 +139,7 @@ BAD = {
     ),
     "image missing": sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)", image="shots/gone.png"),
     "image unreadable": sharegpt("<image>\nClick", "pyautogui.click(x=1, y=2)", image="shots/broken.png"),
+    "image unreadable    ": sharegpt("<image>\nClick", "(1, 2)", image="shots/cut.png"),
     "image unreadable ": sharegpt("<image>\nClick", "(1, 2)", image="shots/a\0.png"),
     "image unreadable  ": sharegpt("<image>\nClick", "(1, 2)", image="a" * 5000),
     "image unreadable   ": sharegpt("<image>\nClick", "(1, 2)", image="shots/drawing.eps"),
@@ -325,6 +328,31 @@ def test_what_a_record_says_of_itself_is_kept(corpus: Path) -> None:
     assert {key: read.metadata[key] for key in ("subset", "source", "bbox")} == {
         "subset": "mail", "source": "convert", "bbox": [1, 2, 3, 4],
     }  # fmt: skip
+
+
+def test_dropped_records_are_named_with_their_file_and_reason(corpus: Path) -> None:
+    """As the trainer's quarantine names them; and the list is no data, neither for the trainer nor for `convert`."""
+    records = [user("<image>Hi", images=["shots/a.png"]), user("Hi", mood="good"), user("<image>", images=["gone.png"])]
+    run("convert", corpus, records)
+    lines = [json.loads(line) for line in (corpus / "out.dropped.jsonl").read_text().splitlines()]
+    assert [(line["record"], line["file"], line["reason"]) for line in lines] == [
+        ("convert:1", f"{corpus / 'in.json'}, record 2", "unread_key"),
+        ("convert:2", f"{corpus / 'in.json'}, record 3", "image missing"),
+    ]
+    assert "'mood'" in lines[0]["detail"]
+    run("convert", corpus, records[:1], "--overwrite")
+    assert not (corpus / "out.dropped.jsonl").exists(), "nothing was dropped this time"
+
+
+def test_a_sheet_names_the_record_and_the_picture_that_it_cannot_draw(
+    corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = corpus / "d.jsonl"
+    records.write_text(json.dumps(user([{"type": "image", "image": "shots/cut.png"}], id="seven")) + "\n")
+    assert main(["sheet", str(records), "--out", str(corpus / "s.png")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "record 'seven'" in said
+    assert "cut.png" in said
 
 
 def test_keys_that_nobody_reads_drop_the_record_unless_they_are_named(corpus: Path) -> None:

@@ -175,8 +175,8 @@ def _open_folder(settings: SourceSettings, folder: Path) -> Source:
 
 
 def _is_data(path: Path) -> bool:
-    # data_tools writes its counts beside the records: report.json, NAME.report.json.
-    is_report = path.name == "report.json" or path.name.endswith(".report.json")
+    # data_tools writes beside the records: report.json, NAME.report.json, NAME.dropped.jsonl.
+    is_report = path.name == "report.json" or path.name.endswith((".report.json", ".dropped.jsonl"))
     return path.suffix.lower() in (".parquet", ".jsonl", ".json") and not is_report
 
 

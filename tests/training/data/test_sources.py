@@ -47,6 +47,7 @@ def write(kind: str, folder: Path) -> Path:
         (folder / "2.Json").write_text(json.dumps(ROWS[1:]))
         (folder / "report.json").write_text('{"records": 3}')  # data_tools writes these beside records
         (folder / "2.report.json").write_text('{"records": 2}')
+        (folder / "2.dropped.jsonl").write_text('{"record": "convert:3"}')
         (folder / "readme.txt").write_text("")
         (folder / "1.jsonl.index").mkdir()
         return folder
