@@ -52,7 +52,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Pass:
-    """kv_cache: the largest share in use, 0..1; first tokens in seconds, median and 90th percentile."""
+    """kv_cache: the largest share in use, 0..1; first tokens in seconds, median and 90th percentile; load_average: of
+    the whole machine, over the minute before the pass ended."""
 
     mode: str
     clients: int
@@ -61,6 +62,7 @@ class Pass:
     first_token_p90: float
     prompt_tokens: float
     kv_cache: float
+    load_average: float
 
     def row(self) -> dict[str, str]:
         return {
@@ -71,6 +73,7 @@ class Pass:
             "90 %, s": f"{self.first_token_p90:.2f}",
             "prompt tokens": f"{self.prompt_tokens:.0f}",
             "KV cache in use": f"{self.kv_cache:.2%}",
+            "load average": f"{self.load_average:.0f}",
         }
 
 
@@ -95,7 +98,6 @@ def main() -> None:
         "requests": options.requests,
         "max_tokens": options.max_tokens,
         "server": options.server,
-        "load_average": os.getloadavg(),  # how busy the machine was with other work
     }
     if options.name:
         write_record(options.name, {"settings": settings, "passes": [asdict(made) for made in passes]}, table)
@@ -126,7 +128,8 @@ def _measure(mode: str, port: int, clients: int, pictures: list[Image.Image], op
     firsts = [reply.first_token for reply in replies]
     ninth = statistics.quantiles(firsts, n=10)[-1] if len(firsts) > 1 else firsts[0]
     tokens = statistics.mean(reply.prompt_tokens for reply in replies)
-    return Pass(mode, clients, len(replies) / seconds, statistics.median(firsts), ninth, tokens, gauge.largest)
+    median, load = statistics.median(firsts), os.getloadavg()[0]
+    return Pass(mode, clients, len(replies) / seconds, median, ninth, tokens, gauge.largest, load)
 
 
 class _Gauge:

@@ -16,6 +16,8 @@ from typing import Any
 
 from PIL import Image
 
+from tests.vllm.served_class import class_of
+
 
 def main() -> None:
     import vllm
@@ -75,7 +77,7 @@ def with_pictures(messages: list[dict]) -> list[dict]:
 
 def served_by(llm: Any) -> list[str]:
     """Module and name of the model's class in every worker."""
-    return llm.apply_model(lambda model: f"{type(model).__module__}.{type(model).__name__}")
+    return llm.apply_model(class_of)
 
 
 def give_images_text_positions() -> None:

@@ -44,6 +44,20 @@ def test_wrong_positions_are_seen(served_folder, stock_model, conversations, tmp
     assert not by_name["wide"]
 
 
+def test_two_tensor_parallel_ranks(served_folder, stock_model, conversations, tmp_path):
+    folder = served_folder()
+    reference = ask_hugging_face(stock_model(folder), folder, list(conversations.values()))
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    (served,) = ask_vllm(
+        folder,
+        list(conversations.values()),
+        tmp_path,
+        engine=ranks,
+        environment={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    )
+    assert_same(served, reference)
+
+
 def test_a_mixture_of_experts(served_folder, stock_model, conversations, tmp_path):
     folder = served_folder("qwen3_vl_moe")
     reference = ask_hugging_face(stock_model(folder), folder, list(conversations.values()))
