@@ -37,9 +37,8 @@ from benchmarks.parts.step_meter import DeviceMeter, peak_bytes, reset_peak
 from benchmarks.parts.step_ways import Bench, Way
 from benchmarks.parts.stock import StockTrainer
 from pixelprune.flops import CostModel
-from training.config.settings import Config
-from training.distributed.engine import join_ranks, leave_ranks
-from training.loop.run import run_step
+from training.distributed.ranks import join_ranks, leave_ranks
+from training.loop.step import run_step
 
 STOCK = {"stock, one by one": False, "stock, padded": True}
 OURS = ("Full", "PixelPrune")
@@ -205,7 +204,7 @@ def main() -> None:
         sys.exit(run_as_rank("benchmarks.step_stock", sys.argv[1:]))
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
-    ranks = join_ranks(Config())
+    ranks = join_ranks()
     if ranks.device.type != arguments.device:
         raise SystemExit(f"--device: this machine trains on {ranks.device.type}, not on {arguments.device}")
     folder = arguments.folder / arguments.shapes
