@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     add("--metric", help="mode pruned: max or mae")
     add("--threshold", type=float, help="mode pruned: distance at which a block is omitted")
     add("--seed", type=int, help="mode pruned: seed of the random baselines")
+    add(
+        "--depth",
+        type=int,
+        metavar="K",
+        help="mode pruned: drop blocks behind this layer of the vision tower",
+    )
     add("--min-pixels", type=int, help=f"after resizing; the model's, else {resize.min_pixels}")
     add("--max-pixels", type=int, help=f"after resizing; the model's, else {resize.max_pixels}")
     add("--dtype", choices=tuple(DTYPES), help="bfloat16 on an accelerator, float32 elsewhere")

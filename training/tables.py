@@ -7,6 +7,7 @@ stopped, also on another number of ranks, and tables of one --out share the cell
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from training.distributed.ranks import Ranks, join_ranks, leave_ranks
 from training.errors import UserError
 from training.evaluation.passes import evaluate, load_checkpoint
 from training.evaluation.table_files import Cell, cells_of, write_table
-from training.evaluation.table_plans import TABLES, Row
+from training.evaluation.table_plans import TABLES, Row, depth_rows
 from training.exit_codes import leave_process
 
 
@@ -45,6 +46,9 @@ def make_table(args: argparse.Namespace, more: list[str], ranks: Ranks) -> dict[
     Raises UserError for models, rows or data that cannot be used.
     """
     plan = TABLES[args.name]
+    if (args.name == "depth") != bool(args.depths):
+        raise UserError("--depths: layers of the vision tower, given for the table 'depth' and for no other")
+    plan = dataclasses.replace(plan, rows=plan.rows + depth_rows(args.depths))
     models = _models(args.model, plan.roles)
     rows = [row for row in plan.rows if not args.only or row.label in args.only]
     unknown = sorted(set(args.only) - {row.label for row in plan.rows})
@@ -113,6 +117,8 @@ def _cell_arguments(
     words += ["--mode", "full" if row.strategy == "none" else "pruned"]
     if row.strategy != "none":
         words += ["--strategy", row.strategy, "--metric", row.metric, "--threshold", str(row.threshold)]
+    if row.depth is not None:
+        words += ["--depth", str(row.depth)]
     parsed = evaluate_command.parser().parse_args(words)
     key = json.dumps([str(Path(checkpoint).resolve()), str(Path(path).resolve()), *words[3:]])
     model = Path(checkpoint).name or "model"
@@ -137,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/tables"), help="folder of the cells and tables (default runs/tables)")
     add("--max-new-tokens", type=int, default=512, help="as the paper's documents (default 512)")
     add("--limit", type=int, default=0, help="only the first n records of every file; 0 takes all")
+    add("--depths", nargs="+", type=int, default=[], metavar="K", help="table depth: layers, -1 before the first")
     add("--only", nargs="+", default=[], metavar="ROW", help="only these rows")
     return parser
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from pixelprune.hf import encode_images, generate, prepare
@@ -14,6 +16,8 @@ from pixelprune.prompter import Prompter
 from pixelprune.settings import PruneSettings
 from tests.conftest import screen
 from tests.pixelprune.generation_reference import SMALL, user
+from training.data.settings import SourceSettings
+from training.evaluation.answering import AnswerSettings, predict, prepare_task, read_tasks
 from training.evaluation.depth_pruning import DepthPruning, encode_pruned_after
 
 CONVERSATIONS = [user("Compare them.", screen(4, 5, 1), screen(2, 7, 2)), user("Open the menu.", screen(5, 3, 3))]
@@ -114,3 +118,30 @@ def test_answers_are_generated_at_every_depth_and_the_hooks_are_gone(asked):
         encode_pruned_after(model, 99, pruned, whole)
     with pytest.raises(ValueError, match="the same conversations"):
         encode_pruned_after(model, 0, pruned, prepare(whole.prompter, CONVERSATIONS[0]))
+
+
+def test_evaluation_asks_at_that_depth(toy_folder, tmp_path):
+    """A pass at -1 answers as PixelPrune does; one behind the last layer has the features of the full image."""
+    Image.fromarray(screen(4, 5, seed=1)).save(tmp_path / "a.png")
+    content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+    row = {"messages": [{"role": "user", "content": content}], "metadata": {"scorer": "predictions"}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    tasks, _ = read_tasks([SourceSettings(str(tmp_path / "a.jsonl"))])
+    model = AutoModelForImageTextToText.from_pretrained(toy_folder).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed_tokens" not in name:
+                parameter.mul_(3)  # so that answers depend on the picture
+    prompter = Prompter.load(str(toy_folder), resize=SMALL)
+    found = {}
+    for depth in (None, -1, 1):
+        settings = AnswerSettings(max_new_tokens=6, depth=depth)
+        found[depth] = next(one for batch in predict(model, prompter, tasks, settings) for one in batch)
+    assert found[None].text == found[-1].text
+    assert found[1].error == ""
+    assert found[1].kept_blocks == found[-1].kept_blocks < found[1].full_blocks
+    inputs = prepare_task(tasks[0], prompter, {"enable_thinking": False})
+    full = dataclasses.replace(prompter, prune=PruneSettings("none"))
+    whole = prepare_task(tasks[0], full, {"enable_thinking": False})
+    features = encode_pruned_after(model, 1, inputs, whole)
+    assert found[1].text == generate(model, inputs, max_new_tokens=6, do_sample=False, features=features).text

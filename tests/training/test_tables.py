@@ -15,7 +15,7 @@ from tests.conftest import screen
 from training import tables
 from training.evaluation import answering, passes
 from training.evaluation.table_files import Cell, markdown, mean_score
-from training.evaluation.table_plans import FULL, TABLES, TablePlan
+from training.evaluation.table_plans import FULL, TABLES, TablePlan, depth_rows
 
 ANSWERS = {0: "sitting", 1: "kitten", 2: "105", 3: "12"}
 """What the patched model answers to question number n, whatever the pruning."""
@@ -54,6 +54,7 @@ def asked(monkeypatch) -> list[str]:
 
 def make(name: str, model: Path, data: list[str], out: Path, *more: str) -> int:
     models = [str(model)] if len(TABLES[name].roles) == 1 else [f"{role}={model}" for role in TABLES[name].roles]
+    more = (*more, "--depths", "-1", "0", "1") if name == "depth" else more
     return tables.main([name, "--model", *models, "--data", *data, "--out", str(out), "--min-pixels", "1024", *more])
 
 
@@ -62,9 +63,10 @@ def test_every_table_runs_and_holds_the_values_computed_by_hand(name, toy_folder
     data = write_data(tmp_path)
     assert make(name, toy_folder, data, tmp_path / "out") == 0
     content = json.loads((tmp_path / "out" / f"{name}.json").read_text())
-    assert list(content["rows"]) == [row.label for row in TABLES[name].rows]
+    rows = TABLES[name].rows + (depth_rows([-1, 0, 1]) if name == "depth" else ())
+    assert list(content["rows"]) == [row.label for row in rows]
     docs_macro = (1 + (4 / 7 + 0) / 2) / 2  # subset x: 1; subset y: kitten against sitting, and a miss
-    for row, (label, found) in zip(TABLES[name].rows, content["rows"].items(), strict=True):
+    for row, (label, found) in zip(rows, content["rows"].items(), strict=True):
         docs, charts = found["cells"]["docs"], found["cells"]["charts"]
         assert docs["score"] == pytest.approx(docs_macro)
         assert docs["micro"] == pytest.approx((1 + 4 / 7) / 3)
@@ -120,6 +122,8 @@ def test_what_cannot_be_made_is_said(toy_folder, tmp_path, capsys):
     wrong = {
         ("grounding", "--model", str(toy_folder)): "expected full=FOLDER pruned=FOLDER",
         ("grounding", "--model", f"full={toy_folder}"): "also needs pruned=FOLDER",
+        ("documents", "--model", str(toy_folder), "--depths", "1"): "for the table 'depth' and for no other",
+        ("depth", "--model", str(toy_folder), "--depths", "99"): "--depth: expected a layer from -1",
         ("documents", "--model", str(toy_folder), "--only", "Best"): "--only: expected rows of",
     }
     for words, said in wrong.items():

@@ -22,9 +22,11 @@ from pixelprune.records.keys import KeyRules
 from pixelprune.records.prepare import hash_content
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import Record, RecordError
+from pixelprune.settings import PruneSettings
 from training.data.settings import SourceSettings
 from training.data.sources import open_sources
 from training.errors import UserError
+from training.evaluation.depth_pruning import encode_pruned_after
 from training.evaluation.scoring import Prediction, failed, judge
 from training.evaluation.targets import Target, TargetError, target_of
 
@@ -56,6 +58,8 @@ class AnswerSettings:
     answer_format: str = "auto"
     batch_size: int = 8
     template_kwargs: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
+    depth: int | None = None
+    """Drop the omitted blocks behind this layer of the vision tower (`training.evaluation.depth_pruning`)."""
 
 
 def read_tasks(
@@ -139,6 +143,7 @@ def _answer(
             inputs,
             max_new_tokens=settings.max_new_tokens,
             do_sample=False,
+            features=_features(model, prompter, ready, inputs, settings),
             stopping_criteria=StoppingCriteriaList([clock]),
         )
     except (RuntimeError, ValueError, IndexError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -156,6 +161,22 @@ def _answer(
         facts = _blocks(own) | {"num_generated": len(ids), "first_token_s": clock.seconds}
         predictions.append(judge(task.id, task.target, text, size, settings.answer_format, **facts))
     return predictions
+
+
+def _features(
+    model: Any,
+    prompter: Prompter,
+    ready: list[tuple[Task, PrunedInputs]],
+    inputs: PrunedInputs,
+    settings: AnswerSettings,
+) -> dict[str, Any] | None:
+    """None where images are pruned before the tower, which `generate` then runs itself."""
+    if settings.depth is None:
+        return None
+    full = replace(prompter, prune=PruneSettings("none"))
+    whole = [prepare_task(task, full, settings.template_kwargs) for task, _ in ready]
+    samples, texts = [one.samples[0] for one in whole], [one.texts[0] for one in whole]
+    return encode_pruned_after(model, settings.depth, inputs, PrunedInputs(samples, texts, full))
 
 
 class _FirstTokenClock(StoppingCriteria):

@@ -49,10 +49,12 @@ def evaluate(
     modes = MODES if args.mode == "both" else (args.mode,)
     prompters = ranks.agree(lambda: {mode: _prompter(args, mode) for mode in modes})
     model = ranks.agree(lambda: (load or load_checkpoint)(args, ranks.device))
-    answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size, args.template_kwargs)
+    answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size, args.template_kwargs, args.depth)
+    ranks.agree(lambda: _check_depth(args, model))
     out = args.out or default_out(args.checkpoint)
     results = {}
     for mode, prompter in prompters.items():
+        answers = dataclasses.replace(answers, depth=args.depth if mode == "pruned" else None)
         settings = {
             "checkpoint": args.checkpoint,
             "weights": ranks.from_first(partial(model_fingerprint, args.checkpoint, model.config)),
@@ -63,12 +65,23 @@ def evaluate(
             "max_new_tokens": answers.max_new_tokens,
             "answer_format": answers.answer_format,
             "template_kwargs": answers.template_kwargs,
+            "depth": answers.depth,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
         files = PredictionFiles(out / mode, settings)
         _run_pass(model, prompter, tasks, answers, files, ranks, console, retry_failed=args.retry_failed)
         results[mode] = ranks.from_first(partial(_write_result, files, tasks, refused, prompter.resize))
     return results
+
+
+def _check_depth(args: argparse.Namespace, model: Any) -> None:
+    if args.depth is None:
+        return
+    num_layers = len(model.model.visual.blocks)
+    if not -1 <= args.depth < num_layers:
+        raise UserError(f"--depth: expected a layer from -1 (before the first) to {num_layers - 1}, got {args.depth}")
+    if args.strategy == "resize":
+        raise UserError("--depth: strategy 'resize' scales the image, there are no blocks to drop in the tower")
 
 
 def _read_data(args: argparse.Namespace) -> tuple[list[Task], dict[str, str]]:

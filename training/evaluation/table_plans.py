@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 PIXELPRUNE = "pred2d"
@@ -13,6 +14,7 @@ class Row:
     """One line of a table.
 
     role: which of the models given by name answers. strategy: "none" is Full. Metric and threshold belong to it.
+    depth: the layer of the vision tower behind which blocks are dropped; None for before it, without hooks.
     """
 
     label: str
@@ -20,6 +22,7 @@ class Row:
     strategy: str = "none"
     metric: str = "max"
     threshold: float = 0.0
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ TABLES = {
             Row("Pred-2D", strategy="pred2d"),
         ),
     ),
+    "depth": TablePlan(7, "Depth at which blocks are dropped", (FULL,)),
     "thresholds": TablePlan(
         8,
         "Metric and threshold of the omission test",
@@ -82,4 +86,12 @@ TABLES = {
     "qwen3_5": TablePlan(10, "Documents with Qwen3.5", (FULL, PRUNED)),
     "general": TablePlan(12, "General-domain benchmarks", (FULL, PRUNED)),
 }
-"""By name; at threshold 0 both metrics ask for equality, so that row stands once."""
+"""By name. At threshold 0 both metrics ask for equality, so that row stands once; rows of `depth`: see `depth_rows`."""
+
+
+def depth_rows(depths: Sequence[int]) -> tuple[Row, ...]:
+    """Table 7's rows: PixelPrune's blocks dropped behind each of these layers, -1 before the first."""
+    return tuple(
+        Row("before the tower" if depth == -1 else f"after layer {depth}", strategy=PIXELPRUNE, depth=depth)
+        for depth in depths
+    )
