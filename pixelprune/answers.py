@@ -59,6 +59,8 @@ _LOOSE = (
     re.compile(rf"\b(?:Click|{'|'.join(POINTER_CALLS)})\({_S}{_PAIR}{_S}[,)]"),
     re.compile(rf"^\W{{0,8}}{_PAIR}\W{{0,8}}$"),
 )
+_CORNER_KEYS = ("quad_2d", "points")
+"""Four corners of one thing: the place is the centre, the mean of the corners."""
 _KEYS = ("coordinate", "point_2d", "bbox_2d", "point", "bbox", "box", "position", "start_box", "coordinates")
 
 
@@ -162,6 +164,8 @@ def _answer(text: str, numbers: list[float], image_size: tuple[int, int], system
         return Answer(text, problem="outside the image")
     if len(pixels) == 2:
         return Answer(text, (pixels[0], pixels[1]), None, system)
+    if len(pixels) == 8:
+        return Answer(text, (sum(pixels[::2]) / 4, sum(pixels[1::2]) / 4), None, system)
     x1, y1, x2, y2 = pixels
     if strict and (x1 > x2 or y1 > y2):
         return Answer(text, problem="box corners out of order")
@@ -238,6 +242,9 @@ def _from_json(value: Any, depth: int = 4) -> list[float] | None:
         return found[-1] if found else None
     if not isinstance(value, dict):
         return None
+    for key in _CORNER_KEYS:
+        if (corners := _corners(value.get(key))) is not None:
+            return corners
     for key in _KEYS:
         if (numbers := _numbers(value.get(key))) is not None:
             return numbers
@@ -245,6 +252,16 @@ def _from_json(value: Any, depth: int = 4) -> list[float] | None:
         return numbers
     nested = [n for item in value.values() if isinstance(item, (dict, list)) and (n := _from_json(item, depth - 1))]
     return nested[-1] if nested else None
+
+
+def _corners(value: Any) -> list[float] | None:
+    """The eight finite numbers of a quadrilateral, flat or as four pairs, else None."""
+    if isinstance(value, list) and len(value) == 4 and all(isinstance(v, list) and len(v) == 2 for v in value):
+        value = [side for corner in value for side in corner]
+    if not isinstance(value, list) or len(value) != 8:
+        return None
+    halves = _numbers(value[:4]), _numbers(value[4:])
+    return None if halves[0] is None or halves[1] is None else [*halves[0], *halves[1]]
 
 
 def _numbers(value: Any) -> list[float] | None:

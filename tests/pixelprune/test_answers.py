@@ -207,3 +207,22 @@ def test_the_tool_call_is_the_json_that_qwen_writes() -> None:
     text = format_point(1024, 87, SIZE, format="tool_call")
     body = text.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>")
     assert json.loads(body) == {"name": "computer_use", "arguments": {"action": "left_click", "coordinate": [512, 87]}}
+
+
+@pytest.mark.parametrize(
+    ("corners", "image_size", "point"),
+    [
+        ([100, 100, 200, 100, 200, 200, 100, 200], (1000, 1000), (150, 150)),
+        ([[100, 100], [200, 100], [200, 200], [100, 200]], (1000, 1000), (150, 150)),
+        ([[100, 0], [200, 100], [100, 200], [0, 100]], (2000, 500), (200, 50)),
+        ([[800, 0], [1100, 0], [1100, 100], [800, 100]], (4000, 1000), (950, 50)),  # pixels: one is over 1000
+        ([[0.2, 0.1], [0.4, 0.1], [0.4, 0.3], [0.2, 0.3]], (1000, 1000), (300, 200)),
+    ],
+)
+@pytest.mark.parametrize("key", ["quad_2d", "points"])
+def test_four_corners_mean_their_centre(key, corners, image_size, point):
+    for value in ({key: corners}, [{"label": "tile", key: corners}]):
+        answer = parse_answer(json.dumps(value), image_size=image_size)
+        assert answer.point == pytest.approx(point)
+        assert answer.box is None
+        assert not answer.problem
