@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pixelprune.records.prepare import hash_content
 from pixelprune.records.reader import SUPERVISION_KEYS, parse_record
 from pixelprune.records.record import ImageRef, RecordError
 
@@ -229,3 +230,12 @@ def test_declared_format_is_not_guessed():
         parse_record(both, "alpaca")
     with pytest.raises(RecordError, match="of which one would not be read"):
         parse_record(both)
+
+
+def test_records_that_differ_in_a_weight_have_hashes_of_their_own():
+    """The hash names what a sample is made of; it keys the cache of teacher targets."""
+    user, answer = TURNS["messages"]
+    rows = [{"messages": [user, answer | {"weight": weight}, user, answer]} for weight in (0, 0.25, 0.5, 1)]
+    hashes = [hash_content(parse_record(row), []) for row in rows]
+    assert len(set(hashes)) == 4
+    assert hash_content(parse_record({"messages": [user, answer, user, answer]}), []) == hashes[-1]
