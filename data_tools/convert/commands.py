@@ -1,4 +1,4 @@
-"""`python -m data_tools jedi | convert | screenspot`: published corpora -> records of the training format."""
+"""`python -m data_tools jedi | convert | screenspot | chartqa`: published corpora -> records of the training format."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from data_tools.convert.benchmarks.chartqa import ChartQAReader
 from data_tools.convert.converter import Converter, ConvertSettings, convert_all
 from data_tools.convert.coordinates import ANSWERS, SYSTEMS
 from data_tools.convert.dropped import DROPPED_SUFFIX
@@ -51,6 +52,13 @@ Pro: group), which the evaluation reports by.
 """
 
 
+_CHARTQA_HELP = """\
+Convert ChartQA as published to evaluation records. ANNOTATIONS is test_human.json, test_augmented.json or the folder of
+both; --images is the folder png. metadata holds answers, the scorer (relaxed) and subset (human, augmented). Ask them
+with the prompt preset short_answer: `python -m training.tables documents --data short_answer:chartqa.jsonl`.
+"""
+
+
 def add_parser(commands: argparse._SubParsersAction) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     jedi = commands.add_parser("jedi", help="Jedi -> records", description=_JEDI_HELP, formatter_class=raw)
@@ -82,7 +90,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     spot.add_argument(
         "--language", choices=("en", "cn"), default="en", help="instruction language, Pro only (%(default)s)"
     )
-    for parser, name in ((jedi, "jedi"), (convert, "convert"), (spot, "screenspot")):
+    chartqa = commands.add_parser(
+        "chartqa", help="ChartQA -> evaluation records", description=_CHARTQA_HELP, formatter_class=raw
+    )
+    chartqa.add_argument("inputs", nargs="+", type=Path, metavar="ANNOTATIONS", help="JSON file(s) or their folder")
+    readers = {"screenspot": run_screenspot, "chartqa": run_chartqa}
+    for parser, name in ((jedi, "jedi"), (convert, "convert"), (spot, "screenspot"), (chartqa, "chartqa")):
         parser.add_argument(
             "--images", type=Path, default=None, help="folder of the images (default: the first input's)"
         )
@@ -90,8 +103,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
         parser.add_argument("--copy-images", action="store_true", help="link or copy images to images/ beside --out")
         parser.add_argument("--sheet", type=int, default=24, metavar="N", help="records drawn to look at (%(default)s)")
-        parser.set_defaults(run=run_screenspot if name == "screenspot" else run_convert)
-        if name != "screenspot":
+        parser.set_defaults(run=readers.get(name, run_convert))
+        if name not in readers:
             parser.add_argument("--source", default=name, help="name of this source in the metadata (%(default)s)")
 
 
@@ -157,7 +170,16 @@ def run_convert(options: argparse.Namespace) -> None:
 def run_screenspot(options: argparse.Namespace) -> None:
     """Convert ScreenSpot annotations into one JSONL file. Raises ValueError when nothing came out."""
     files, images = _open(options)
-    reader = ScreenSpotReader(images, variant=options.variant, language=options.language)
+    _run_reader(options, files, ScreenSpotReader(images, variant=options.variant, language=options.language))
+
+
+def run_chartqa(options: argparse.Namespace) -> None:
+    """Convert ChartQA's annotations into one JSONL file. Raises ValueError when nothing came out."""
+    files, images = _open(options)
+    _run_reader(options, files, ChartQAReader(images))
+
+
+def _run_reader(options: argparse.Namespace, files: list[Path], reader: ScreenSpotReader | ChartQAReader) -> None:
     subsets: Counter[str] = Counter()
 
     def records() -> Iterator[dict[str, Any]]:
@@ -167,7 +189,8 @@ def run_screenspot(options: argparse.Namespace) -> None:
                     record = reader.record(entry, path, number)
                     progress.update(position, f"{reader.num_read} entries")
                     if record is not None:
-                        subsets[f"{record['metadata']['subset']}, {record['metadata']['element']}"] += 1
+                        groups = (record["metadata"].get(key) for key in ("subset", "element"))
+                        subsets[", ".join(filter(None, groups))] += 1
                         yield record
 
     count = write_jsonl(options.out, records())
