@@ -23,7 +23,9 @@ VISION = {"2b": SMALL_VISION, "4b": SMALL_VISION, "8b": LARGE_VISION}
 SMALL_TEXT = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 64,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [12, 10, 10]},
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True, "mrope_section": [12, 10, 10],
+    },
 }  # fmt: skip
 SMALL_TOWER = {
     "depth": 6, "hidden_size": 384, "intermediate_size": 1536, "num_heads": 6, "out_hidden_size": 512,
@@ -52,7 +54,12 @@ def shape_config(name: str) -> Qwen3VLConfig:
         "head_dim": 128,
         "vocab_size": 151936,
         "max_position_embeddings": 262144,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_interleaved": True,
+            "mrope_section": [24, 20, 20],
+        },
         "tie_word_embeddings": tied,
         "bos_token_id": None,
         "eos_token_id": toy.text_config.eos_token_id,
