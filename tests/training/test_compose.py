@@ -345,7 +345,7 @@ def test_the_vision_checkpoint_does_not_scale_the_language_models_rope(toys, toy
     scaled = yarn | {"attention_factor": 2.0, "beta_fast": 8.0}
     edit_json(vision / "config.json", lambda c: c["text_config"]["rope_parameters"].update(scaled))
     composition = plan_composition(vision, language)
-    assert composition.config.text_config.rope_parameters == rope | yarn
+    assert composition.config.text_config.rope_parameters == rope | yarn | {"mrope_interleaved": True}
 
 
 def test_rows_of_an_mrope_that_nobody_states_are_not_guessed(toys, toy_tokenizer, tmp_path):

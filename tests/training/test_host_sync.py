@@ -40,11 +40,19 @@ class Syncs:
 
     def __init__(self, monkeypatch):
         self.places: Counter[tuple[str, str]] = Counter()
+        self._monkeypatch, self._own = monkeypatch, set(vars(torch.Tensor))
         for owner, names in ((torch.Tensor, METHODS), (torch, FUNCTIONS)):
             for name in names:
                 monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), name))
         for name in ("__getitem__", "__setitem__"):
             monkeypatch.setattr(torch.Tensor, name, self._counting_masks(getattr(torch.Tensor, name)))
+
+    def undo(self) -> None:
+        """Put back the methods. What the class only inherits is taken away again: as its own, C code would call it
+        for every tensor, and a 0-dim tensor would pass for a sequence."""
+        self._monkeypatch.undo()
+        for name in set(vars(torch.Tensor)) - self._own:
+            delattr(torch.Tensor, name)
 
     def _counting(self, original, name: str):
         def counted(*args, **kwargs):
@@ -93,7 +101,7 @@ def measured(toy_folder, toy_tokenizer, geometry, monkeypatch) -> Counter:
     pack = pack_samples(samples, geometry)
     syncs = Syncs(monkeypatch)
     engine_module(pack).total.backward()
-    monkeypatch.undo()
+    syncs.undo()
     return syncs.places
 
 
@@ -120,5 +128,5 @@ def test_a_hidden_one_is_found(monkeypatch):
     torch.ones(2)[mask] = 0
     torch.ones(2)[0] = 1
     torch.ones(2).repeat_interleave(torch.tensor([1, 1]), output_size=2)
-    monkeypatch.undo()
+    syncs.undo()
     assert sorted(syncs.places.items()) == [(("elsewhere:", "boolean mask"), 2), (("elsewhere:", "item"), 1)]
