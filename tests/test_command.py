@@ -22,6 +22,7 @@ WRONG = {
     "training.cache_teacher": ["no/[such].yaml"],
     "training.evaluate": ["no/[such]", "--data", "no/[such].jsonl"],
     "training.report": ["no/[such]"],
+    "training.tables": ["grounding", "--model", "no/[such]", "--data", "no/[such].jsonl", "--out", "out"],
     "training.export": ["no/[such]", "-o", "out"],
     "training.compose": ["--vision", "./no/[such]", "--language", "./no/[such]", "--out", "out"],
     "launch": ["no/[such].yaml"],

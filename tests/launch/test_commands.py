@@ -87,7 +87,8 @@ def test_ranks_share_the_cores_unless_the_user_says_otherwise(monkeypatch):
     assert rank_environment(4, threads_per_rank=3)["OMP_NUM_THREADS"] == "3"
     assert "RANK" not in environment
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert rank_environment(4, threads_per_rank=3)["OMP_NUM_THREADS"] == "5"
+    assert rank_environment(4)["OMP_NUM_THREADS"] == "5"
+    assert rank_environment(4, threads_per_rank=3)["OMP_NUM_THREADS"] == "3"  # the recipe's word is the last
 
 
 def test_hidden_gpus_stay_hidden(monkeypatch):

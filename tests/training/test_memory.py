@@ -171,14 +171,14 @@ def test_a_frozen_vit_keeps_nothing(big):
     assert after.optimizer < before.optimizer
 
 
-def test_sdpa_pays_for_its_mask(big):
-    """A packed row of 16,384 tokens has a mask of 2^28 numbers, and every layer keeps it."""
+def test_sdpa_pays_for_no_mask_of_the_row(big):
+    """A packed row of 16,384 tokens would have a mask of 2^28 numbers in every layer; it runs sample by sample."""
     layers = big.config.text_config.num_hidden_layers
     estimates = [
         estimate_memory(Config(), big, Recomputation(0, 0), world_size=1, attention=name).llm
         for name in ("sdpa", "varlen")
     ]
-    assert estimates[0] - estimates[1] > 2 * 2**28 * layers
+    assert 0 <= estimates[0] - estimates[1] < 0.2 * 2 * 2**28 * layers
 
 
 def test_families_without_formulas_recompute_everything(tmp_path):
