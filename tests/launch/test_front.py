@@ -18,6 +18,8 @@ from training.exit_codes import RESUMABLE
 
 HERE = Path(__file__).parent
 PLAIN = [sys.executable, str(HERE / "plain_launcher.py")]
+# `launch` and `training` are not installed: a script is given the checkout that `python -m` finds by itself.
+FROM_CHECKOUT = os.environ | {"PYTHONPATH": str(HERE.parent.parent)}
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the front process needs Linux")
 
 
@@ -37,7 +39,7 @@ class Drill:
             stdout=self.log,
             stderr=self.log,
             cwd=HERE.parent.parent,
-            env=os.environ | {"PYTHONPATH": str(HERE.parent.parent)},
+            env=FROM_CHECKOUT,
         )
 
     def wait_for_ranks(self) -> Drill:
@@ -195,7 +197,8 @@ def test_finished_run_is_zero_and_a_killed_rank_is_named_by_its_signal(tmp_path)
     second.mkdir()
     Drill(first, "finish").ends_with(0)
     code = "import os, sys; sys.exit(-9)"  # how DeepSpeed's launcher passes on a rank that SIGKILL ended
-    front = subprocess.run([sys.executable, HERE / "front_command.py", second, "9", sys.executable, "-c", code])
+    command = [sys.executable, HERE / "front_command.py", second, "9", sys.executable, "-c", code]
+    front = subprocess.run(command, env=FROM_CHECKOUT, check=False)
     assert front.returncode == 128 + signal.SIGKILL
 
 
@@ -206,10 +209,10 @@ def test_folder_stays_locked_until_the_last_rank_is_dead(tmp_path):
     drill.front.kill()
     drill.front.wait()
     second = [sys.executable, HERE / "front_command.py", tmp_path, "9", "true"]
-    refused = subprocess.run(second, capture_output=True, text=True, check=False)
+    refused = subprocess.run(second, capture_output=True, text=True, check=False, env=FROM_CHECKOUT)
     assert refused.returncode != 0
     assert f"pid {drill.front.pid} on " in refused.stderr
     os.kill(guard.pid, signal.SIGCONT)
     wait_until(lambda: not is_alive(guard.pid))
     assert drill.left_over() == []
-    assert subprocess.run(second, check=False).returncode == 0
+    assert subprocess.run(second, check=False, env=FROM_CHECKOUT).returncode == 0
