@@ -9,6 +9,7 @@ else.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 
 KERNEL_PACKAGES = {"fla": "flash-linear-attention", "causal_conv1d": "causal-conv1d"}
 """Modules that the stock linear-attention layers look for, and the packages they come from. Both are needed."""
+_KERNELS = {
+    "fla": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", "cu_seqlens"),
+    "causal_conv1d": ("causal_conv1d", "causal_conv1d_fn", "seq_idx"),
+}
+"""Where the kernel of each is, and the argument by which it takes borders."""
 DELTA_CHUNK = 64
 """The gated delta rule computes whole chunks of this many tokens, so shorter rows cost the same."""
 
@@ -63,7 +69,7 @@ def takes_packed_rows(model: Any) -> bool:
 
 @lru_cache
 def _kernels_take_borders(model_type: str, device_type: str) -> bool:
-    missing = [package for module, package in KERNEL_PACKAGES.items() if not _loads(module)]
+    missing = [package for module, package in KERNEL_PACKAGES.items() if not _has_kernel(module)]
     if device_type == "cuda" and not missing:
         logger.info("%s: linear-attention kernels take the borders of packed samples", model_type)
         return True
@@ -77,15 +83,22 @@ def _kernels_take_borders(model_type: str, device_type: str) -> bool:
     return False
 
 
-def _loads(module: str) -> bool:
+def _has_kernel(module: str) -> bool:
+    """Whether the module holds its kernel, and the kernel takes borders. A folder of that name proves nothing."""
     if importlib.util.find_spec(module) is None:
         return False
+    place, name, argument = _KERNELS[module]
     try:
-        importlib.import_module(module)
+        kernel = getattr(importlib.import_module(place), name)
     except (ImportError, OSError, RuntimeError, AttributeError) as error:  # built for another torch or CUDA
         logger.warning("%s is installed but does not load: %s", KERNEL_PACKAGES[module], error)
         return False
-    return True
+    if argument in inspect.signature(kernel).parameters:
+        return True
+    logger.warning(
+        "%s is installed, but its %s takes no %s; install a newer one", KERNEL_PACKAGES[module], name, argument
+    )
+    return False
 
 
 def group_by_length(lengths: Sequence[int]) -> list[list[int]]:

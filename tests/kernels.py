@@ -10,5 +10,5 @@ from pixelprune.family import FAMILIES
 
 def needs_plain_layers(family: str) -> None:
     """Skip a test that runs this family on a CPU where either kernel is installed: each is bound by itself."""
-    if FAMILIES[family].linear_attention and any(map(model_call._loads, model_call.KERNEL_PACKAGES)):
+    if FAMILIES[family].linear_attention and any(map(model_call._has_kernel, model_call.KERNEL_PACKAGES)):
         pytest.skip("linear-attention kernels are installed: the model does not run on a CPU")

@@ -1,9 +1,15 @@
-"""Start a benchmark again as the only rank of a launcher: the trainer does not run without one."""
+"""Start a benchmark again as the only rank of its machine: the trainer does not run without a launcher's variables.
 
+No launcher does it: torchrun would look up the host's own name, which fails where there is no DNS.
+"""
+
+import os
 import subprocess
 import sys
 
 import torch.distributed as dist
+
+from launch.local import free_port
 
 ALONE = -1
 
@@ -15,5 +21,7 @@ def is_rank() -> bool:
 
 def run_as_rank(module: str, arguments: list[str]) -> int:
     """Run `python -m MODULE ARGUMENTS...` as one rank on this machine and return its exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
-    return subprocess.run([*launcher, "-m", module, *arguments], check=False).returncode
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=os.environ | alone | address, check=False).returncode

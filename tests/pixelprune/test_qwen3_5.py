@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from pixelprune import model_call
 from pixelprune.conversation import Conversation
-from pixelprune.family import FAMILIES
+from pixelprune.family import FAMILIES, family_of
 from pixelprune.hf import generate, prepare
 from pixelprune.images.image import prune_pixels
 from pixelprune.model_call import KERNEL_PACKAGES, final_hidden, group_by_length, takes_packed_rows
@@ -56,11 +57,12 @@ def no_kernels_reason() -> str:
     """Why compiled kernels cannot be tested here; empty when they can."""
     if not torch.cuda.is_available():
         return "no CUDA device"
-    missing = [package for module, package in KERNEL_PACKAGES.items() if not model_call._loads(module)]
+    missing = [package for module, package in KERNEL_PACKAGES.items() if not model_call._has_kernel(module)]
     return f"{' and '.join(missing)} not installed" if missing else ""
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(bool(no_kernels_reason()), reason=no_kernels_reason()))]
+NEEDS_KERNELS = (pytest.mark.cuda, pytest.mark.skipif(bool(no_kernels_reason()), reason=no_kernels_reason()))
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_KERNELS)]
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,9 @@ def test_a_row_without_borders_leaks_so_the_comparison_can_fail(hybrid):
 
 @pytest.mark.parametrize("mode", ["eval", "train", "train, recomputed"])
 @torch.no_grad()
-def test_a_change_in_one_sample_leaves_the_others_bit_identical(mode, toy):
+def test_a_change_in_one_sample_leaves_the_others_as_they_were(mode, toy):
+    """To the bit, but for experts: tokens of all samples share their products, whose rounding follows from how many
+    rows they have, and on some processors shows in the last bits."""
     model = copy.deepcopy(toy.model).train(mode != "eval")
     if "recomputed" in mode:
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
@@ -229,10 +233,12 @@ def test_a_change_in_one_sample_leaves_the_others_bit_identical(mode, toy):
     assert len(before) == len(after)
     mine = toy.sample("one image")
     cut = slice(len(before), len(before) + len(mine))
-    assert torch.equal(
-        toy.logits([before, mine, before], model)[cut],
-        toy.logits([after, mine, after], model)[cut],
-    )
+    first = toy.logits([before, mine, before], model)[cut]
+    second = toy.logits([after, mine, after], model)[cut]
+    if family_of(model.config).experts and toy.model.dtype == torch.float32:
+        torch.testing.assert_close(first, second, atol=1e-6, rtol=1e-6)
+    else:
+        assert torch.equal(first, second)
 
 
 @torch.no_grad()
@@ -335,7 +341,7 @@ def test_the_way_of_packing_follows_from_what_is_installed_and_is_said_once(
         model_type: str
 
     model_call._kernels_take_borders.cache_clear()
-    monkeypatch.setattr(model_call, "_loads", installed.__contains__)
+    monkeypatch.setattr(model_call, "_has_kernel", installed.__contains__)
     with caplog.at_level(logging.INFO, logger="pixelprune.model_call"):
         for _ in range(3):
             assert takes_packed_rows(Stub(Config("qwen3_5"))) is expected
@@ -398,3 +404,23 @@ def test_a_second_turn_continues_the_recurrent_state(speaker):
         expected = logits_from_the_start(model, prompter.tokenizer, ids, images, keeps)[-NUM_NEW - 1 : -1]
         assert expected.argmax(-1).tolist() == answer.token_ids[0]
         torch.testing.assert_close(logits_of(answer), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "found", "said"),
+    [
+        ("def causal_conv1d_fn(x, weight, bias=None, seq_idx=None): ...", True, ""),
+        ("def causal_conv1d_fn(x, weight, bias=None): ...", False, "its causal_conv1d_fn takes no seq_idx"),
+        ("", False, "does not load: module 'causal_conv1d' has no attribute 'causal_conv1d_fn'"),
+        ("raise ImportError('undefined symbol')", False, "does not load: undefined symbol"),
+    ],
+)
+def test_a_kernel_is_what_takes_borders_not_a_folder_of_its_name(content, found, said, tmp_path, monkeypatch, caplog):
+    (tmp_path / "causal_conv1d").mkdir()
+    (tmp_path / "causal_conv1d" / "__init__.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)
+    assert model_call._has_kernel("causal_conv1d") is found
+    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)

@@ -20,6 +20,7 @@ from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
 from training.composition.toy import build_toy_model
 from training.errors import UserError
+from training.model import attention
 from training.model.attention import (
     _has_varlen,
     _import_problem,
@@ -31,7 +32,7 @@ from training.model.attention import (
 )
 
 CPU = torch.device("cpu")
-GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+GPU = pytest.param("cuda", marks=pytest.mark.cuda)
 
 
 def one_token(tokenizer, name: str):
@@ -290,10 +291,57 @@ def test_a_package_that_does_not_load_is_noticed(tmp_path, monkeypatch):
     assert _import_problem("json") == ""
 
 
-def test_a_varlen_without_what_is_called_is_not_taken(monkeypatch):
-    """torch 2.10 and 2.11 have the function, but not all of the arguments."""
-    from torch.nn.attention import varlen
+def _by_definition(query, key, value, cu_q, scale, window):
+    """What each of the kernels below computes, on any device; it groups heads."""
+    return reference_varlen(query, key, value, cu_q, scaling=scale, is_causal=window == (-1, 0))
 
+
+def without_the_flag(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    """torch 2.11: heads are grouped, no argument says so."""
+    return _by_definition(query, key, value, cu_seq_q, scale, window_size)
+
+
+def with_the_flag(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """torch 2.12 and later: other numbers of heads are refused without it."""
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError("expected as many key heads as query heads, or enable_gqa=True")
+    return _by_definition(query, key, value, cu_seq_q, scale, window_size)
+
+
+def without_scale_and_window(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    """torch 2.10."""
+
+
+@pytest.fixture
+def take_kernel(monkeypatch):
+    def take(kernel):
+        monkeypatch.setattr(attention, "varlen_attn", kernel)
+        monkeypatch.setattr(attention, "_VARLEN_PARAMETERS", attention._parameters_of(kernel))
+
+    return take
+
+
+@pytest.mark.parametrize("kernel", [without_the_flag, with_the_flag])
+@pytest.mark.parametrize("num_kv_heads", [2, 8])
+def test_every_torchs_kernel_is_called_as_it_takes_it(kernel, num_kv_heads, take_kernel):
+    take_kernel(kernel)
     assert _has_varlen()
-    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, *, scale=None, window_size=(-1, -1): None)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(9, heads, 4, generator=generator).bfloat16() for heads in (8, num_kv_heads, num_kv_heads)]
+    borders = torch.tensor([0, 1, 6, 9], dtype=torch.int32)
+    actual = attention._cuda_varlen(*rows, borders, None, 5, 5, 0.5, True)
+    assert torch.equal(actual, reference_varlen(*rows, borders, scaling=0.5, is_causal=True))
+
+
+@pytest.mark.parametrize("kernel", [without_scale_and_window, None])
+def test_a_kernel_without_what_is_passed_is_not_taken(kernel, take_kernel):
+    take_kernel(kernel)
     assert not _has_varlen()
+
+
+def test_this_torchs_kernel_is_known():
+    assert _has_varlen()

@@ -18,10 +18,9 @@ from training.loss.divergence import DIVERGENCES, DivergenceName
 from training.loss.supervised import LossSettings, supervised_loss
 
 CE = LossSettings(chunk_size=4)
-NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_gradients_are_scaled_in_float32_and_rounded_once(device) -> None:
     """A factor rounded to bfloat16 would be off by up to 0.4 %, for all weights alike."""
     grad = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)

@@ -60,7 +60,8 @@ def test_every_layer_is_exchanged_in_this_model_alone(toy_model, toy_tokenizer, 
     assert calls == {"norm": 4 * num_layers + 1, "silu": num_layers}
 
 
-@pytest.mark.skipif(not (torch.cuda.is_available() and HAS_LIGER), reason="needs a CUDA device and liger-kernel")
+@pytest.mark.cuda
+@pytest.mark.skipif(not HAS_LIGER, reason="needs liger-kernel")
 def test_the_kernels_equal_the_stock_layers():
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction

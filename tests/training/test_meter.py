@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 
 from training.data.loader import Cursor, MicroBatch
 from training.distributed.ranks import Ranks
 from training.loop.step import run_step
 from training.loss.supervised import LossSums
+from training.tracking import hardware
 from training.tracking.meter import StepMeter
 
 
@@ -69,3 +71,23 @@ def test_waiting_for_data_is_part_of_the_step():
         assert metrics["loss"] == 0.25, "over the weights"
         assert metrics["token_accuracy"] == 0.5, "over the tokens"
         assert metrics["retain_ratio"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H1000", None),
+    ],
+)
+def test_the_peak_is_that_of_the_whole_name_and_an_unknown_one_is_said_once(name, teraflops, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    hardware._peak_of.cache_clear()
+    found = [hardware.peak_flops(torch.device("cuda", 0)) for _ in range(3)]
+    assert found == [teraflops and teraflops * 1e12] * 3
+    assert [repr(name) in record.getMessage() for record in caplog.records] == [True] * (teraflops is None)

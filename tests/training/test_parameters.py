@@ -7,13 +7,16 @@ import math
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from benchmarks.parts.shapes import shape_config
+from pixelprune.family import FAMILIES
 from pixelprune.model_call import final_hidden
-from pixelprune.pack import pack_samples
+from pixelprune.pack import VisionGeometry, pack_samples
 from tests.conftest import screen
+from tests.kernels import needs_plain_layers
 from tests.pixelprune.reference import make_sample
+from training.composition.toy import build_toy_model
 from training.config.settings import Config, ConfigError, GroupSettings, OptimSettings, ScheduleSettings
 from training.distributed.engine import bucket_elements, deepspeed_json
 from training.model.parameters import count_parts, freeze_parts, lr_factor, parameter_groups
@@ -142,13 +145,25 @@ def test_a_gradient_that_others_follow_fits_the_bucket(shape, elements):
     assert bucket_elements(wanted, model) == 2 * model.config.vision_config.hidden_size
 
 
-def test_the_embeddings_gradient_is_the_last_of_backward(toy_folder, toy_tokenizer, geometry):
-    """That is why it may be larger than the bucket: nothing is computed between its reduction and the wait for it."""
-    model = AutoModelForImageTextToText.from_pretrained(toy_folder).train()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gradient_that_others_follow_is_counted_in_every_family(family, tmp_path):
+    """The embedding's may be larger than the bucket where nothing is computed between its reduction and the wait for
+    it: where it is the last of backward. Hybrid rows without kernels embed after the vision tower has run."""
+    needs_plain_layers(family)
+    model = AutoModelForImageTextToText.from_pretrained(build_toy_model(tmp_path / "model", family=family)).train()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model.resize_token_embeddings(4096)  # the largest weight, as in a real model
+    trained = dict(model.named_parameters())
     names: list[str] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained.items():
         parameter.register_post_accumulate_grad_hook(lambda _, name=name: names.append(name))
-    pack = pack_samples([make_sample(toy_tokenizer, [screen(3, 4)], "Where?", "there")], geometry)
+    geometry = VisionGeometry.from_config(model.config)
+    pack = pack_samples([make_sample(tokenizer, [screen(3, 4)], "Where?", "there")], geometry)
     model.lm_head(final_hidden(model, pack, geometry)).square().mean().backward()
     assert any(".visual." in name for name in names)
-    assert names[-1] == "model.language_model.embed_tokens.weight"
+    elements = {name: parameter.numel() for name, parameter in trained.items()}
+    if names[-1] == "model.language_model.embed_tokens.weight":
+        del elements[names[-1]]
+    largest = max(elements, key=elements.get)
+    assert ("embed_tokens" in largest) is FAMILIES[family].linear_attention, "the toy shows the difference"
+    assert bucket_elements(1, model) == elements[largest]

@@ -8,7 +8,9 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
+from transformers import PreTrainedModel
 
+from pixelprune.model_call import takes_packed_rows
 from training.config.rules import check_passthrough
 from training.config.settings import DistributedSettings, OptimSettings
 from training.distributed.engine_protocol import Engine
@@ -24,14 +26,16 @@ def bucket_elements(wanted: int, model: nn.Module) -> int:
     DeepSpeed (0.19.8) copies gradients of up to this size into the bucket. A larger one it reduces where it lies, and
     frees it before the reduction stream has read it: the rest of backward allocates into that memory meanwhile. The
     head of an untied model (622 million elements with 151,936 tokens of width 4,096) is the first gradient of backward.
-    Embeddings, tied heads among them, are the last: the end of a backward waits, so they may go alone.
+    That of the token embedding, a tied head with it, is the last: the end of a backward waits, so it may go alone. Not
+    so where the vision tower runs before the embedding (hybrid models without kernels): there it counts like any other.
 
     The price are two buffers of 1.2 GB instead of 0.4 GB. Without overlap nothing would be enlarged, but every
     reduction would stand in the way: 0.8 s a micro-step for 8 billion weights at 50 GB/s.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    stock = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    last = stock.get_input_embeddings().weight if stock is not None and takes_packed_rows(stock) else None
     trained = [p for p in model.parameters() if p.requires_grad]
-    largest = max((p.numel() for p in trained if id(p) not in embeddings), default=0)
+    largest = max((p.numel() for p in trained if p is not last), default=0)
     # More than all gradients would be reserved for nothing, with adapters 0.8 GB of it.
     return max(min(wanted, sum(p.numel() for p in trained)), largest)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +30,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
 from pixelprune.attention.segments import KERNELS, mask_beside_borders, use_borders
 from training.config.settings import ATTENTION_NAMES
 from training.errors import UserError
@@ -198,8 +203,6 @@ def _cuda_varlen(
     is_causal: bool,
 ) -> torch.Tensor:
     """One kernel for the whole row; nothing waits for the device."""
-    from torch.nn.attention.varlen import varlen_attn
-
     if query.dtype not in _HALF:
         raise UserError(_NEEDS_HALF.format(query.dtype))
     return varlen_attn(
@@ -212,7 +215,8 @@ def _cuda_varlen(
         max_k,
         scale=scaling,
         window_size=(-1, 0) if is_causal else (-1, -1),
-        enable_gqa=query.shape[1] != key.shape[1],
+        # Where there is no such flag, as in torch 2.11, the kernel groups heads by itself.
+        **({"enable_gqa": query.shape[1] != key.shape[1]} if "enable_gqa" in _VARLEN_PARAMETERS else {}),
     )
 
 
@@ -227,7 +231,7 @@ def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cuda":
             return ""  # the reference
         if not _has_varlen():
-            return "this torch has no torch.nn.attention.varlen that groups heads (2.12 and later have)"
+            return "this torch has no torch.nn.attention.varlen with a scale and a window (2.11 and later have)"
         capability = torch.cuda.get_device_capability(device)
         if capability < _MIN_CAPABILITY:
             return f"this GPU has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
@@ -254,9 +258,14 @@ def _import_problem(module: str) -> str:
     return ""
 
 
+def _parameters_of(function: Callable[..., Any] | None) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters) if function else frozenset()
+
+
+_VARLEN_PARAMETERS = _parameters_of(varlen_attn)
+"""What this torch's kernel takes: looked at once, since a layer's forward may be compiled. Versions say less: builds
+between releases, and backports, have one argument and not another."""
+
+
 def _has_varlen() -> bool:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return False
-    return {"scale", "window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    return {"scale", "window_size"} <= _VARLEN_PARAMETERS

@@ -39,7 +39,6 @@ def test_all_steps_copy_on_one_stream(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_many_steps_reserve_no_more_memory_than_one(results):
     device, reserved = torch.device("cuda", 0), []
     pinned = [result.pin_memory() for result in results]
@@ -52,7 +51,6 @@ def test_many_steps_reserve_no_more_memory_than_one(results):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_cuda_every_pack_arrives_whole_and_in_order(results):
     device = torch.device("cuda")
     pinned = [result.pin_memory() for result in results]
