@@ -47,6 +47,9 @@ class ModelSettings:
     attention: AttentionName = "auto"
     """auto (the fastest that runs here), flash_attention_3, flash_attention_2, varlen (torch's own flash kernels), sdpa
     or eager; see training/model/attention.py."""
+    check_attention: bool = True
+    """Hold the attention against its definition on this device before the first step (milliseconds), and refuse to
+    train when it computes wrong."""
     recompute_vit: int = AUTO
     """Recompute the activations of every k-th ViT layer in backward; 1 = all layers, 0 = none, -1 = as little as the
     memory estimate at the start allows (training/loop/memory.py). Results are the same, speed and memory are not."""

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 from pixelprune.model_folder import ModelFolder
 from training.config.settings import AUTO, ConfigError, ModelSettings
 from training.model.attention import load_pretrained
+from training.model.attention_check import check_attention
 from training.model.compiled import compile_layers
 from training.model.fused import use_fused
 
@@ -71,7 +72,12 @@ def enable_recomputation(model: PreTrainedModel, settings: ModelSettings) -> Non
 
 
 def prepare_layers(model: PreTrainedModel, settings: ModelSettings, device: torch.device) -> None:
-    """How this model's layers compute, as the settings say: recomputed, with fused kernels, compiled. Not what."""
+    """How this model's layers compute, as the settings say: recomputed, with fused kernels, compiled. Not what.
+
+    Raises RankError where its attention computes wrong on this device.
+    """
+    if settings.check_attention:
+        check_attention(model, device)
     enable_recomputation(model, settings)
     if settings.liger:
         use_fused(model, device)
