@@ -56,9 +56,9 @@ def run_local(
     grace_seconds: float = 600.0,
 ) -> int:
     """Run to the end in the foreground and return the exit code (training/exit_codes.py). Raises UserError."""
-    from launch.prebuild import clear_stale_lock
     from launch.run import Launch, run_launch
     from training.config.recipe import load_recipe
+    from training.distributed.build_lock import clear_stale_lock
 
     config = load_recipe(recipe, overrides)
     ranks = num_ranks or default_num_ranks()

@@ -41,7 +41,7 @@ def _no_ignored_signals():
 @pytest.fixture(scope="session", autouse=True)
 def _no_stale_build_lock():
     """A run of the tests that was killed must not make this one wait."""
-    from launch.prebuild import clear_stale_lock
+    from training.distributed.build_lock import clear_stale_lock
 
     clear_stale_lock()
 

@@ -115,5 +115,6 @@ def test_one_file_sets_up_consoles():
 def test_one_file_knows_how_a_file_appears_whole():
     pattern = re.compile(r"os\.fsync|\.partial\b|\{PARTIAL\}")
     owners = {str(path.relative_to(ROOT)) for path in FILES if pattern.search(path.read_text())}
-    # Two ask what a killed run left: one before it writes to the folder, one to remove it.
-    assert owners == {"pixelprune/files.py", "data_tools/render/output.py", "training/loop/teacher_cache.py"}
+    # Two ask what a killed run left: one before it writes to the folder, one to remove it. One times the disk.
+    asking = {"data_tools/render/output.py", "training/loop/teacher_cache.py", "training/diagnosis/machine.py"}
+    assert owners == {"pixelprune/files.py", *asking}

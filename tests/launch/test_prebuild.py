@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import prebuild
+from training.distributed import build_lock
 
 HOLDER = """
 import sys, time
@@ -46,7 +46,7 @@ def _make_old(lock, seconds: float) -> None:
 
 
 def test_no_lock_no_wait(lock):
-    prebuild.clear_stale_lock()
+    build_lock.clear_stale_lock()
 
 
 def test_lock_of_a_killed_process_is_removed(lock, caplog):
@@ -55,7 +55,7 @@ def test_lock_of_a_killed_process_is_removed(lock, caplog):
     holder.wait()
     assert lock.exists()
     _make_old(lock, 121)
-    prebuild.clear_stale_lock()
+    build_lock.clear_stale_lock()
     assert not lock.exists()
     assert "left 121 seconds ago by a killed process" in caplog.text
 
@@ -63,16 +63,16 @@ def test_lock_of_a_killed_process_is_removed(lock, caplog):
 def test_lock_of_a_living_process_is_waited_for_however_old(lock, caplog):
     holder = _hold(lock, 3)
     _make_old(lock, 1000)
-    prebuild.clear_stale_lock()
+    build_lock.clear_stale_lock()
     assert holder.wait(10) == 0, "the lock was taken from a living process, which then failed to release it"
     assert f"process {holder.pid} builds" in caplog.text
 
 
 def test_young_lock_without_a_process_is_given_time(lock, monkeypatch):
-    monkeypatch.setattr(prebuild, "_STALE_AFTER_SECONDS", 2.0)
+    monkeypatch.setattr(build_lock, "_STALE_AFTER_SECONDS", 2.0)
     lock.touch()
     began = lock.stat().st_mtime
-    prebuild.clear_stale_lock()
+    build_lock.clear_stale_lock()
     assert not lock.exists()
     assert time.time() > began + 2.0
 

@@ -55,25 +55,25 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype = 
     if requested not in ATTENTION_NAMES:
         raise UserError(f"model.attention: expected one of {', '.join(ATTENTION_NAMES)}, got {requested!r}")
     if requested != "auto":
-        if obstacle := _obstacle(requested, device, dtype):
-            raise UserError(f"model.attention={requested}: {obstacle}; set model.attention=auto or sdpa")
+        if reason := obstacle(requested, device, dtype):
+            raise UserError(f"model.attention={requested}: {reason}; set model.attention=auto or sdpa")
         logger.info("attention: %s, as the recipe says", requested)
         return requested
     skipped = []
     for name in ("flash_attention_3", "flash_attention_2", "varlen"):
         # Without a GPU varlen is a reference for tests, slower than sdpa.
-        obstacle = "it needs a GPU" if device.type != "cuda" else _obstacle(name, device, dtype)
-        if not obstacle:
+        reason = "it needs a GPU" if device.type != "cuda" else obstacle(name, device, dtype)
+        if not reason:
             logger.info("attention: %s", name)
             return name
-        skipped.append(f"{name}: {obstacle}")
+        skipped.append(f"{name}: {reason}")
     logger.info("attention: sdpa (%s)", "; ".join(skipped) if device.type == "cuda" else f"device {device.type}")
     return "sdpa"
 
 
 def attention_for(dtype: torch.dtype, device: torch.device, attention: str) -> str:
     """The attention of a second model (a teacher) beside one with `attention`: sdpa where its dtype rules that out."""
-    if attention != "auto" and _obstacle(attention, device, dtype):
+    if attention != "auto" and obstacle(attention, device, dtype):
         logger.info("attention of the %s model: sdpa", str(dtype).removeprefix("torch."))
         return "sdpa"
     return attention
@@ -223,7 +223,7 @@ def _cuda_varlen(
 _NEEDS_HALF = "flash kernels compute in bfloat16 or float16, not {}; set model.dtype=bfloat16 or model.attention=sdpa"
 
 
-def _obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why this attention cannot run here; "" where it can."""
     if name in ("sdpa", "eager"):
         return ""

@@ -84,7 +84,8 @@ def attention_errors(
     scaling = heads.width**-0.5
 
     exact = [row.double().requires_grad_() for row in rows]
-    expected = attention_by_definition(*exact, lengths, scaling=scaling, is_causal=heads.is_causal)
+    query, key, value = exact
+    expected = attention_by_definition(query, key, value, lengths, scaling=scaling, is_causal=heads.is_causal)
     (expected * direction.double()).sum().backward()
 
     on_device = [row.to(device).requires_grad_() for row in rows]
