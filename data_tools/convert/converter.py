@@ -13,6 +13,7 @@ from data_tools.convert.coordinates import read_place, write_place
 from data_tools.convert.dropped import DropError, check_unicode
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.leniency import plain_row
+from pixelprune.records.agents import strings_in
 from pixelprune.records.keys import KeyRules
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import ImageRef, Message, Record, RecordError
@@ -93,6 +94,8 @@ class Converter:
             if len(sizes) != 1:
                 raise DropError("no image" if not sizes else "several images: coordinates could mean any")
             _check_stated_size(record, sizes[0])
+            if read.tools or any(turn.template_fields or turn.role == "tool" for turn in turns):
+                raise DropError("tools or reasoning, beside which coordinates are not rewritten")
             turns, places = self._relative(turns, sizes[0])
             metadata["image_size"] = list(sizes[0])
             if len(places) == 1:
@@ -100,7 +103,10 @@ class Converter:
         if not any(turn.role == "assistant" for turn in turns):
             raise DropError("no answer")
         weight = {"weight": read.weight} if record.get("weight") is not None else {}
-        return {"id": written, "messages": [self._message(turn) for turn in turns], "metadata": metadata, **weight}
+        tools = {"tools": list(read.tools)} if read.tools else {}
+        check_unicode(strings_in([read.tools, *(turn.template_fields for turn in turns)]))
+        messages = [self._message(turn) for turn in turns]
+        return {"id": written, "messages": messages, "metadata": metadata, **weight, **tools}
 
     def _relative(self, turns: list[Message], size: tuple[int, int]) -> tuple[list[Message], list[dict[str, Any]]]:
         """Keep the exchanges whose answer gives a place, and write it relative; the image stays in the first one."""
@@ -152,7 +158,7 @@ class Converter:
         loss: dict[str, Any] = {}
         if message.role == "assistant" and message.weight != 1:
             loss = {"loss_weight": message.weight} if message.supervised else {"loss": False}
-        return {"role": message.role, "content": content, **loss}
+        return {"role": message.role, "content": content, **message.template_fields, **loss}
 
 
 def _file_name(image: ImageRef) -> str:

@@ -2,12 +2,15 @@
 
 Which characters the assistant wrote is read off the template's structure, never searched for in the text or the ids:
 by the template's `{% generation %}` marks where it has them, otherwise by rendering the conversation up to each
-assistant turn. The whole text is tokenised once, and characters become tokens through the tokenizer's offsets.
+assistant turn, or with other answers in its place. Tools, calls and reasoning go through the template's own arguments.
+The whole text is tokenised once, and characters become tokens through the tokenizer's offsets.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,17 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pixelprune.model_folder import ModelFolder
+from pixelprune.records.agents import split_reasoning, strings_in
 from pixelprune.records.record import Message, Record, RecordError
+from pixelprune.records.template import TemplateFacts
 from pixelprune.sample import ChatTokens
 
 __all__ = ["GENERATION_TAG", "SENTINELS", "ChatEncoder"]
 
 Span = tuple[int, int]
 """Characters [start, end) of the rendered conversation."""
+
+Tools = list[dict[str, Any]] | None
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SENTINELS = ("q", "z")
@@ -31,13 +38,15 @@ SENTINELS = ("q", "z")
 class ChatEncoder:
     """Records -> `ChatTokens`, for one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: Any, *, last_turn_only: bool = False):
+    def __init__(self, tokenizer: Any, *, last_turn_only: bool = False, supervise_empty_reasoning: bool = True):
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError("expected a fast tokenizer (with character offsets), got a slow one (model.path)")
         if not isinstance(tokenizer.chat_template, str):
             raise ValueError("the tokenizer has no chat template (chat_template.jinja in model.path)")
         self.tokenizer = tokenizer
         self.last_turn_only = last_turn_only
+        self.supervise_empty_reasoning = supervise_empty_reasoning
+        self.template = TemplateFacts(self._text)
         self._has_marks = bool(GENERATION_TAG.search(tokenizer.chat_template))
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self._special = tuple(sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
@@ -90,43 +99,97 @@ class ChatEncoder:
         return [(span, weight) for span, weight in list(zip(spans, weights, strict=True))[first:] if weight]
 
     def render(self, record: Record) -> tuple[str, list[Span]]:
-        """The conversation as text, and the characters of every assistant turn in it."""
-        turns = [_template_turn(message) for message in record.messages]
+        """The conversation as text, and the characters of every assistant turn in it; (0, 0) for one not trained on.
+
+        Raises RecordError (template) for a template that has no place for what the record says, refuses it, or
+        rewrites an answer that is to be trained on.
+        """
+        messages = [self._with_reasoning_apart(message) for message in record.messages]
+        self._refuse_what_has_no_place(messages, record)
+        turns = [_template_turn(message) for message in messages]
+        tools = list(record.tools) or None
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        trained = [i for i in (answers[-1:] if self.last_turn_only else answers) if messages[i].supervised]
         if self._has_marks:
-            texts, marks = self._apply(turns, return_assistant_tokens_mask=True)
-            return texts[0], [(int(start), int(end)) for start, end in marks[0]]
-        text = self._text(turns)
-        spans = [self._span(turns, i, text) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+            texts, marks = self._apply(turns, tools=tools, return_assistant_tokens_mask=True)
+            text, spans = texts[0], [(int(start), int(end)) for start, end in marks[0]]
+            named = dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else {}
+        else:
+            text = self._text(turns, tools=tools)
+            named = {i: self._span(turns, i, text, messages[i], tools) for i in trained}
+            spans = [named.get(i, (0, 0)) for i in answers]
+        for i, message in enumerate(messages):
+            lost = [p for p in message.parts if isinstance(p, str) and p.strip() not in text]
+            if lost and message.role != "assistant":
+                raise RecordError("template", f"turn {i + 1}: the chat template leaves out {lost[0]!r:.60}")
+        for i in trained:
+            if i in named and not _holds(text[slice(*named[i])], messages[i]):
+                raise _rewritten(i)
         return text, spans
 
-    def _span(self, turns: list[dict[str, Any]], i: int, text: str) -> Span:
-        """Where assistant turn i stands: from the end of its header to its end token."""
-        if i == 0:  # many templates cannot render an empty conversation
-            return self._span_by_substitution(turns, i, text)
-        header = self._text(turns[:i], add_generation_prompt=True)
-        upto = text if i == len(turns) - 1 else self._text(turns[: i + 1])
-        if upto.startswith(header) and text.startswith(upto):
-            return len(header), self._end(text, len(header), len(upto))
-        return self._span_by_substitution(turns, i, text)
+    def _with_reasoning_apart(self, message: Message) -> Message:
+        """An answer that begins with <think>...</think> in its text, as the template itself would read it."""
+        if message.role != "assistant" or message.reasoning or "</think>" not in message.text:
+            return message
+        reasoning, answer = split_reasoning(message.text) if self.template.has_reasoning else ("", "")
+        return replace(message, parts=(answer,) if answer else (), reasoning=reasoning) if reasoning else message
 
-    def _span_by_substitution(self, turns: list[dict[str, Any]], i: int, text: str) -> Span:
-        """For templates that write a turn differently once it is history (as reasoning models do).
+    def _refuse_what_has_no_place(self, messages: list[Message], record: Record) -> None:
+        """A template drops what it does not know without a word."""
+        for what, is_said, has_place in (
+            ("tools", bool(record.tools), "has_tools"),
+            ("tool calls", any(message.tool_calls for message in messages), "has_calls"),
+            ("a tool's turns", any(message.role == "tool" for message in messages), "has_answers"),
+            ("reasoning", any(message.reasoning for message in messages), "has_reasoning"),
+        ):
+            if is_said and not getattr(self.template, has_place):
+                raise RecordError("template", f"the chat template has no place for {what} (model.path)")
+
+    def _span(self, turns: list[dict[str, Any]], i: int, text: str, message: Message, tools: Tools) -> Span:
+        """Where assistant turn i stands: from the end of its header to its end token."""
+        is_plain = not message.template_fields and (self.supervise_empty_reasoning or not self.template.has_reasoning)
+        if i > 0 and is_plain:  # many templates cannot render an empty conversation
+            header = self._text(turns[:i], tools=tools, add_generation_prompt=True)
+            upto = text if i == len(turns) - 1 else self._text(turns[: i + 1], tools=tools)
+            if upto.startswith(header) and text.startswith(upto):
+                return len(header), self._end(text, len(header), len(upto))
+        return self._span_by_substitution(turns, i, text, message, tools)
+
+    def _span_by_substitution(
+        self, turns: list[dict[str, Any]], i: int, text: str, message: Message, tools: Tools
+    ) -> Span:
+        """For templates that write a turn differently once it is history, and for turns that are more than a text.
 
         Two other answers in this turn's place share with each other everything but the answer.
         """
-        one, other = (self._text([*turns[:i], {"role": "assistant", "content": s}, *turns[i + 1 :]]) for s in SENTINELS)
-        start = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
-        tail = one[start + 1 :]
+        one, other = (
+            self._text([*turns[:i], {"role": "assistant", "content": s}, *turns[i + 1 :]], tools=tools)
+            for s in SENTINELS
+        )
+        answer_at = _shared_length(one, other)  # where a bare answer begins
+        tail = one[answer_at + 1 :]
         end = len(text) - len(tail)
-        answer = turns[i]["content"]
-        if one[:start] != text[:start] or not text.endswith(tail) or text[start:end].strip() != answer.strip():
-            raise RecordError(
-                "template",
-                f"turn {i + 1}: the chat template rewrites this answer, so what the assistant wrote cannot be told "
-                "apart; mark it in the template with {% generation %} ... {% endgeneration %}",
-            )
+        shared = _shared_length(one[:answer_at], text[: max(end, 0)])
+        if not text.endswith(tail) or end < shared:
+            raise _rewritten(i)
+        start = shared
+        if message.reasoning:
+            start = self._behind_prompt(text, shared, self.template.prompts) or shared
+        elif shared == answer_at and self.supervise_empty_reasoning:
+            start = self._behind_prompt(text, shared, self.template.prompts[:1]) or shared
+        if not message.template_fields and text[shared:end].strip() != turns[i]["content"].strip():
+            raise _rewritten(i)
         rest = self._forged.match(text, end)
         return start, rest.end() if rest else end
+
+    def _behind_prompt(self, text: str, place: int, prompts: list[str]) -> int | None:
+        """The end of the longest generation prompt that the turn around `place` begins with."""
+        for prompt in sorted(prompts, key=len, reverse=True):
+            token = self._forged.match(prompt)  # no answer holds a control token, so the last one opens the turn
+            start = text.rfind(token.group(), 0, place) if token else place - len(prompt)
+            if start >= 0 and text.startswith(prompt, start):
+                return start + len(prompt)
+        return None
 
     def _end(self, text: str, start: int, end: int) -> int:
         """Leave out the white space that templates put after the end token: generation stops before it."""
@@ -134,17 +197,25 @@ class ChatEncoder:
         return stripped if text[start:stripped].endswith(self._special) else end
 
     def _check_text(self, record: Record) -> None:
+        """No string that the template sees may hold a control token, nor become one beside its <, > or |."""
         for message in record.messages:
-            forged = self._forged.search(message.text)
+            self._check_strings([message.text], f"a {message.role} turn")
+            self._check_strings(strings_in(message.template_fields), f"a {message.role} turn", is_structured=True)
+            if "</think>" in message.reasoning or "<think>" in message.reasoning:
+                raise RecordError("special_token", "the reasoning of a turn contains its own mark, <think> or </think>")
+        self._check_strings(strings_in(record.tools), "the tools", is_structured=True)
+
+    def _check_strings(self, texts: Iterable[str], where: str, *, is_structured: bool = False) -> None:
+        for text in texts:
+            forged = self._forged.search(f"<{text}>" if is_structured else text)
             if forged:
                 raise RecordError(
-                    "special_token",
-                    f"a {message.role} turn contains {forged.group()!r}, which would become a control token",
+                    "special_token", f"{where} contains {forged.group()!r}, which would become a control token"
                 )
             try:
-                message.text.encode()
+                text.encode()
             except UnicodeEncodeError as error:
-                raise RecordError("bad_text", f"a {message.role} turn is not valid Unicode: {error}") from error
+                raise RecordError("bad_text", f"{where} is not valid Unicode: {error}") from error
 
     def _text(self, turns: list[dict[str, Any]], **kwargs: Any) -> str:
         return self._apply(turns, **kwargs)[0][0]
@@ -168,6 +239,31 @@ class ChatEncoder:
 def _template_turn(message: Message) -> dict[str, Any]:
     """A message as templates expect it: plain text as a string, otherwise typed parts."""
     if all(isinstance(part, str) for part in message.parts):
-        return {"role": message.role, "content": message.text}
+        return {"role": message.role, "content": message.text, **message.template_fields}
     parts = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.parts]
-    return {"role": message.role, "content": parts}
+    return {"role": message.role, "content": parts, **message.template_fields}
+
+
+def _holds(span: str, message: Message) -> bool:
+    """Whether what the assistant wrote stands there whole: reasoning, text, and the calls by their names."""
+    names = [call["function"]["name"] for call in message.tool_calls]
+    place = 0
+    for piece in (message.reasoning.strip(), message.text.strip(), *names):
+        found = span.find(piece, place)
+        if found < 0:
+            return False
+        place = found + len(piece)
+    return True
+
+
+def _shared_length(one: str, other: str) -> int:
+    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _rewritten(i: int) -> RecordError:
+    return RecordError(
+        "template",
+        f"turn {i + 1}: the chat template rewrites this answer, or leaves its reasoning out, so it cannot be trained "
+        "on as it was written; mark it in the template with {% generation %} ... {% endgeneration %}, leave it out "
+        '("loss": false in the turn), or train on the last answer alone (data.last_turn_only)',
+    )

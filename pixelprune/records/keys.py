@@ -49,13 +49,11 @@ PREFERENCE_KEYS = frozenset(
 `label`, which is KTO's."""
 
 ADVICE = {
-    "tools": "describe them in a system turn",
-    "functions": "describe them in a system turn",
-    "tool_calls": "write the call into the turn's text",
-    "function_call": "write the call into the turn's text",
-    **dict.fromkeys(
-        ("reasoning_content", "reasoning", "thinking"), "write it into the turn's text as the chat template would"
-    ),
+    "tools": "it stands beside the turns",
+    "functions": "give them as tools",
+    "tool_calls": "only assistant turns call",
+    "function_call": "give it as tool_calls",
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "only assistant turns reason"),
     **dict.fromkeys(("videos", "video", "audios", "audio"), "only images are supported"),
     **dict.fromkeys(
         ("max_pixels", "min_pixels", "resized_height", "resized_width", "detail"),

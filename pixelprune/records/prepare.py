@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ __all__ = ["PrepareSettings", "PreparedRecord", "Preparer", "hash_content", "unp
 
 @dataclass(frozen=True)
 class PreparedRecord:
-    """A record after pruning. `content_hash` covers its text, roles, what is trained on and image bytes: what
-    the sample was made of.
+    """A record after pruning. `content_hash` covers its text, roles, tools, reasoning, what is trained on and
+    image bytes: what the sample was made of.
 
     full: the same conversation on all its tokens, for a teacher; its images have no pixels of their own where the
     pruning is recoverable, since they can be decoded from the sample's (None unless `with_full`).
@@ -59,6 +60,8 @@ class PrepareSettings:
     """Keys of records that say nothing about training, beyond those known (`pixelprune.records.keys.HARMLESS`)."""
 
     trust_remote_code: bool = False
+    supervise_empty_reasoning: bool = True
+    """Train on the empty reasoning block that a template writes, as far as its generation prompt does not give it."""
 
     def build(self) -> Preparer:
         """Open the model folder. Raises ValueError when there is nothing that takes images."""
@@ -66,7 +69,11 @@ class PrepareSettings:
 
     def build_from(self, folder: ModelFolder) -> Preparer:
         """From a folder that is open already."""
-        chat = ChatEncoder(folder.tokenizer, last_turn_only=self.last_turn_only)
+        chat = ChatEncoder(
+            folder.tokenizer,
+            last_turn_only=self.last_turn_only,
+            supervise_empty_reasoning=self.supervise_empty_reasoning,
+        )
         rules = KeyRules.ignoring(self.ignore_keys)
         return Preparer(chat, self.prune, self.resize, folder.config.image_token_id, self.with_full, rules)
 
@@ -79,6 +86,7 @@ class PrepareSettings:
             "resize": asdict(self.resize),
             "last_turn_only": self.last_turn_only,
             "ignore_keys": sorted(self.ignore_keys),
+            "supervise_empty_reasoning": self.supervise_empty_reasoning,
             "tokenizer": vocabulary,
             "chat_template": xxhash.xxh3_128(tokenizer.chat_template.encode()).hexdigest(),
             "image_token_id": preparer.image_token_id,
@@ -165,11 +173,21 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
             text = part.encode() if isinstance(part, str) else b""
             digest.update(f"\x00{'text' if isinstance(part, str) else 'image'}{len(text)}\x00".encode())
             digest.update(text)
+        if message.template_fields:
+            digest.update(_json_bytes(message.template_fields))
+    if record.tools:
+        digest.update(b"\x00tools" + _json_bytes(record.tools))
     for picture in pictures:
         data = picture if isinstance(picture, bytes) else picture.tobytes()
         digest.update(f"\x00{len(data)}\x00".encode())
         digest.update(data)
     return digest.intdigest() >> 1
+
+
+def _json_bytes(value: Any) -> bytes:
+    """JSON text behind its length; escaped, so that every string has bytes. Keys keep their order, as templates do."""
+    text = json.dumps(value).encode()
+    return f"\x00{len(text)}\x00".encode() + text
 
 
 def _name_images(record: Record) -> str:

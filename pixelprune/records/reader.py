@@ -18,13 +18,23 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from pixelprune.records.agents import (
+    CALL_ROLES,
+    REASONING_KEYS,
+    REASONING_PARTS,
+    TOOL_ROLES,
+    reasoning_of,
+    tool_calls_of,
+    tools_of,
+)
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_source
 from pixelprune.records.keys import NO_RULES, KeyRules
-from pixelprune.records.record import ROLES, ImageRef, Message, Part, Record, RecordError
+from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError
 
 __all__ = [
     "BOX_KEYS",
@@ -37,16 +47,22 @@ __all__ = [
 ]
 
 FORMATS = ("auto", "sharegpt", "messages")
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+    "developer": "system", **dict.fromkeys(CALL_ROLES, "assistant"), **dict.fromkeys(TOOL_ROLES, "tool"),
+}  # fmt: skip
+MESSAGE_ROLES = {name: role for name, role in SHAREGPT_ROLES.items() if name not in ("human", "gpt")}
+"""Names of the turns' writers -> the role of the turn. A developer's turn is what a system turn used to be."""
 PLACEHOLDER = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)
 BOX_KEYS = ("bbox", "bboxes")
 SUPERVISION_KEYS = ("loss", "train", "weight", "training", "trainable", "loss_scale", "loss_weight")
 """ms-swift's, OpenAI's, axolotl's and their kind: how much a turn is trained on."""
 MIN_WEIGHT, MAX_WEIGHT = 1e-4, 1e4
 _CONVERSATIONS = ("conversations", "messages")
-_NOT_METADATA = (*_CONVERSATIONS, "images", "image", "system", "metadata", "weight")
+_NOT_METADATA = (*_CONVERSATIONS, "images", "image", "system", "metadata", "weight", "tools")
 RECORD_KEYS = (*_NOT_METADATA, *BOX_KEYS)
 _TURN_KEYS = ("role", "content", *SUPERVISION_KEYS)
+_ROLE_KEYS = {"assistant": (*REASONING_KEYS, "tool_calls"), "tool": ("name", "tool_call_id")}
 _TEXT_KEYS = ("type", "text")
 _IMAGE_PART_KEYS = ("type", *IMAGE_KEYS)
 
@@ -55,8 +71,8 @@ def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RUL
     """One row (a mapping) as a Record.
 
     Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
-    empty_turn, image_count, remote_image, bad_image, image_in_answer, two_systems, preference_data, unread_key, bad_box
-    or bad_weight.
+    empty_turn, image_count, remote_image, bad_image, image_in_answer, two_systems, preference_data, unread_key,
+    bad_box, bad_tools or bad_weight.
     """
     if not isinstance(row, dict):
         raise RecordError("not_an_object", f"expected an object with messages, got {type(row).__name__}")
@@ -71,12 +87,12 @@ def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RUL
     if not isinstance(turns, list | tuple):
         raise RecordError("bad_content", f"{key!r} is {type(turns).__name__}, expected a list of turns")
     supply = _ImageSupply(row, rules)
-    read = _sharegpt_turn if key == "conversations" else _messages_turn
-    messages = [read(turn, supply) for turn in turns]
+    roles = SHAREGPT_ROLES if key == "conversations" else MESSAGE_ROLES
+    messages = _with_calls_joined([_read_turn(turn, roles, supply) for turn in turns])
     messages = [*_system_turn(row.get("system", ""), messages), *messages]
     supply.check_all_used()
     _check_turns(messages)
-    return Record(tuple(messages), _metadata(row), _weight(row))
+    return Record(tuple(messages), _metadata(row), _weight(row), tools_of(row.get("tools")))
 
 
 def _conversation_key(row: dict[str, Any], record_format: str) -> str:
@@ -111,7 +127,11 @@ class _ImageSupply:
 
     def check_all_used(self) -> None:
         if self.num_used != len(self.images):
-            raise RecordError("image_count", f"{self.num_used} placeholders in the text, {len(self.images)} images")
+            raise RecordError(
+                "image_count",
+                f"{self.num_used} placeholders in the text, {len(self.images)} images"
+                " (<image> in a tool's text is text: give its screenshots as typed parts)",
+            )
 
 
 def _listed(images: Any) -> list[Any]:
@@ -121,29 +141,61 @@ def _listed(images: Any) -> list[Any]:
     return [image for image in listed if image is not None]
 
 
-def _sharegpt_turn(turn: Any, supply: _ImageSupply) -> Message:
-    turn = _turn_object(turn, supply.rules, ("from", "value"))
-    role = turn.get("from", turn.get("role"))
-    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
-        raise RecordError("unknown_role", f"role {role!r}, expected one of {', '.join(SHAREGPT_ROLES)}")
-    value = turn.get("value", turn.get("content"))
-    if not isinstance(value, str):
-        raise RecordError("bad_content", f"{role} turn: text is {type(value).__name__}, expected a string")
-    role = SHAREGPT_ROLES[role]
-    return Message(role, tuple(_split_text(value, supply)), _turn_weight(turn, role))
-
-
-def _messages_turn(turn: Any, supply: _ImageSupply) -> Message:
-    turn = _turn_object(turn, supply.rules, ())
-    role, content = turn.get("role"), turn.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise RecordError("unknown_role", f"role {role!r}, expected one of {', '.join(ROLES)}")
+def _read_turn(turn: Any, roles: dict[str, str], supply: _ImageSupply) -> Message:
+    turn = _turn_object(turn, supply.rules, ("from", "value") if roles is SHAREGPT_ROLES else ())
+    name = turn.get("from", turn.get("role"))
+    if not isinstance(name, str) or name not in roles:
+        raise RecordError("unknown_role", f"role {name!r}, expected one of {', '.join(roles)}")
+    role, content = roles[name], turn.get("value", turn.get("content"))
+    reasoning, calls = reasoning_of(turn), tool_calls_of(turn.get("tool_calls"), supply.rules)
+    if name in CALL_ROLES and not calls:
+        content, calls = "", tool_calls_of(content, supply.rules)
+    parts: list[Part] = []
     if isinstance(content, str):
-        return Message(role, tuple(_split_text(content, supply)), _turn_weight(turn, role))
-    if not isinstance(content, list | tuple):
+        # What a tool says is text, whatever it says: it neither takes images from the record nor names files.
+        parts = [content] if role == "tool" else list(_split_text(content, supply))
+    elif isinstance(content, list | tuple):
+        thoughts, others = _reasoning_parts(content, role, supply.rules)
+        if thoughts and reasoning:
+            raise RecordError("bad_content", "a turn holds several reasonings: give one of them")
+        reasoning = reasoning or thoughts
+        parts = [_typed_part(part, role, supply) for part in others]
+    elif content is not None or not calls:
         raise RecordError("bad_content", f"{role} turn: content is {type(content).__name__}, expected text or parts")
-    parts = [_typed_part(part, role, supply) for part in content]
-    return Message(role, tuple(part for part in parts if part != ""), _turn_weight(turn, role))
+    answers = {key: str(turn[key]) for key in _ROLE_KEYS["tool"] if role == "tool" and key in turn}
+    parts = [part for part in parts if part != ""]
+    return Message(role, tuple(parts), _turn_weight(turn, role), reasoning, calls, answers)
+
+
+def _reasoning_parts(parts: Any, role: str, rules: KeyRules) -> tuple[str, list[Any]]:
+    """The reasoning among an answer's typed parts, and the other parts."""
+    thoughts, others = [], []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if role != "assistant" or kind not in REASONING_PARTS:
+            others.append(part)
+            continue
+        read = rules.checked(part, "part", ("type", "text", kind, "signature"))
+        said = [read[key] for key in (kind, "text") if key in read]
+        if len(said) != 1 or not isinstance(said[0], str):
+            raise RecordError("bad_content", f"{role} turn: a {kind} part holds {said!r:.60}, expected one text")
+        thoughts.append(said[0])
+    return "\n".join(thoughts), others
+
+
+def _with_calls_joined(messages: list[Message]) -> list[Message]:
+    """Calls that stand in turns of their own go to the assistant's turn in front of them: one turn, as spoken."""
+    joined: list[Message] = []
+    for message in messages:
+        before = joined[-1] if joined else None
+        is_call = message.role == "assistant" and message.tool_calls and not message.parts and not message.reasoning
+        if before is not None and before.role == "assistant" and is_call:
+            if before.weight != message.weight:
+                raise RecordError("bad_weight", "a call and the turn that it belongs to have different loss weights")
+            joined[-1] = replace(before, tool_calls=before.tool_calls + message.tool_calls)
+        else:
+            joined.append(message)
+    return joined
 
 
 def _turn_object(turn: Any, rules: KeyRules, more_keys: tuple[str, ...]) -> dict[str, Any]:
@@ -156,7 +208,8 @@ def _turn_object(turn: Any, rules: KeyRules, more_keys: tuple[str, ...]) -> dict
             if turn[other] != turn[key] and SHAREGPT_ROLES.get(str(turn[other])) != turn[key]:
                 raise RecordError("unread_key", f"a turn has {other!r} and another {key!r}: give one of them")
             del turn[other]
-    return rules.checked(turn, "turn", (*_TURN_KEYS, *more_keys))
+    role = SHAREGPT_ROLES.get(str(turn.get("from", turn.get("role"))), "")
+    return rules.checked(turn, "turn", (*_TURN_KEYS, *_ROLE_KEYS.get(role, ()), *more_keys))
 
 
 def _system_turn(system: Any, messages: list[Message]) -> list[Message]:
@@ -229,7 +282,7 @@ def _check_turns(messages: list[Message]) -> None:
         has_image = any(isinstance(part, ImageRef) for part in message.parts)
         if message.role == "assistant" and has_image:
             raise RecordError("image_in_answer", "an assistant turn holds an image, which no model here can predict")
-        if not has_image and not message.text:
+        if not has_image and not message.text and not message.tool_calls and message.role != "tool":
             raise RecordError("empty_turn", f"a {message.role} turn is empty")
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 __all__ = ["ROLES", "ImageRef", "Message", "Record", "RecordError"]
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 
 class RecordError(ValueError):
@@ -40,11 +40,16 @@ class Message:
 
     weight: scales the loss of an assistant turn, 0 for one that is read and not trained on;
     without meaning in other turns.
+    reasoning, tool_calls: what an assistant turn says beside its text; calls in OpenAI's form, arguments as objects.
+    answers: `name` and `tool_call_id` of a tool's turn, where they are given.
     """
 
     role: str
     parts: tuple[Part, ...]
     weight: float = 1.0
+    reasoning: str = ""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    answers: dict[str, str] = field(default_factory=dict)
 
     @property
     def supervised(self) -> bool:
@@ -55,17 +60,26 @@ class Message:
     def text(self) -> str:
         return "".join(part for part in self.parts if isinstance(part, str))
 
+    @property
+    def template_fields(self) -> dict[str, Any]:
+        """Everything but role and content, under the names that chat templates read."""
+        reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
+        return reasoning | calls | self.answers
+
 
 @dataclass(frozen=True)
 class Record:
     """One conversation.
 
-    weight multiplies the source's weight; metadata is everything else the file says (grounding boxes, ids, source).
+    weight multiplies the source's weight; metadata is everything else the file says (grounding boxes, ids, source);
+    tools are the schemas of the functions that may be called.
     """
 
     messages: tuple[Message, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
     weight: float = 1.0
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def images(self) -> list[ImageRef]:

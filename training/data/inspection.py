@@ -43,6 +43,7 @@ def inspect(config: Config, console: Console, folder: Path, *, num: int) -> None
             config.resize,
             data.last_turn_only,
             ignore_keys=tuple(data.ignore_keys),
+            supervise_empty_reasoning=data.supervise_empty_reasoning,
             trust_remote_code=config.model.trust_remote_code,
         ).build()
     except (ValueError, OSError) as error:

@@ -53,6 +53,9 @@ class DataSettings:
     ignore_keys: list[str] = field(default_factory=list)
     """Keys of records, turns, content parts and images that say nothing about training, beyond those known to. A record
     with any other key that is not read is quarantined."""
+    supervise_empty_reasoning: bool = True
+    """Train on the empty reasoning block that a reasoning model's chat template writes before an answer without
+    reasoning, as far as the template's generation prompt does not give it."""
     samples_per_step: int = 64
     """Samples in one optimizer step over all ranks (the global batch); only the last step of an epoch is shorter."""
     pack_tokens: int = 16384

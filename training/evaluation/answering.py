@@ -116,7 +116,9 @@ def prepare_task(task: Task, prompter: Prompter, template_kwargs: Mapping[str, A
 
     Raises ValueError for a record whose images cannot be used or have another size than `metadata.image_size`.
     """
-    inputs = prepare(prompter, _messages(task), template_kwargs=dict(template_kwargs))
+    inputs = prepare(
+        prompter, _messages(task), tools=list(task.record.tools) or None, template_kwargs=dict(template_kwargs)
+    )
     images = inputs.samples[0].images
     if not images:
         if task.target.scorer == "place":
@@ -217,8 +219,8 @@ def _question(record: Record) -> int:
     turns = len(record.messages)
     if turns and record.messages[-1].role == "assistant":
         turns -= 1
-    if not turns or record.messages[turns - 1].role != "user":
-        raise TargetError("expected a user's turn to be answered")
+    if not turns or record.messages[turns - 1].role not in ("user", "tool"):
+        raise TargetError("expected a user's or a tool's turn to be answered")
     return turns
 
 
@@ -231,5 +233,5 @@ def _messages(task: Task) -> Messages:
                 content.append({"type": "text", "text": part})
             else:
                 content.append({"type": "image", "image": read_image(part, task.root)})
-        messages.append({"role": message.role, "content": content})
+        messages.append({"role": message.role, "content": content, **message.template_fields})
     return messages

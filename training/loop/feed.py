@@ -147,6 +147,7 @@ def prepare_settings(config: Config, files: ModelFolder) -> PrepareSettings:
         config.resize,
         config.data.last_turn_only,
         ignore_keys=tuple(config.data.ignore_keys),
+        supervise_empty_reasoning=config.data.supervise_empty_reasoning,
         trust_remote_code=config.model.trust_remote_code,
     )
 

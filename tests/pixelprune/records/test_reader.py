@@ -192,7 +192,7 @@ REFUSED = [
     ("bad_content", {"messages": [{"role": "user", "content": [{"type": "video", "video": "v.mp4"}]}, ANSWER]}),
     ("bad_content", {"messages": [{"role": "user", "content": [{"type": "text"}]}, ANSWER]}),
     ("bad_content", {"conversations": [{"from": "human", "value": None}]}),
-    ("unknown_role", {"messages": [{"role": "tool", "content": "q"}, ANSWER]}),
+    ("unknown_role", {"messages": [{"role": "critic", "content": "q"}, ANSWER]}),
     ("unknown_role", {"conversations": [{"from": "alien", "value": "q"}]}),
     ("unknown_role", {"conversations": [{"from": ["human"], "value": "q"}]}),
     ("empty_turn", {"messages": [USER, {"role": "assistant", "content": ""}]}),
