@@ -35,6 +35,7 @@ from pixelprune.records.agents import (
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_source
 from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError
+from pixelprune.records.shapes import as_messages
 
 __all__ = [
     "BOX_KEYS",
@@ -79,6 +80,7 @@ def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RUL
     if record_format not in FORMATS:
         raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")
     rules.refuse_preferences(row)
+    row = as_messages(row, rules) if record_format != "sharegpt" else row
     key = _conversation_key(row, record_format)
     if row.get(key) is None:
         raise RecordError("unknown_format", f"no {key!r} among the keys {sorted(map(str, row))}")

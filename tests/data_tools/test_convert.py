@@ -153,7 +153,10 @@ BAD = {
     "not_an_object": "text",
     "no image": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "(1, 2)"}]},
     "unknown_role": {"image": "shots/a.png", "conversations": [{"from": "robot", "value": "x"}]},
-    "unread_key": sharegpt("<image>\nClick", "(1, 2)", tools=[{"name": "click"}]),
+    "unread_key": sharegpt("<image>\nClick", "(1, 2)", functions=[{"name": "click"}]),
+    "tools or reasoning, beside which coordinates are not rewritten": sharegpt(
+        "<image>Click", "(1, 2)", tools=[{"name": "click"}]
+    ),
     "two_systems": {
         "system": "One.",
         "conversations": [

@@ -7,9 +7,12 @@ import pyarrow.compute as pc
 
 from pixelprune.records.keys import KeyRules
 from pixelprune.records.reader import RECORD_KEYS
+from pixelprune.records.shapes import SHAPE_KEYS
 from training.data.sources import ArrowRows, Source
 
 __all__ = ["refuse_unread_columns", "unread_columns"]
+
+READ_KEYS = (*RECORD_KEYS, *SHAPE_KEYS)
 
 
 def unread_columns(source: Source, rules: KeyRules) -> list[str]:
@@ -20,7 +23,7 @@ def unread_columns(source: Source, rules: KeyRules) -> list[str]:
     if not isinstance(source.rows, ArrowRows):
         return []
     table = source.rows.dataset.data
-    names = [name for name in source.rows.dataset.column_names if not rules.knows(name, "record", RECORD_KEYS)]
+    names = [name for name in source.rows.dataset.column_names if not rules.knows(name, "record", READ_KEYS)]
     return [name for name in names if any(_says_something(chunk) for chunk in table.column(name).chunks)]
 
 

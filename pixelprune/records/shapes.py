@@ -1,0 +1,65 @@
+"""Records that are a question and its answer under keys of their own -> the same as `messages`.
+
+prompt/completion     TRL: texts, or lists of turns; answers within the prompt are read and not trained on, as there
+query/response        ms-swift, with `history`: a list of [question, answer], trained on like the rest
+instruction/output    Alpaca, with `input` on a line of its own behind the instruction, and `history`
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pixelprune.records.keys import KeyRules, is_empty
+from pixelprune.records.record import RecordError
+
+__all__ = ["SHAPE_KEYS", "as_messages"]
+
+_SHAPES = (
+    ("prompt", "completion", ()),
+    ("query", "response", ("history",)),
+    ("instruction", "output", ("input", "history")),
+)
+SHAPE_KEYS = tuple(dict.fromkeys(key for ask, answer, more in _SHAPES for key in (ask, answer, *more)))
+
+
+def as_messages(row: dict[str, Any], rules: KeyRules) -> dict[str, Any]:
+    """The row with `messages`; a row that has turns, or no pair of these keys, as it is.
+
+    Raises RecordError (bad_content) for questions, answers and histories of another form.
+    """
+    if any(not is_empty(row.get(key)) for key in ("messages", "conversations")):
+        return row
+    for ask, answer, more in _SHAPES:
+        if all(row.get(key) is not None and key not in rules.ignore for key in (ask, answer)):
+            used = [key for key in (ask, answer, *more) if key not in rules.ignore]
+            said = {key: row[key] for key in used if not is_empty(row.get(key))}
+            if rules.seen is not None:
+                rules.seen.update({("record", key, "read"): 1 for key in said})
+            messages = _turns(said, ask, answer)
+            return {key: value for key, value in row.items() if key not in used} | {"messages": messages}
+    return row
+
+
+def _turns(said: dict[str, Any], ask: str, answer: str) -> list[Any]:
+    history: list[Any] = []
+    for pair in said.get("history", []):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RecordError("bad_content", f"history holds {pair!r:.60}, expected pairs of question and answer")
+        history += [_turn("user", pair[0], "history"), _turn("assistant", pair[1], "history")]
+    question, reply = said.get(ask, ""), said.get(answer, "")
+    if ask == "prompt" and isinstance(question, list) and isinstance(reply, list):
+        given = [{**t, "loss": False} if isinstance(t, dict) and t.get("role") == "assistant" else t for t in question]
+        return given + reply
+    if "input" in said:
+        question = f"{question}\n{_text(said['input'], 'input')}" if _text(question, ask) else said["input"]
+    return [*history, _turn("user", question, ask), _turn("assistant", reply, answer)]
+
+
+def _turn(role: str, text: Any, key: str) -> dict[str, str]:
+    return {"role": role, "content": _text(text, key)}
+
+
+def _text(text: Any, key: str) -> str:
+    if not isinstance(text, str):
+        raise RecordError("bad_content", f"{key} is {type(text).__name__}, expected text")
+    return text
