@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ from pixelprune.model_call import final_hidden
 from pixelprune.pack import pack_samples
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
+from tests.ranks import ROOT
 from training.errors import UserError
 from training.model.fused import check_fused, put_in, use_fused
 
@@ -75,3 +80,17 @@ def test_the_kernels_equal_the_stock_layers():
     torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
     gate, up = torch.randn(2, 64, 256, device="cuda")
     torch.testing.assert_close(LigerSiLUMulFunction.apply(gate, up), F.silu(gate) * up, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not HAS_LIGER, reason="needs triton and liger-kernel")
+def test_the_kernels_equal_the_stock_layers_in_the_interpreter(toy_folder):
+    """liger's own kernels in the whole toy model, forward and backward, without a GPU."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "tests/training/fused_program.py", str(toy_folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["hidden"] < 1e-5, found
+    assert found["gradients"] < 1e-4, found
+    assert found["compared"] > 50

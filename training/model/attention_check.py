@@ -10,7 +10,7 @@ same arguments, forward and backward.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -89,20 +89,27 @@ def attention_errors(
     (expected * direction.double()).sum().backward()
 
     on_device = [row.to(device).requires_grad_() for row in rows]
-    function = AttentionInterface()[model.config._attn_implementation]
-    got, _ = function(
-        _stand_in(model, heads),
-        *(row.transpose(0, 1)[None] for row in on_device),
-        None,
-        dropout=0.0,
-        scaling=scaling,
-        **_borders(model, lengths, heads.is_causal, device),
-    )
-    (got[0] * direction.to(device)).sum().backward()
-    pairs = {"its output": (got[0], expected)}
+    got = attention_of(model, heads, lengths, device)(*on_device)
+    (got * direction.to(device)).sum().backward()
+    pairs = {"its output": (got, expected)}
     names = ("the gradient of queries", "the gradient of keys", "the gradient of values")
     pairs |= {name: (x.grad, y.grad) for name, x, y in zip(names, on_device, exact, strict=True)}
     return {name: _difference(*pair) for name, pair in pairs.items()}
+
+
+def attention_of(
+    model: PreTrainedModel, heads: Heads, lengths: Sequence[int], device: torch.device
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What the model's layers of this tower call, for one packed row: query (T, H, E), key and value (T, H_kv, E) on
+    the device -> (T, H, E)."""
+    function = AttentionInterface()[model.config._attn_implementation]
+    layer, borders = _stand_in(model, heads), _borders(model, lengths, heads.is_causal, device)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        rows = [row.transpose(0, 1)[None] for row in (query, key, value)]
+        return function(layer, *rows, None, dropout=0.0, scaling=heads.width**-0.5, **borders)[0][0]
+
+    return attend
 
 
 def attention_by_definition(
