@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from pixelprune.images.image import ImageError, ImageSource, PrunedImage, prune_image
 from pixelprune.model_folder import PRUNE_FILE, ModelFolder, read_model_file, read_prune_file, size_limits
+from pixelprune.records.agents import strings_in
+from pixelprune.records.chat import control_tokens
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part
 from pixelprune.records.record import RecordError
 from pixelprune.sample import ChatTokens
@@ -95,11 +98,13 @@ class Prompter:
     ) -> tuple[str, list[ImageSource]]:
         """The conversation through the chat template, answer header included, and its images in order.
 
-        Raises ValueError for messages that are not in the expected form or that the template refuses.
+        Raises ValueError for messages that are not in the expected form or hold control tokens, and for those that the
+        template refuses.
         """
         from jinja2 import TemplateError
 
         turns, images = self._read(messages)
+        self._check_strings(tools or [], "tools", is_structured=True)
         try:
             text = self.tokenizer.apply_chat_template(
                 turns,
@@ -140,6 +145,8 @@ class Prompter:
                 content = [self._read_part(part, f"message {number}", images) for part in content]
             elif content is not None:
                 self._check_text(content, f"message {number}")
+            others = {key: value for key, value in message.items() if key not in ("role", "content")}
+            self._check_strings(others, f"message {number}", is_structured=True)
             turns.append({**message, "content": content})
         return turns, images
 
@@ -168,6 +175,19 @@ class Prompter:
             raise ValueError(f"{where}: expected text as a string, got {_short(text)}")
         if self.image_token in text:
             raise ValueError(f"{where}: the text contains {self.image_token!r}; give the image as a part of its own")
+        self._check_strings([text], where)
+
+    def _check_strings(self, value: Any, where: str, *, is_structured: bool = False) -> None:
+        """No string may hold a control token, nor become one between a template's own < and >, as in training."""
+        for text in strings_in(value):
+            whole = f"<{text}>" if is_structured else text
+            forged = next((token for token in self._control_tokens if token in whole), None)
+            if forged:
+                raise ValueError(f"{where}: the text contains {forged!r}, which would become a control token")
+
+    @cached_property
+    def _control_tokens(self) -> tuple[str, ...]:
+        return control_tokens(self.tokenizer)
 
 
 def _from_processor(processor: Any) -> dict[str, Any]:

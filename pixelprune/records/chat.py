@@ -23,7 +23,7 @@ from pixelprune.records.record import Message, Record, RecordError
 from pixelprune.records.template import TemplateFacts
 from pixelprune.sample import ChatTokens
 
-__all__ = ["GENERATION_TAG", "SENTINELS", "ChatEncoder"]
+__all__ = ["GENERATION_TAG", "SENTINELS", "ChatEncoder", "control_tokens"]
 
 Span = tuple[int, int]
 """Characters [start, end) of the rendered conversation."""
@@ -33,6 +33,12 @@ Tools = list[dict[str, Any]] | None
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 SENTINELS = ("q", "z")
 """Answers put in place of the real one to see where the template writes an answer; nothing in common at either end."""
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The tokens that no text of a conversation may hold: they would forge a turn, or an image. Longest first."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
 
 
 class ChatEncoder:
@@ -48,8 +54,7 @@ class ChatEncoder:
         self.supervise_empty_reasoning = supervise_empty_reasoning
         self.template = TemplateFacts(self._text)
         self._has_marks = bool(GENERATION_TAG.search(tokenizer.chat_template))
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._special = tuple(sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
+        self._special = control_tokens(tokenizer)
         self._forged = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
 
     @classmethod
