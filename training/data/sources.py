@@ -20,6 +20,7 @@ from pixelprune.records.record import RecordError
 from training.data.settings import SourceSettings
 
 SCAN_BYTES = 1 << 26
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
 
 class JsonRows:
@@ -164,7 +165,7 @@ def _open_folder(settings: SourceSettings, folder: Path) -> Source:
     kinds = sorted({path.suffix.lower() for path in files})
     if not files:
         raise ValueError(
-            f"source {folder}: no .parquet, .jsonl, .json or saved data set in this folder (sources[].path)"
+            f"source {folder}: no .parquet, .jsonl, .ndjson, .json or saved data set in this folder (sources[].path)"
         )
     if ".parquet" in kinds and len(kinds) > 1:
         raise ValueError(
@@ -177,7 +178,7 @@ def _open_folder(settings: SourceSettings, folder: Path) -> Source:
 def _is_data(path: Path) -> bool:
     # data_tools writes beside the records: report.json, NAME.report.json, NAME.dropped.jsonl.
     is_report = path.name == "report.json" or path.name.endswith((".report.json", ".dropped.jsonl"))
-    return path.suffix.lower() in (".parquet", ".jsonl", ".json") and not is_report
+    return path.suffix.lower() in (".parquet", *JSON_SUFFIXES) and not is_report
 
 
 def _open_files(settings: SourceSettings, files: list[Path]) -> Source:
@@ -188,8 +189,10 @@ def _open_files(settings: SourceSettings, files: list[Path]) -> Source:
 
         dataset = datasets.Dataset.from_parquet([str(file) for file in files])
         return Source(settings, ArrowRows(dataset, settings.path), repr(stats))
-    if suffix not in (".jsonl", ".json"):
-        raise ValueError(f"source {settings.path}: {suffix or 'no'} suffix, expected .jsonl, .json or .parquet")
+    if suffix not in JSON_SUFFIXES:
+        raise ValueError(
+            f"source {settings.path}: {suffix or 'no'} suffix, expected .jsonl, .ndjson, .json or .parquet"
+        )
     parts = [JsonRows(file) for file in files if file.stat().st_size]
     return Source(settings, parts[0] if len(parts) == 1 else ChainedRows(parts), repr(stats))
 

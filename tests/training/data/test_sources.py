@@ -183,3 +183,11 @@ def test_images_stay_inside_the_root(tmp_path):
         read_image(ImageRef("a.png"), None)
     picture = Image.new("RGB", (2, 2))
     assert read_image(ImageRef(picture), None) is picture
+
+
+def test_ndjson_is_json_lines(tmp_path):
+    rows = [chat_row(None, answer=str(number)) for number in range(3)]
+    path = write_jsonl(tmp_path / "a.ndjson", rows)
+    for given in (path, tmp_path):
+        source = open_source(SourceSettings(path=str(given)))
+        assert [source.rows[row] for row in range(len(source))] == rows
