@@ -63,8 +63,8 @@ def _show_result(console: Console) -> None:
                     f"{facts['retain ratio']:.1%} at the demo's small size",
                     f"training loss                 {facts['first loss']:.3f} -> {facts['last loss']:.3f}"
                     f" in {facts['steps']:.0f} steps",
-                    f"held-out loss                 {facts['held-out loss before']:.3f} -> "
-                    f"{facts['held-out loss after']:.3f} (pages never trained on)",
+                    f"held-out loss                 {facts['first held-out loss']:.3f} -> "
+                    f"{facts['last held-out loss']:.3f} (pages never trained on)",
                     f"speed                         {facts['samples/s']:.1f} samples/s",
                     "",
                     f"convergence plot              {plot}",

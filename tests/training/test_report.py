@@ -59,3 +59,29 @@ def test_the_curve_is_cross_entropy_also_when_distilled(tmp_path, monkeypatch, m
     axes = figures[0].axes[0]
     assert "cross-entropy" in axes.get_ylabel()
     assert list(axes.lines[0].get_ydata()) == [drawn, drawn]
+
+
+def table_of(output: str) -> dict[str, str]:
+    lines = [line.split("│")[1:3] for line in output.splitlines() if line.startswith("│")]
+    return {name.strip(): value.strip() for name, value in lines}
+
+
+def test_one_evaluation_is_not_said_to_be_two(tmp_path, capsys):
+    run = write_run(tmp_path / "once", [*rows(2.5, 2.25), {"step": 2, "eval_loss": 2.0, "eval_accuracy": 0.5}])
+    assert main([str(run)]) == 0
+    once = table_of(capsys.readouterr().out)
+    assert {name: once[name] for name in once if "held-out" in name} == {"last held-out loss": "2"}
+    assert {name: once[name] for name in once if "accuracy" in name} == {"last grounding accuracy": "0.5"}
+    evaluated = [{"step": step, "eval_loss": 3.0 - step} for step in (0, 1, 2)]
+    assert main([str(write_run(tmp_path / "thrice", [*rows(2.5, 2.25), *evaluated]))]) == 0
+    thrice = table_of(capsys.readouterr().out)
+    assert (thrice["first held-out loss"], thrice["last held-out loss"]) == ("3", "1")
+
+
+def test_a_piped_table_is_whole(tmp_path, capsys):
+    names = [f"a-run-with-a-rather-long-name-number-{number}" for number in range(6)]
+    assert main([str(write_run(tmp_path / name, rows(2.5))) for name in names]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in names)
+    assert "…" not in said
+    assert all(name in next(line for line in said.splitlines() if names[0] in line) for name in names), "in one line"

@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-Summary = Callable[[Sequence[float]], float]
+Summary = Callable[[Sequence[float]], float | None]
+"""Of a run's values; None where they do not have one."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ def _last(values: Sequence[float]) -> float:
     return values[-1]
 
 
+def _first_of_several(values: Sequence[float]) -> float | None:
+    """One evaluation says how a run ended, and nothing of how it began."""
+    return values[0] if len(values) > 1 else None
+
+
 _median = statistics.median_high  # a value that was measured
 
 _HOST_MEMORY = "host memory of the first rank, GB"
@@ -55,11 +61,19 @@ METRICS = (
     Metric("host_memory_gb", _HOST_MEMORY, picture="memory"),
     Metric(
         "eval_loss", "held-out cross-entropy per token", "held-out loss {:.4f}",
-        {"held-out loss before": _first, "held-out loss after": _last}, in_card=True,
+        {"first held-out loss": _first_of_several, "last held-out loss": _last}, in_card=True,
     ),
-    Metric("eval_token_accuracy", "held-out token accuracy", in_card=True),
-    Metric("eval_accuracy", "grounding accuracy", "accuracy {:.4f}", in_card=True),
-    Metric("eval_accuracy_full", "grounding accuracy on all tokens", "on all tokens {:.4f}", in_card=True),
+    Metric(
+        "eval_token_accuracy", "held-out token accuracy", summary={"last held-out token accuracy": _last}, in_card=True
+    ),
+    Metric(
+        "eval_accuracy", "grounding accuracy", "accuracy {:.4f}",
+        {"first grounding accuracy": _first_of_several, "last grounding accuracy": _last}, in_card=True,
+    ),
+    Metric(
+        "eval_accuracy_full", "grounding accuracy on all tokens", "on all tokens {:.4f}",
+        {"last grounding accuracy on all tokens": _last}, in_card=True,
+    ),
 )  # fmt: skip
 """In the order in which they are shown."""
 

@@ -78,7 +78,8 @@ def summarise(rows: list[dict]) -> dict[str, float]:
         facts["steps without a loss"] = num_skipped
     for metric in METRICS:
         if values := values_of(metric.name, rows):
-            facts |= {words: make(values) for words, make in metric.summary.items()}
+            made = {words: make(values) for words, make in metric.summary.items()}
+            facts |= {words: value for words, value in made.items() if value is not None}
     return facts
 
 
@@ -90,6 +91,10 @@ def print_table(runs: dict[str, list[dict]], console: Console) -> None:
         table.add_column(name, justify="right")
     for key in dict.fromkeys(key for run in facts.values() for key in run):
         table.add_row(key, *(f"{run[key]:,.4g}" if key in run else "-" for run in facts.values()))
+    if not console.is_terminal:
+        # A pipe or a file has no width: rich would take 80 columns and cut what does not fit.
+        needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        console.width = max(console.width, needed)
     console.print(table)
 
 
