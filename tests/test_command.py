@@ -18,6 +18,7 @@ from training.errors import RankError, UserError
 
 WRONG = {
     "training.train": ["no/[such].yaml"],
+    "training.doctor": ["--json", "no/[such]/found.json"],
     "training.inspect": ["no/[such].yaml"],
     "training.cache_teacher": ["no/[such].yaml"],
     "training.evaluate": ["no/[such]", "--data", "no/[such].jsonl"],

@@ -24,6 +24,7 @@ from training.diagnosis import machine, steps
 from training.diagnosis.check import Bench, Check, Result, perform
 from training.diagnosis.collectives import collectives
 from training.diagnosis.kernels import attention_checks, chunked_head
+from training.errors import UserError
 
 COMPUTES_WRONG = 1
 
@@ -41,7 +42,9 @@ def main(argv: list[str] | None = None) -> int:
 def examine(args: argparse.Namespace) -> int:
     """Look at everything, say it line by line, and return the exit code."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU; nvidia-smi tells whether there is a driver")
+        raise UserError("--device cuda: torch sees no GPU; nvidia-smi tells whether there is a driver")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: no folder {args.json.parent} to write it in")
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name, 0) if name == "cuda" else torch.device(name)
     console, results = plain_console(), []

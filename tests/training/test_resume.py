@@ -50,7 +50,14 @@ def reference(tmp_path_factory) -> Run:
 
 
 def test_the_loss_curve_is_the_stored_one(reference):
-    assert [row for row in reference.steps() if "loss" in row] == json.loads(CURVE.read_text())
+    """Counts to the bit, losses and norms to 1e-6: other processors round the same products in another last bit (up to
+    4e-7 over these steps when seen). Whether a change keeps the bits shows on one machine, before and after it."""
+    rows, stored = [row for row in reference.steps() if "loss" in row], json.loads(CURVE.read_text())
+    assert len(rows) == len(stored)
+    for row, expected in zip(rows, stored, strict=True):
+        assert row == pytest.approx(expected, rel=1e-6, abs=0)
+        counts = [key for key in expected if key not in ("loss", "grad_norm")]
+        assert {key: row[key] for key in counts} == {key: expected[key] for key in counts}
 
 
 def test_a_rank_killed_while_saving_costs_nothing(reference):
