@@ -14,6 +14,8 @@ from pixelprune.command import plain_console
 from training.command import run_command
 from training.config.recipe import load_recipe
 from training.data.inspection import inspect
+from training.loop.feed import prepare_settings
+from training.model.loading import load_model_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     def look() -> None:
         config = load_recipe(args.recipe, args.overrides)
         folder = args.out or Path(config.run.folder) / config.run.name / "inspect"
-        inspect(config, plain_console(), folder, num=args.num)
+        prepare = prepare_settings(config, load_model_files(config.model))
+        inspect(config.data.sources, prepare, plain_console(), folder, num=args.num)
 
     return run_command(look)
 

@@ -21,8 +21,8 @@ from pixelprune.records.reader import parse_record
 from pixelprune.records.record import RecordError
 from pixelprune.selection.overlay import draw_overlay
 from pixelprune.settings import BLOCK
-from training.config.settings import Config
 from training.data.columns import unread_columns
+from training.data.settings import SourceSettings
 from training.data.sources import Source, open_sources
 from training.errors import UserError
 
@@ -32,20 +32,12 @@ SUPERVISED = "bold green"
 IMAGE = "bold cyan"
 
 
-def inspect(config: Config, console: Console, folder: Path, *, num: int) -> None:
+def inspect(
+    settings: list[SourceSettings], prepare: PrepareSettings, console: Console, folder: Path, *, num: int
+) -> None:
     """Print `num` records of every source and write their pictures to `folder`. Raises UserError for unusable data."""
     try:
-        sources = open_sources(config.data.sources)
-        data = config.data
-        preparer = PrepareSettings(
-            config.model.path,
-            config.prune,
-            config.resize,
-            data.last_turn_only,
-            ignore_keys=tuple(data.ignore_keys),
-            supervise_empty_reasoning=data.supervise_empty_reasoning,
-            trust_remote_code=config.model.trust_remote_code,
-        ).build()
+        sources, preparer = open_sources(settings), prepare.build()
     except (ValueError, OSError) as error:
         raise UserError(str(error).splitlines()[0]) from error
     folder.mkdir(parents=True, exist_ok=True)
