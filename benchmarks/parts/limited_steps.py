@@ -45,6 +45,7 @@ def run_steps(
     killed with everything it started.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, _leave)
     outcomes: list[Outcome] = []
     for step in steps:
         limit = min(step.limit, deadline - time.monotonic())
@@ -54,6 +55,11 @@ def run_steps(
             outcomes.append(_run(step, limit, logs / f"{step.name}.log"))
         keep(outcomes)
     return outcomes
+
+
+def _leave(number: int, _: object) -> None:
+    """By an exception, which takes the running step along: it has a session of its own, and would go on alone."""
+    raise SystemExit(128 + number)
 
 
 def _run(step: LimitedStep, limit: float, log: Path) -> Outcome:

@@ -41,8 +41,10 @@ def as_messages(row: dict[str, Any], rules: KeyRules) -> dict[str, Any]:
 
 
 def _turns(said: dict[str, Any], ask: str, answer: str) -> list[Any]:
-    history: list[Any] = []
-    for pair in said.get("history", []):
+    pairs, history = said.get("history", []), list[Any]()
+    if not isinstance(pairs, list | tuple):
+        raise RecordError("bad_content", f"history is {type(pairs).__name__}, expected pairs of question and answer")
+    for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RecordError("bad_content", f"history holds {pair!r:.60}, expected pairs of question and answer")
         history += [_turn("user", pair[0], "history"), _turn("assistant", pair[1], "history")]

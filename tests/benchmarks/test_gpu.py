@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from benchmarks.gpu import steps_for
 from benchmarks.parts.limited_steps import LimitedStep, run_steps
@@ -55,6 +57,26 @@ def test_failing_and_endless_steps_do_not_stop_the_rest(tmp_path):
     assert outcomes[2].said == "over its limit; until then: working"
     assert has_ended(int(pid.read_text())), "what a step started ends with it"
     assert seen == [["ok"], ["ok", "FAILED"], ["ok", "FAILED", "cut off"], ["ok", "FAILED", "cut off", "ok"]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_stops_the_record_stops_its_step(number, tmp_path):
+    pid = tmp_path / "pid"
+    code = (
+        "import sys, time, pathlib, signal; from benchmarks.parts.limited_steps import LimitedStep, run_steps; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "run_steps([LimitedStep('endless', 600, [sys.executable, '-c', sys.argv[1]])], time.monotonic() + 600, "
+        "pathlib.Path(sys.argv[2]), lambda so_far: None)"
+    )
+    command = [*python(code), STARTS_ANOTHER.format(path=str(pid)), str(tmp_path / "logs")]
+    record = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    log = tmp_path / "logs" / "endless.log"
+    while not (log.exists() and log.read_text()):
+        assert record.poll() is None
+        time.sleep(0.05)
+    record.send_signal(number)
+    assert record.wait() != 0
+    assert has_ended(int(pid.read_text()))
 
 
 def test_without_time_steps_are_skipped_by_name(tmp_path):

@@ -42,6 +42,8 @@ REPAIRABLE = (
     "unsupported_mode", "decompression_bomb", "aspect_ratio",
 )  # fmt: skip
 """Reasons that lie in an image file, which may be fixed while the data file and so the index folder stay the same."""
+UNEXPECTED = "unexpected"
+"""The reason that lies in the program, or in a shortage of memory: another start may know better."""
 
 
 @dataclass(frozen=True)
@@ -228,15 +230,17 @@ def _join_parts(source: Source, folder: IndexFolder) -> None:
 
 
 def _recheck(numbers: Sequence[int], folders: list[IndexFolder], pool: _Pool) -> None:
-    """Rank 0: measure again what these sources' indexes refuse for an image file; replace the rows that changed."""
+    """Rank 0: measure again what these sources' indexes refuse for an image file, or for an error that nobody expected;
+    replace the rows that changed."""
     before: dict[int, dict[int, tuple[str, str]]] = {}
     for number in numbers:
-        entries = pq.read_table(
-            folders[number].table, columns=["row", "reason", "detail"], filters=pc.field("reason").isin(REPAIRABLE)
-        ).to_pylist()
+        again = pc.field("reason").isin((*REPAIRABLE, UNEXPECTED))
+        entries = pq.read_table(folders[number].table, columns=["row", "reason", "detail"], filters=again).to_pylist()
         source = pool.sources[number]
         before[number] = {
-            e["row"]: (e["reason"], e["detail"]) for e in entries if _reads_files(source, e["row"], pool.preparer)
+            e["row"]: (e["reason"], e["detail"])
+            for e in entries
+            if e["reason"] == UNEXPECTED or _reads_files(source, e["row"], pool.preparer)
         }
     chunks = [
         _Chunk(number, rows[start : start + CHUNK_ROWS])
@@ -268,7 +272,9 @@ def _replace_rows(source: Source, folder: IndexFolder, rows: list[dict]) -> None
     except OSError as error:
         logger.warning("%d records that can be used now stay out: %s: %s", num_fixed, folder.path, error.strerror)
         return
-    logger.warning("%s: %d records whose images were fixed can be used now", source.name, num_fixed)
+    logger.warning(
+        "%s: %d records whose images were fixed, or whose error is gone, can be used now", source.name, num_fixed
+    )
 
 
 def _write_index(source: Source, folder: IndexFolder, table: pa.Table) -> None:

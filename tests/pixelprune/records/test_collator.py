@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration, Trainer, TrainingArguments
 
+from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.collator import DUMMY_ID, DUMMY_TOKENS, PixelPruneCollator, dummy_sample
 from pixelprune.records.record import RecordError
 from pixelprune.settings import PruneSettings, ResizeSettings
@@ -129,3 +130,20 @@ def test_a_bad_record_is_an_error_not_a_hole(toy_folder, screens):
     with pytest.raises(RecordError) as caught:
         collator([chat_row(None), chat_row("none.png")])
     assert caught.value.reason == "missing_file"
+
+
+def test_what_nobody_thought_of_is_the_records_and_named_with_its_cause(toy_folder, monkeypatch):
+    """A nesting that no code expects, and a fault of the code itself: neither ends the run of millions of others."""
+    preparer = PixelPruneCollator.from_pretrained(toy_folder).preparer
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    nested = "x"
+    for _ in range(3000):
+        nested = {"a": nested}
+    with pytest.raises(RecordError, match="RecursionError") as caught:
+        preparer.prepare({"messages": turns, "tools": [{"name": "f", "parameters": nested}]}, None)
+    assert caught.value.reason == "unexpected"
+    fault = MemoryError("2 GB of text")
+    monkeypatch.setattr(ChatEncoder, "encode", lambda self, record: (_ for _ in ()).throw(fault))
+    with pytest.raises(RecordError, match=r"MemoryError: 2 GB of text \(test_collator\.py:\d+\)") as caught:
+        preparer.prepare({"messages": turns}, None)
+    assert caught.value.__cause__ is fault

@@ -43,12 +43,15 @@ def test_answers_within_a_prompt_are_not_trained_on():
     assert [message.supervised for message in record.messages] == [False, False, False, True]
 
 
+NUMBER = {"query": "a", "response": "b", "history": 5}
+
+
 def test_keys_beside_turns_and_wrong_forms_are_refused():
     with pytest.raises(RecordError, match="'prompt'"):
         parse_record(turns("a", "b", prompt="c", completion="d"))
     with pytest.raises(RecordError, match="'mood'"):
         parse_record({"query": "a", "response": "b", "mood": "c"})
-    for row in ({"query": 3, "response": "b"}, {"query": "a", "response": "b", "history": [["c"]]}):
+    for row in ({"query": 3, "response": "b"}, {"query": "a", "response": "b", "history": [["c"]]}, NUMBER):
         with pytest.raises(RecordError) as caught:
             parse_record(row)
         assert caught.value.reason == "bad_content"

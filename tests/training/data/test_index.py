@@ -221,14 +221,22 @@ def test_a_killed_build_goes_on_where_it_was(screens, prepare, monkeypatch, meas
     assert measured == list(range(12, 24)), "three whole parts of four rows were kept"
 
 
-def test_an_unexpected_error_names_the_record(screens, prepare, monkeypatch):
+def test_an_unexpected_error_costs_its_record_until_it_is_gone(screens, prepare, monkeypatch, measured):
     def broken(*args, **kwargs):
         raise RuntimeError("bug")
 
-    monkeypatch.setattr("pixelprune.records.prepare.prune_image", broken)
-    with pytest.raises(RuntimeError) as caught:
-        build(screens, prepare)
-    assert "record 1" in caught.value.__notes__[0]
+    write_jsonl(screens / "train.jsonl", [chat_row("screen_0.png"), chat_row(None)])
+    with monkeypatch.context() as patched:
+        patched.setattr("pixelprune.records.prepare.prune_image", broken)
+        index = build(screens, prepare)
+    (lost,) = index.quarantined
+    assert len(index) == 1
+    assert (lost.record, lost.reason) == ("train:0", "unexpected")
+    assert lost.file.endswith("train.jsonl, record 1")
+    assert lost.detail.startswith("RuntimeError: bug (test_index.py:")
+    measured.clear()
+    again = build(screens, prepare)
+    assert (len(again), again.quarantined, measured) == (2, [], [0])
 
 
 def test_quarantine_adds_up_and_is_written(screens, prepare, tmp_path):
