@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from pixelprune.records.images import read_image
 from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.presets import AS_RECORDED, Preset
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import Record, RecordError
+from pixelprune.records.record import Record, RecordError, of_the_record
 from pixelprune.sample import Sample, build_sample
 from pixelprune.selection import Selection
 from pixelprune.selection.registry import is_recoverable
@@ -105,6 +104,7 @@ class Preparer:
     with_full: bool = False
     rules: KeyRules = NO_RULES
 
+    @of_the_record()
     def prepare(
         self,
         row: Any,
@@ -120,19 +120,7 @@ class Preparer:
         row: a mapping in any supported format, or a `Record`. preset: the prompt written around its questions.
         expected_hash: refuse a record whose content is another.
         Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
-        What nobody thought of is the record's too (reason `unexpected`, with the error as its cause): a run of millions
-        of records is not ended by one of them, and stops by itself when there are many.
         """
-        try:
-            return self._prepare(row, root, record_format, preset, record_id, expected_hash)
-        except RecordError:
-            raise
-        except Exception as error:
-            raise RecordError("unexpected", f"{type(error).__name__}: {error} ({_place(error)})") from error
-
-    def _prepare(
-        self, row: Any, root: Path | None, record_format: str, preset: Preset, record_id: str, expected_hash: int
-    ) -> PreparedRecord:
         record = preset.apply(row if isinstance(row, Record) else parse_record(row, record_format, self.rules))
         chat = self.chat.encode(record)
         pictures = [read_image(ref, root) for ref in record.images]
@@ -164,12 +152,6 @@ class Preparer:
             return images, [unpruned_without_pixels(image) for image in images]
         keep_all = PruneSettings(strategy="none")
         return images, [prune_image(picture, keep_all, self.resize) for picture in decoded]
-
-
-def _place(error: Exception) -> str:
-    """The file and the line that raised it, for those who look it up."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}"
 
 
 def unpruned_without_pixels(image: PrunedImage) -> PrunedImage:

@@ -34,7 +34,7 @@ from pixelprune.records.agents import (
 )
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_source
 from pixelprune.records.keys import NO_RULES, KeyRules
-from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError
+from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError, of_the_record
 from pixelprune.records.shapes import as_messages
 
 __all__ = [
@@ -73,12 +73,17 @@ def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RUL
 
     Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
     empty_turn, image_count, remote_image, bad_image, image_in_answer, two_systems, preference_data, unread_key,
-    bad_box, bad_tools or bad_weight.
+    bad_box, bad_tools, bad_weight or unexpected.
     """
-    if not isinstance(row, dict):
-        raise RecordError("not_an_object", f"expected an object with messages, got {type(row).__name__}")
     if record_format not in FORMATS:
         raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")
+    with of_the_record():
+        return _parsed(row, record_format, rules)
+
+
+def _parsed(row: Any, record_format: str, rules: KeyRules) -> Record:
+    if not isinstance(row, dict):
+        raise RecordError("not_an_object", f"expected an object with messages, got {type(row).__name__}")
     rules.refuse_preferences(row)
     row = as_messages(row, rules) if record_format != "sharegpt" else row
     key = _conversation_key(row, record_format)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-__all__ = ["ROLES", "ImageRef", "Message", "Record", "RecordError"]
+__all__ = ["ROLES", "ImageRef", "Message", "Record", "RecordError", "of_the_record"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -21,6 +25,23 @@ class RecordError(ValueError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.reason, str(self))
+
+
+@contextmanager
+def of_the_record() -> Iterator[None]:
+    """Whatever goes wrong in here is the record's: RecordError, with reason `unexpected` where nobody thought of it.
+
+    A run of millions of records is not ended by one of them, and stops by itself when there are many. The error stays
+    the cause; its kind, words and place stand in the message.
+    """
+    try:
+        yield
+    except RecordError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise RecordError("unexpected", f"{type(error).__name__}: {error} ({place})") from error
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _inspect_record(source: Source, row: int, preparer: Preparer, console: Conso
             record_id=record_id,
         )
     except RecordError as error:
-        console.print(Text(f"quarantined: {error.reason}: {error}", "bold red"))
+        console.print(Text(f"quarantined: {error.reason}: {error}", "bold red"), soft_wrap=True)
         return
     sample = prepared.sample
     console.print(render_tokens(prepared, preparer))

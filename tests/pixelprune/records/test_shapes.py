@@ -55,5 +55,10 @@ def test_keys_beside_turns_and_wrong_forms_are_refused():
         with pytest.raises(RecordError) as caught:
             parse_record(row)
         assert caught.value.reason == "bad_content"
+    nested: dict = {}
+    for _ in range(2000):
+        nested = {"a": nested}
+    with pytest.raises(RecordError, match="RecursionError"):  # by who reads a record and does not prepare it, too
+        parse_record(turns("a", "b", tools=[{"name": "f", "parameters": nested}]))
     kept = parse_record(turns("a", "b", prompt="c"), rules=KeyRules.ignoring(["prompt"]))
     assert kept == parse_record(turns("a", "b"))
