@@ -1,6 +1,6 @@
 """The whole GPU record with one command, in order of value, whatever breaks on the way.
 
-    python -m benchmarks.gpu                                        # everything, one GPU, about 20 minutes
+    python -m benchmarks.gpu                                        # everything, one GPU; 23 minutes at most
     python -m benchmarks.gpu --minutes 9 --only doctor train_step   # the most for little time
     python -m benchmarks.gpu --device cpu --shapes toy --minutes 15 # a rehearsal without a GPU
 
@@ -33,42 +33,23 @@ def steps_for(device: str, shapes: str, name: str) -> list[LimitedStep]:
     few = ["--pack-samples", "2", "--packs", "1", "--workers", "0", "--block", "2"] if on_cuda else []
     dtype = ["model.dtype=bfloat16"] if on_cuda else []
 
-    def module(what: str, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", what, *arguments]
+    def step(what: str, seconds: float, module: str, *arguments: str) -> LimitedStep:
+        command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--name", f"{name}_{what}"]
+        return LimitedStep(what, seconds, command, f"{name}_{what}.md")
 
-    doctor_out = str(RESULTS / f"{name}_doctor.json")
+    folder, found = f"runs/{name}", RESULTS / f"{name}_doctor.json"
+    doctor = [sys.executable, "-m", "training.doctor", "--device", device, "--json", str(found)]
+    hybrid = ["--recipe", "configs/debug_qwen3_5.yaml", "--family", "qwen3_5", "--folder", f"{folder}/qwen3_5"]
     return [
-        LimitedStep("doctor", 120, module("training.doctor", "--device", device, "--json", doctor_out)),
-        LimitedStep(
-            "train_step", 240, module("benchmarks.train_step", *bench, *small, "--name", f"{name}_train_step")
-        ),
-        LimitedStep("attention", 60, module("benchmarks.attention", "--device", device, "--name", f"{name}_attention")),
-        LimitedStep("prefill", 90, module("benchmarks.prefill", *bench, *one_small, "--name", f"{name}_prefill")),
-        LimitedStep(
-            "kd", 240, module("benchmarks.train_step", *bench, *small, *few, "--kd", "--name", f"{name}_train_step_kd")
-        ),
-        LimitedStep(
-            "stop_resume",
-            180,
-            module("benchmarks.stop_resume", *dtype, "--name", f"{name}_stop_resume", "--folder", f"runs/{name}/stop"),
-        ),
-        LimitedStep(
-            "qwen3_5",
-            180,
-            module(
-                "benchmarks.stop_resume", "--recipe", "configs/debug_qwen3_5.yaml", "--family", "qwen3_5", *dtype,
-                "--name", f"{name}_qwen3_5", "--folder", f"runs/{name}/qwen3_5",
-            ),
-        ),
-        LimitedStep(
-            "compile",
-            240,
-            module(
-                "benchmarks.train_step", *bench, *small, *few, "--name", f"{name}_train_step_compiled",
-                "model.compile=true",
-            ),
-        ),
-    ]  # fmt: skip
+        LimitedStep("doctor", 120, doctor),
+        step("train_step", 240, "train_step", *bench, *small),
+        step("attention", 60, "attention", "--device", device),
+        step("prefill", 90, "prefill", *bench, *one_small),
+        step("kd", 240, "train_step", *bench, *small, *few, "--kd"),
+        step("stop_resume", 180, "stop_resume", "--folder", f"{folder}/stop", *dtype),
+        step("qwen3_5", 180, "stop_resume", *hybrid, *dtype),
+        step("compile", 240, "train_step", *bench, *small, *few, "model.compile=true"),
+    ]
 
 
 def main() -> int:
@@ -93,7 +74,7 @@ def main() -> int:
         latest = outcomes[-1]
         print(f"{latest.state:8} {latest.step:12} {latest.seconds:6.0f} s  {latest.said}", flush=True)
         rows = [
-            {"step": o.step, "state": o.state, "seconds": f"{o.seconds:.0f} of {o.limit:.0f}", "last line": o.said}
+            {"step": o.step, "state": o.state, "seconds": f"{o.seconds:.0f} of {o.limit:.0f}", "record": o.said}
             for o in outcomes
         ]
         payload = {"device": arguments.device, "shapes": shapes, "steps": [vars(outcome) for outcome in outcomes]}

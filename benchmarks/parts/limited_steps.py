@@ -23,11 +23,13 @@ class LimitedStep:
     limit: float
     """Seconds."""
     command: Sequence[str]
+    record: str = ""
+    """The file that it writes, for who reads what became of it."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step. said: the last line of its output, or why it did not run."""
+    """What became of a step. said: its record, or the last line of its output, or why it did not run."""
 
     step: str
     state: Literal["ok", "FAILED", "cut off", "skipped"]
@@ -76,7 +78,7 @@ def _run(step: LimitedStep, limit: float, log: Path) -> Outcome:
     if code is None:
         return Outcome(step.name, "cut off", seconds, limit, f"over its limit; until then: {_last_line(log)}")
     state: Literal["ok", "FAILED"] = "ok" if code == 0 else "FAILED"
-    said = _last_line(log) if code == 0 else f"exit code {code}: {_last_line(log)}"
+    said = f"exit code {code}: {_last_line(log)}" if code else step.record or _last_line(log)
     return Outcome(step.name, state, seconds, limit, said)
 
 

@@ -43,7 +43,7 @@ def test_failing_and_endless_steps_do_not_stop_the_rest(tmp_path):
         LimitedStep("good", 60, python("print('first'); print('done | well')")),
         LimitedStep("bad", 60, python("print('started', flush=True); raise SystemExit('no such kernel')")),
         LimitedStep("endless", 10, python(STARTS_ANOTHER.format(path=str(pid)))),
-        LimitedStep("silent", 60, python("")),
+        LimitedStep("silent", 60, python("print('| a | row |')"), "silent.md"),
     ]
     seen: list[list[str]] = []
     outcomes = run_steps(
@@ -53,6 +53,7 @@ def test_failing_and_endless_steps_do_not_stop_the_rest(tmp_path):
         ("good", "ok"), ("bad", "FAILED"), ("endless", "cut off"), ("silent", "ok")
     ]  # fmt: skip
     assert outcomes[0].said == "done / well", "a record's table has bars of its own"
+    assert outcomes[3].said == "silent.md"
     assert outcomes[1].said == "exit code 1: no such kernel"
     assert outcomes[2].said == "over its limit; until then: working"
     assert has_ended(int(pid.read_text())), "what a step started ends with it"
