@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         config = load_recipe(args.recipe, args.overrides)
         folder = args.out or Path(config.run.folder) / config.run.name / "inspect"
         prepare = prepare_settings(config, load_model_files(config.model))
-        inspect(config.data.sources, prepare, plain_console(), folder, num=args.num)
+        inspect(config.data.sources, prepare, plain_console(), folder, num=args.num, index_dir=config.data.index_dir)
 
     return run_command(look)
 

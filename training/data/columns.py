@@ -8,7 +8,8 @@ import pyarrow.compute as pc
 from pixelprune.records.keys import KeyRules
 from pixelprune.records.reader import RECORD_KEYS
 from pixelprune.records.shapes import SHAPE_KEYS
-from training.data.sources import ArrowRows, Source
+from training.data.files.table_rows import ArrowFileRows, ArrowRows
+from training.data.sources import Source
 
 __all__ = ["refuse_unread_columns", "unread_columns"]
 
@@ -20,10 +21,10 @@ def unread_columns(source: Source, rules: KeyRules) -> list[str]:
 
     Keys with a known meaning elsewhere (tools, chosen) are left to the reader, which sees where they are empty.
     """
-    if not isinstance(source.rows, ArrowRows):
+    if not isinstance(source.rows, ArrowRows | ArrowFileRows):
         return []
-    table = source.rows.dataset.data
-    names = [name for name in source.rows.dataset.column_names if not rules.knows(name, "record", READ_KEYS)]
+    table = source.rows.table
+    names = [name for name in table.column_names if not rules.knows(name, "record", READ_KEYS)]
     return [name for name in names if any(_says_something(chunk) for chunk in table.column(name).chunks)]
 
 

@@ -76,7 +76,7 @@ def build_index(
     Raises ValueError for unusable sources, columns of a table that are not read, an index_dir that cannot be written,
     or one that is not shared by all ranks.
     """
-    opened = open_sources(sources)
+    opened = open_sources(sources, index_dir)
     preparer = prepare.build()
     for source in opened:
         refuse_unread_columns(source, preparer.rules)

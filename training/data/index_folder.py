@@ -10,6 +10,7 @@ import xxhash
 
 from pixelprune.files import write_whole
 from pixelprune.records.presets import AS_RECORDED
+from training.data.files.unpacked import side_folder
 from training.data.sources import Source
 
 INDEX_VERSION = 4
@@ -48,12 +49,12 @@ def open_folder(source: Source, fingerprint: dict, index_dir: str) -> IndexFolde
     }
     path = Path(settings.path)
     if path.exists() and not index_dir:
-        parent = path.parent / f"{path.name}.index"
+        parent = side_folder(path, "")
     else:
         # A folder for many sources: two data files of one name, size and time may have other images beside them.
         content["path"] = str(path.resolve()) if path.exists() else settings.path
         content["root"] = str(Path(settings.root).resolve()) if settings.root else ""
-        parent = Path(index_dir) / path.name if index_dir else Path.home() / ".cache" / "pixelprune" / "index"
+        parent = side_folder(path, index_dir) if index_dir else Path.home() / ".cache" / "pixelprune" / "index"
     text = json.dumps(content, indent=2, sort_keys=True)
     folder = IndexFolder(parent / xxhash.xxh3_64(text.encode()).hexdigest())
     if folder.table.exists():  # it may lie on a read-only file system

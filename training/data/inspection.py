@@ -33,11 +33,17 @@ IMAGE = "bold cyan"
 
 
 def inspect(
-    settings: list[SourceSettings], prepare: PrepareSettings, console: Console, folder: Path, *, num: int
+    settings: list[SourceSettings],
+    prepare: PrepareSettings,
+    console: Console,
+    folder: Path,
+    *,
+    num: int,
+    index_dir: str = "",
 ) -> None:
     """Print `num` records of every source and write their pictures to `folder`. Raises UserError for unusable data."""
     try:
-        sources, preparer = open_sources(settings), prepare.build()
+        sources, preparer = open_sources(settings, index_dir), prepare.build()
     except (ValueError, OSError) as error:
         raise UserError(str(error).splitlines()[0]) from error
     folder.mkdir(parents=True, exist_ok=True)

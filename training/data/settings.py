@@ -14,7 +14,8 @@ class SourceSettings:
     """One data set of a recipe."""
 
     path: str
-    """A .jsonl, .json or .parquet file, a folder of them, a folder written by `datasets`, or a hub id (when online)."""
+    """A .jsonl, .ndjson or .json file (also .gz or .zst), .csv, .parquet or .arrow, a folder of one kind of them, a
+    folder written by `datasets`, or a hub id (when online)."""
     name: str = ""
     """Name in reports and record ids; the file's stem by default. Must be unique in a recipe."""
     root: str = ""
@@ -22,7 +23,7 @@ class SourceSettings:
     format: str = "auto"
     """auto (detected per record), sharegpt or messages."""
     split: str = "train"
-    """Split of a hub id or of a saved DatasetDict."""
+    """Split of a hub id, of a saved DatasetDict, or of a folder whose files are named for splits."""
     weight: float = 1.0
     """How often every record is used per epoch; a fraction draws a seeded subset, another one each epoch."""
     prompt: str = "as_recorded"

@@ -63,16 +63,16 @@ class AnswerSettings:
 
 
 def read_tasks(
-    sources: Sequence[SourceSettings], *, ignore_keys: Sequence[str] = ()
+    sources: Sequence[SourceSettings], *, ignore_keys: Sequence[str] = (), index_dir: str = ""
 ) -> tuple[list[Task], dict[str, str]]:
     """Records with a target, in the order of the files, and id -> reason of those that cannot be evaluated.
 
-    ignore_keys: as `data.ignore_keys`. Raises UserError when a source cannot be opened.
+    ignore_keys, index_dir: as those of `data`. Raises UserError when a source cannot be opened.
     """
     tasks, refused = [], {}
     try:
         rules = KeyRules.ignoring(ignore_keys)
-        opened = open_sources(list(sources))
+        opened = open_sources(list(sources), index_dir)
     except ValueError as error:
         raise UserError(str(error)) from error
     for source in opened:

@@ -64,7 +64,7 @@ class GroundingEvaluator:
 
         Raises UserError when no source has records with boxes.
         """
-        tasks, refused = read_tasks(data.eval_sources, ignore_keys=data.ignore_keys)
+        tasks, refused = read_tasks(data.eval_sources, ignore_keys=data.ignore_keys, index_dir=data.index_dir)
         if not tasks:
             reason = next(iter(refused.values()), "there are no data.eval_sources")
             raise UserError(f"eval.grounding_every_steps: no record can be answered: {reason}")

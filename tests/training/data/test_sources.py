@@ -115,7 +115,8 @@ def test_mixed_file_with_damaged_lines(tmp_path):
         ("[]", "d.json", "holds no records"),
         ('[{"a": 1}, {"a": ', "d.json", "damaged after 1 records"),
         ('[{"a": 1} {"a": 2}]', "d.json", "damaged after 1 records"),
-        ("a,b", "d.csv", "expected .jsonl"),
+        ("a,b", "d.csv", "holds no records"),
+        ("a,b", "d.txt", "expected .jsonl"),
     ],
 )
 def test_unusable_files_are_refused(tmp_path, content, name, match):
@@ -128,7 +129,7 @@ def test_a_folder_of_two_kinds_is_refused(tmp_path):
     datasets.Dataset.from_list([{"a": 1}]).to_parquet(tmp_path / "d.PARQUET")
     assert len(open_source(SourceSettings(str(tmp_path)))) == 1
     write("jsonl", tmp_path)
-    with pytest.raises(ValueError, match=r"holds \.jsonl and \.parquet files"):
+    with pytest.raises(ValueError, match="holds JSON and Parquet files"):
         open_source(SourceSettings(str(tmp_path)))
 
 
