@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from pixelprune.images.image import ImageError, ImageSource, PrunedImage, prune_image
+from pixelprune.images.image import ImageError, PrunedImage, prune_image
 from pixelprune.model_folder import PRUNE_FILE, ModelFolder, read_model_file, read_prune_file, size_limits
 from pixelprune.records.agents import strings_in
 from pixelprune.records.chat import control_tokens
-from pixelprune.records.image_part import IMAGE_KEYS, image_of_part
-from pixelprune.records.record import RecordError
+from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, read_keys
+from pixelprune.records.keys import NO_RULES
+from pixelprune.records.record import ImageRef, RecordError
 from pixelprune.sample import ChatTokens
 from pixelprune.settings import PruneSettings, ResizeSettings
 
@@ -95,7 +96,7 @@ class Prompter:
 
     def render(
         self, messages: Messages, *, tools: list[Any] | None = None, template_kwargs: dict[str, Any] | None = None
-    ) -> tuple[str, list[ImageSource]]:
+    ) -> tuple[str, list[ImageRef]]:
         """The conversation through the chat template, answer header included, and its images in order.
 
         Raises ValueError for messages that are not in the expected form or hold control tokens, and for those that the
@@ -123,20 +124,20 @@ class Prompter:
         ids = np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
         return ChatTokens(ids, np.zeros(len(ids), dtype=bool))
 
-    def prune_images(self, sources: list[ImageSource]) -> list[PrunedImage]:
+    def prune_images(self, images: list[ImageRef]) -> list[PrunedImage]:
         """Decode, resize and select. Raises ImageError saying which image it was."""
         pruned = []
-        for number, source in enumerate(sources, start=1):
+        for number, ref in enumerate(images, start=1):
             try:
-                pruned.append(prune_image(source, self.prune, self.resize))
+                pruned.append(prune_image(ref.source, self.prune, self.resize, ref.wish))
             except ImageError as error:
                 raise ImageError(error.reason, f"image {number} of the conversation: {error}") from error
         return pruned
 
-    def _read(self, messages: Messages) -> tuple[Messages, list[ImageSource]]:
+    def _read(self, messages: Messages) -> tuple[Messages, list[ImageRef]]:
         """Messages as templates take them (images without their content), and the images."""
         turns: Messages = []
-        images: list[ImageSource] = []
+        images: list[ImageRef] = []
         for number, message in enumerate(messages, start=1):
             if not isinstance(message, Mapping) or "role" not in message:
                 raise ValueError(f"message {number}: expected a dict with 'role' and 'content', got {_short(message)}")
@@ -150,7 +151,7 @@ class Prompter:
             turns.append({**message, "content": content})
         return turns, images
 
-    def _read_part(self, part: Any, where: str, images: list[ImageSource]) -> dict[str, Any]:
+    def _read_part(self, part: Any, where: str, images: list[ImageRef]) -> dict[str, Any]:
         if isinstance(part, str):
             part = {"type": "text", "text": part}
         if not isinstance(part, Mapping):
@@ -158,7 +159,7 @@ class Prompter:
         kind = part.get("type") or next((name for name in ("image", "image_url", "text") if name in part), None)
         if kind in IMAGE_TYPES:
             try:
-                image = image_of_part(part)
+                image = image_of_part(read_keys(part, ("type", *IMAGE_KEYS), NO_RULES, "part"))
             except RecordError as error:
                 raise ValueError(f"{where}: {error}") from error
             if image is None:

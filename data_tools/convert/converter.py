@@ -149,7 +149,7 @@ class Converter:
 
     def _message(self, message: Message) -> dict[str, Any]:
         content = [
-            {"type": "image", "image": self.images.relative(_file_name(part))}
+            {"type": "image", "image": self.images.relative(_file_name(part)), **part.wish.stated}
             if isinstance(part, ImageRef)
             else {"type": "text", "text": part}
             for part in message.parts

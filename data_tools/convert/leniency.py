@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pixelprune.records.image_part import IMAGE_KEYS, image_source
+from pixelprune.records.image_part import IMAGE_KEYS, image_ref
 from pixelprune.records.reader import PLACEHOLDER
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
@@ -127,6 +127,6 @@ def _split(text: str) -> Iterator[Any]:
     for match in PLACEHOLDER.finditer(text):
         inline = match.group(1)
         yield {"type": "text", "text": text[cut : match.start()]}
-        yield {"type": "image"} if inline is None else {"type": "image", "image": image_source(inline.strip())}
+        yield {"type": "image"} if inline is None else {"type": "image", "image": image_ref(inline.strip()).source}
         cut = match.end()
     yield {"type": "text", "text": text[cut:]}

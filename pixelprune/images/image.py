@@ -24,7 +24,7 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
-from pixelprune.images.sizing import fit_size
+from pixelprune.images.sizing import NO_WISH, SizeWish, wished_size
 from pixelprune.selection import Selection, check_settings, select
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 
@@ -143,18 +143,19 @@ def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
         return _to_rgb(_set_upright(picture), name)
 
 
-def resize_image(picture: Image.Image, resize: ResizeSettings) -> np.ndarray:
+def resize_image(picture: Image.Image, resize: ResizeSettings, wish: SizeWish = NO_WISH) -> np.ndarray:
     """Bicubic resize to the Hugging Face processor's size: uint8 (H, W, 3), H and W multiples of 32.
 
-    Raises ImageError (aspect_ratio) for pictures more than 200 times as long as wide.
+    wish: what the record says about this image's size.
+    Raises ImageError: aspect_ratio for pictures more than 200 times as long as wide, bad_size for a wish that cannot
+    be met.
     """
     width, height = picture.size
     try:
-        new_height, new_width = fit_size(
-            height, width, min_pixels=resize.min_pixels, max_pixels=resize.max_pixels, factor=BLOCK
-        )
+        new_height, new_width = wished_size(height, width, resize, wish)
     except ValueError as error:
-        raise ImageError("aspect_ratio", f"image of {width}x{height} pixels: {error}") from error
+        reason = "bad_size" if wish.stated else "aspect_ratio"
+        raise ImageError(reason, f"image of {width}x{height} pixels: {error}") from error
     image = np.asarray(picture)
     if (new_width, new_height) != (width, height):
         from pixelprune.images.resample import resize_bicubic  # numba loads here, not with the package
@@ -196,10 +197,12 @@ def _scale_to_budget(image: np.ndarray, prune: PruneSettings, original_size: tup
     return PrunedImage(gather_blocks(scaled, selection.keep), selection, original_size, unscaled_blocks)
 
 
-def prune_image(source: ImageSource, prune: PruneSettings, resize: ResizeSettings) -> PrunedImage:
+def prune_image(
+    source: ImageSource, prune: PruneSettings, resize: ResizeSettings, wish: SizeWish = NO_WISH
+) -> PrunedImage:
     """The whole walk of one image. Raises ImageError (see `decode_image`, `resize_image`)."""
     picture = decode_image(source, resize)
-    return prune_pixels(resize_image(picture, resize), prune, (picture.height, picture.width))
+    return prune_pixels(resize_image(picture, resize, wish), prune, (picture.height, picture.width))
 
 
 def _describe(source: ImageSource) -> str:

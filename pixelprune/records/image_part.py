@@ -1,4 +1,4 @@
-"""What names an image in a message or a record, whoever wrote it -> a path, encoded bytes or a picture."""
+"""What names an image in a message or a record, whoever wrote it -> path, encoded bytes or picture, and its size."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixelprune.records.keys import NO_RULES, KeyRules
-from pixelprune.records.record import RecordError
+from pixelprune.images.sizing import NO_WISH, SizeWish
+from pixelprune.records.keys import NO_RULES, KeyRules, Level
+from pixelprune.records.record import ImageRef, RecordError
 
-__all__ = ["IMAGE_KEYS", "image_of_part", "image_source"]
+__all__ = ["IMAGE_KEYS", "SIZE_KEYS", "image_of_part", "image_ref", "read_keys", "wish_of"]
 
 IMAGE_KEYS = ("image", "image_url", "path", "url", "base64")
 """Keys of an image part that hold its picture, OpenAI's and Hugging Face's among them."""
@@ -23,13 +24,44 @@ IMAGE_KEYS = ("image", "image_url", "path", "url", "base64")
 OBJECT_KEYS = ("bytes", "path", "url", "image")
 """Keys of an object in place of an image."""
 
+SIZE_KEYS = tuple(NO_WISH.__dataclass_fields__)
+"""Keys of an image part, or of an object in place of an image, that say how large it is to be: qwen_vl_utils'."""
+
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
-def image_of_part(part: Mapping[str, Any], rules: KeyRules = NO_RULES) -> str | bytes | Image.Image | None:
+def read_keys(given: Mapping[Any, Any], keys: tuple[str, ...], rules: KeyRules, level: Level) -> dict[Any, Any]:
+    """The mapping after `KeyRules.checked`, with SIZE_KEYS among the keys that are read.
+
+    OpenAI's `detail` has a meaning for its own models only, except that `auto` leaves the size to the model.
+    """
+    leaves_it = ("detail",) if given.get("detail") == "auto" else ()
+    return rules.checked(given, level, (*keys, *SIZE_KEYS, *leaves_it))
+
+
+def wish_of(*mappings: Mapping[Any, Any]) -> SizeWish:
+    """The size stated in a part and in the image object within it. Raises RecordError (bad_size)."""
+    stated: dict[str, int] = {}
+    for mapping in mappings:
+        for key in SIZE_KEYS:
+            value = mapping.get(key)
+            if value is None:
+                continue
+            is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+            if not is_whole or not 0 < value < 1e12:
+                raise RecordError("bad_size", f"an image's {key} is {value!r:.40}, expected a whole number of pixels")
+            if stated.setdefault(key, int(value)) != value:
+                raise RecordError("bad_size", f"an image's {key} is both {stated[key]} and {value}")
+    try:
+        return SizeWish(**stated) if stated else NO_WISH
+    except ValueError as error:
+        raise RecordError("bad_size", f"an image's size: {error}") from error
+
+
+def image_of_part(part: Mapping[str, Any], rules: KeyRules = NO_RULES) -> ImageRef | None:
     """The image of a typed part, from the one key that holds it; None for a part that names none.
 
-    Raises RecordError with reason bad_image, remote_image or unread_key.
+    Raises RecordError with reason bad_image, remote_image, bad_size or unread_key.
     """
     given = [key for key in IMAGE_KEYS if part.get(key) is not None]
     if len(given) > 1:
@@ -37,19 +69,26 @@ def image_of_part(part: Mapping[str, Any], rules: KeyRules = NO_RULES) -> str | 
     if not given:
         return None
     value = part[given[0]]
-    return _decoded(value, "base64 text") if given[0] == "base64" else image_source(value, rules)
+    if given[0] == "base64":
+        return ImageRef(_decoded(value, "base64 text"), wish_of(part))
+    return image_ref(value, rules, part)
 
 
-def image_source(value: Any, rules: KeyRules = NO_RULES) -> str | bytes | Image.Image:
+def image_ref(value: Any, rules: KeyRules = NO_RULES, part: Mapping[str, Any] | None = None) -> ImageRef:
     """A path, data: URL, file: URL, bytes, picture, uint8 array (H, W), (H, W, 3) or (H, W, 4), or a mapping with one.
 
     Mappings are {"bytes", "path"} of `datasets` and {"url"} of OpenAI; None in them means absent. Nothing is fetched.
-    Raises RecordError with reason bad_image, remote_image or unread_key.
+    part: what the image stands in, which may state its size.
+    Raises RecordError with reason bad_image, remote_image, bad_size or unread_key.
     """
-    if isinstance(value, Mapping):
-        value = _image_of_object(value, rules)
-        if isinstance(value, Mapping):
-            value = _image_of_object(value, rules)
+    around = [part or {}]
+    while isinstance(value, Mapping) and len(around) < 3:
+        around.append(read_keys(value, OBJECT_KEYS, rules, "image"))
+        value = _image_of_object(around[-1])
+    return ImageRef(_source(value), wish_of(*around))
+
+
+def _source(value: Any) -> str | bytes | Image.Image:
     if isinstance(value, Path):
         value = str(value)
     if isinstance(value, str) and value:
@@ -73,8 +112,7 @@ def image_source(value: Any, rules: KeyRules = NO_RULES) -> str | bytes | Image.
     raise RecordError("bad_image", f"image is {value!r:.80}, expected a path, bytes or a picture")
 
 
-def _image_of_object(value: Mapping[str, Any], rules: KeyRules) -> Any:
-    value = rules.checked(value, "image", OBJECT_KEYS)
+def _image_of_object(value: Mapping[str, Any]) -> Any:
     given = [key for key in OBJECT_KEYS if value.get(key)]
     if "bytes" in given:
         given = [key for key in given if key != "path"]  # the name of the bytes

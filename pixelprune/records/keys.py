@@ -56,9 +56,9 @@ ADVICE = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "only assistant turns reason"),
     **dict.fromkeys(("videos", "video", "audios", "audio"), "only images are supported"),
     **dict.fromkeys(
-        ("max_pixels", "min_pixels", "resized_height", "resized_width", "detail"),
-        "one size rule holds for all images (resize.min_pixels, resize.max_pixels)",
+        ("max_pixels", "min_pixels", "resized_height", "resized_width"), "a size is stated in the image's own part"
     ),
+    "detail": "give the size in pixels (max_pixels)",
     "objects": "write the coordinates into the turns' text",
     "train_detail": "only whole turns can be left out of training (loss, train or weight of a turn)",
     "chat_template_kwargs": "the chat template is called without arguments of its own",

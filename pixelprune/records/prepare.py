@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import xxhash
 from PIL import Image
 
 from pixelprune.images.image import ImageError, PrunedImage, decode_image, prune_image
+from pixelprune.images.sizing import SizeWish
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.images import read_image
@@ -29,8 +31,8 @@ __all__ = ["PrepareSettings", "PreparedRecord", "Preparer", "hash_content", "unp
 
 @dataclass(frozen=True)
 class PreparedRecord:
-    """A record after pruning. `content_hash` covers its text, roles, tools, reasoning, what is trained on and
-    image bytes: what the sample was made of.
+    """A record after pruning. `content_hash` covers its text, roles, tools, reasoning, what is trained on,
+    image bytes and the sizes stated for them: what the sample was made of.
 
     full: the same conversation on all its tokens, for a teacher; its images have no pixels of their own where the
     pruning is recoverable, since they can be decoded from the sample's (None unless `with_full`).
@@ -133,7 +135,7 @@ class Preparer:
                 "image_count", f"the chat template wrote {num_placeholders} placeholders for {len(pictures)} images"
             )
         try:
-            images, full_images = self._pruned_and_full(pictures)
+            images, full_images = self._pruned_and_full(pictures, [ref.wish for ref in record.images])
         except ImageError as error:
             raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
         sample = build_sample(chat, images, image_token_id=self.image_token_id, record_id=record_id)
@@ -142,16 +144,21 @@ class Preparer:
             full = build_sample(chat, full_images, image_token_id=self.image_token_id, record_id=record_id)
         return PreparedRecord(record, sample, content_hash, full)
 
-    def _pruned_and_full(self, pictures: list[bytes | Image.Image]) -> tuple[list[PrunedImage], list[PrunedImage]]:
+    def _pruned_and_full(
+        self, pictures: list[bytes | Image.Image], wishes: list[SizeWish]
+    ) -> tuple[list[PrunedImage], list[PrunedImage]]:
         """Every picture pruned and, `with_full`, unpruned; decoded once."""
+
+        def prune_all(prune: PruneSettings, sources: Sequence[bytes | Image.Image]) -> list[PrunedImage]:
+            return [prune_image(s, prune, self.resize, wish) for s, wish in zip(sources, wishes, strict=True)]
+
         if not self.with_full:
-            return [prune_image(picture, self.prune, self.resize) for picture in pictures], []
+            return prune_all(self.prune, pictures), []
         decoded = [decode_image(picture, self.resize) for picture in pictures]
-        images = [prune_image(picture, self.prune, self.resize) for picture in decoded]
+        images = prune_all(self.prune, decoded)
         if is_recoverable(self.prune):
             return images, [unpruned_without_pixels(image) for image in images]
-        keep_all = PruneSettings(strategy="none")
-        return images, [prune_image(picture, keep_all, self.resize) for picture in decoded]
+        return images, prune_all(PruneSettings(strategy="none"), decoded)
 
 
 def unpruned_without_pixels(image: PrunedImage) -> PrunedImage:
@@ -178,7 +185,9 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
             digest.update(_json_bytes(message.template_fields))
     if record.tools:
         digest.update(b"\x00tools" + _json_bytes(record.tools))
-    for picture in pictures:
+    for ref, picture in zip(record.images, pictures, strict=True):
+        if ref.wish.stated:
+            digest.update(b"\x00size" + _json_bytes(ref.wish.stated))
         data = picture if isinstance(picture, bytes) else picture.tobytes()
         digest.update(f"\x00{len(data)}\x00".encode())
         digest.update(data)

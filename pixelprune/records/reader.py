@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ from pixelprune.records.agents import (
     tool_calls_of,
     tools_of,
 )
-from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_source
+from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_ref, read_keys
 from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError, of_the_record
 from pixelprune.records.shapes import as_messages
@@ -72,8 +72,8 @@ def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RUL
     """One row (a mapping) as a Record.
 
     Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
-    empty_turn, image_count, remote_image, bad_image, image_in_answer, two_systems, preference_data, unread_key,
-    bad_box, bad_tools, bad_weight or unexpected.
+    empty_turn, image_count, remote_image, bad_image, bad_size, image_in_answer, two_systems, preference_data,
+    unread_key, bad_box, bad_tools, bad_weight or unexpected.
     """
     if record_format not in FORMATS:
         raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")
@@ -125,12 +125,13 @@ class _ImageSupply:
         self.rules = rules
         self.num_used = 0
 
-    def next(self) -> ImageRef:
+    def next(self, part: Mapping[str, Any] | None = None) -> ImageRef:
+        """The next image. part: the typed part that it goes to, which may state its size."""
         self.num_used += 1
         if self.num_used > len(self.images):
             # Count on, so that the message can say how many there are; check_all_used refuses the record.
             return ImageRef("")
-        return ImageRef(image_source(self.images[self.num_used - 1], self.rules))
+        return image_ref(self.images[self.num_used - 1], self.rules, part)
 
     def check_all_used(self) -> None:
         if self.num_used != len(self.images):
@@ -255,7 +256,7 @@ def _split_text(text: str, supply: _ImageSupply) -> Iterator[Part]:
         if match.start() > cut:
             yield text[cut : match.start()]
         inline = match.group(1)
-        yield supply.next() if inline is None else ImageRef(image_source(inline.strip(), supply.rules))
+        yield supply.next() if inline is None else image_ref(inline.strip(), supply.rules)
         cut = match.end()
     if cut < len(text):
         yield text[cut:]
@@ -276,9 +277,8 @@ def _typed_part(part: Any, role: str, supply: _ImageSupply) -> Part:
             raise RecordError("bad_content", f"{role} turn: a text part holds {text!r:.60}")
         return text
     if kind in ("image", "image_url"):
-        part = supply.rules.checked(part, "part", _IMAGE_PART_KEYS)
-        source = image_of_part(part, supply.rules)
-        return supply.next() if source is None else ImageRef(source)
+        part = read_keys(part, _IMAGE_PART_KEYS, supply.rules, "part")
+        return image_of_part(part, supply.rules) or supply.next(part)
     raise RecordError("bad_content", f"{role} turn: part of type {kind!r:.60}, expected text or image")
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from pixelprune.images.sizing import NO_WISH, SizeWish
+
 __all__ = ["ROLES", "ImageRef", "Message", "Record", "RecordError", "of_the_record"]
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -46,9 +48,13 @@ def of_the_record() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One image of a record: a path (relative to the source's root), encoded bytes, or a decoded picture."""
+    """One image of a record: a path (relative to the source's root), encoded bytes, or a decoded picture.
+
+    wish: the size that the record wants it resized to.
+    """
 
     source: str | bytes | Image.Image
+    wish: SizeWish = NO_WISH
 
 
 Part = str | ImageRef

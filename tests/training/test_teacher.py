@@ -23,14 +23,23 @@ from tests.conftest import screen
 from tests.pixelprune.reference import chat_of, stock_inputs
 from training.config.settings import Config, ConfigError, ModelSettings
 from training.data.distillation import DistillationPack, with_full_rows
+from training.data.targets import TargetReader
 from training.distributed.ranks import Ranks
-from training.loop.feed import prepare_settings
+from training.errors import UserError
+from training.loop.feed import _require_targets, prepare_settings
 from training.loop.teacher_cache import target_bytes, target_values
 from training.loss.supervised import LossSettings
 from training.model.loading import load_model_files
 from training.model.parameters import freeze_parts
 from training.model.supervised import SupervisedModel
-from training.teacher.files import describe_targets, hash_weights, load_head, load_teacher_files
+from training.teacher.files import (
+    FORMAT_VERSION,
+    describe_targets,
+    hash_weights,
+    load_head,
+    load_teacher_files,
+    outdated_caches,
+)
 from training.teacher.teachers import CachedTeacher, OnlineTeacher
 
 RECORDS = [("Where is Save?", "(512, 87)", 1), ("And the menu?", "At (3, 4), left of Open.", 2), ("Thanks.", "no", 0)]
@@ -379,3 +388,21 @@ def test_fine_tuned_weights_of_the_same_sizes_are_another_teacher(toy_folder, tm
         model.lm_head.weight[5, 5] += 1e-3
     model.save_pretrained(tmp_path / "two")
     assert hash_weights(str(tmp_path / "one")) != hash_weights(str(tmp_path / "two"))
+
+
+def test_a_cache_of_an_older_version_is_named_where_its_targets_are_missed(tmp_path):
+    for name, version, shard in (("old", 1, True), ("own", FORMAT_VERSION, True), ("new", 1, False)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "teacher.json").write_text(json.dumps({"version": version}))
+        if shard:
+            (tmp_path / name / "shard-1.safetensors").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "teacher.json").write_text("[")
+    assert outdated_caches(tmp_path / "new") == [f"{tmp_path / 'old'} (format 1, expected {FORMAT_VERSION})"]
+
+    class OneRecord(list):
+        content_hash = np.array([7])
+        record_id = staticmethod("train:{}".format)
+
+    with pytest.raises(UserError, match=r"no teacher targets.*kd.source=online; not read: .*old .format 1, expected 2"):
+        _require_targets(OneRecord([0]), TargetReader(tmp_path / "new"))

@@ -13,7 +13,7 @@ from pixelprune.records.presets import AS_RECORDED
 from training.data.files.unpacked import side_folder
 from training.data.sources import Source
 
-INDEX_VERSION = 4
+INDEX_VERSION = 5
 """Raise when the meaning of a column, or what can be used, changes: older indexes are then built anew."""
 
 

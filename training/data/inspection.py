@@ -117,7 +117,7 @@ def _inspect_record(source: Source, row: int, preparer: Preparer, console: Conso
     )
     for number, (ref, image) in enumerate(zip(prepared.record.images, sample.images, strict=True), start=1):
         picture = decode_image(read_image(ref, source.root), preparer.resize)
-        pixels = resize_image(picture, preparer.resize)
+        pixels = resize_image(picture, preparer.resize, ref.wish)
         if image.unscaled_blocks:  # the baseline "resize" was given other pixels: show these
             rows, cols = image.selection.keep.shape
             grid = image.blocks.reshape(rows, cols, BLOCK, BLOCK, 3)

@@ -4,7 +4,7 @@
 
 A shard holds `content_hash` int64 (n,), `labels_hash` int64 (n,), `starts` int64 (n + 1,): record i owns the rows
 starts[i] to starts[i + 1] of `hidden` (M, D), or of `log_probs` float32 (M, k) and `ids` int32 (M, k). The content hash
-covers text, roles, turn weights and image bytes, so that entries survive reordering and renaming of data
+covers text, roles, turn weights, image bytes and stated sizes, so that entries survive reordering and renaming of data
 files; what else a target depends on is in the name of the folder (`training.teacher.files`).
 """
 

@@ -232,6 +232,6 @@ def _messages(task: Task) -> Messages:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             else:
-                content.append({"type": "image", "image": read_image(part, task.root)})
+                content.append({"type": "image", "image": read_image(part, task.root), **part.wish.stated})
         messages.append({"role": message.role, "content": content, **message.template_fields})
     return messages

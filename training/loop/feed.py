@@ -24,7 +24,7 @@ from training.data.targets import BUILD_ADVICE, TargetReader
 from training.distributed.ranks import PATIENCE_MINUTES
 from training.errors import UserError
 from training.loop.context import RunContext
-from training.teacher.files import TeacherPlan
+from training.teacher.files import TeacherPlan, outdated_caches
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,9 @@ def _require_targets(index: Index, targets: TargetReader) -> None:
     """UserError unless the cache holds every record."""
     missing = np.flatnonzero(~targets.has(index.content_hash))
     if len(missing):
+        old = outdated_caches(targets.folder)
+        refused = f"; not read: {', '.join(old)}, whose content hashes say less of a record" if old else ""
         raise UserError(
             f"{len(missing)} of {len(index)} records have no teacher targets in {targets.folder}, the first is "
-            f"{index.record_id(int(missing[0]))!r}; {BUILD_ADVICE}, or set kd.source=online"
+            f"{index.record_id(int(missing[0]))!r}; {BUILD_ADVICE}, or set kd.source=online{refused}"
         )

@@ -25,8 +25,9 @@ from training.loss.supervised import LossSettings
 from training.model.loading import DTYPES, load_model_files
 from training.model.tensor_files import weight_paths
 
-FORMAT_VERSION = 1
-"""Raise when the meaning of a cached value changes: older caches are then foreign."""
+FORMAT_VERSION = 2
+"""Raise when the meaning of a cached value, or of the hash that finds it, changes: older caches are then foreign.
+2: the hash covers turn weights, tools, reasoning and stated image sizes."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,19 @@ def cache_folder(
         return folder
 
     return ranks.from_first(make)
+
+
+def outdated_caches(folder: Path) -> list[str]:
+    """The caches beside this one that an older version of the framework wrote, which it takes no target from."""
+    found = []
+    for path in sorted(folder.parent.glob("*/teacher.json")):
+        try:
+            version = json.loads(path.read_text())["version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if version != FORMAT_VERSION and any(path.parent.glob("*.safetensors")):
+            found.append(f"{path.parent} (format {version}, expected {FORMAT_VERSION})")
+    return found
 
 
 def describe_targets(

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from pixelprune.records.image_part import OBJECT_KEYS
+from pixelprune.records.image_part import OBJECT_KEYS, SIZE_KEYS
 from pixelprune.records.keys import HARMLESS, STRUCTURE, KeyRules
 from pixelprune.records.reader import RECORD_KEYS, SUPERVISION_KEYS, parse_record
 from pixelprune.records.record import RecordError
@@ -47,7 +47,10 @@ def objects_of(value, level="record"):
 
 
 def is_read(key, level, place):
-    """Where a key that is refused elsewhere belongs: reasoning and calls in an answer, tools beside the turns."""
+    """Where a key that is refused elsewhere belongs: reasoning and calls in an answer, tools beside the turns, sizes
+    with an image."""
+    if key in SIZE_KEYS:
+        return level == "image" or (level == "part" and "text" not in place)
     in_answer = level == "turn" and (place.get("role") == "assistant" or place.get("from") == "gpt")
     answers_keys = ("thinking", "reasoning", "reasoning_content", "tool_calls")
     return (key == "tools" and level == "record") or (in_answer and key in answers_keys)
@@ -55,7 +58,7 @@ def is_read(key, level, place):
 
 PLACES = [(g, i, level) for g, good in enumerate(GOOD) for i, (level, _) in enumerate(objects_of(copy.deepcopy(good)))]
 UNKNOWN = {
-    "surprise": "x", "objects": {"bbox": [[1, 2, 3, 4]]}, "max_pixels": 16384, "min_pixels": 1, "resized_height": 128,
+    "surprise": "x", "objects": {"bbox": [[1, 2, 3, 4]]}, "max_pixels": 16384, "min_pixels": 1,
     "detail": "low", "thinking": "a", "reasoning": "a", "reasoning_content": "a", "train_detail": [{"train": False}],
     "chat_template_kwargs": {"enable_thinking": True}, "tools": [{"name": "press"}], "tool_calls": [{"name": "press"}],
     "videos": ["a.mp4"], "mask": 0, "flag": False, "rate": 0.0,
