@@ -46,11 +46,17 @@ def final_hidden(
 ) -> torch.Tensor:
     """Final hidden states (L, D) of a pack's tokens, in the order of the row; equal to running its samples apart.
 
+    Of a prefix that samples share there is one state per token. Raises ValueError for a model that cannot share one.
     model: the stock model with its output head; the pack is on its device. dtype: of the pixels, the model's if None.
     in_one_call: pad all samples to the longest instead of grouping them by length. For ranks that share a model's
     layers (ZeRO-3) and must therefore run it equally often.
     """
     dtype = dtype or model.dtype
+    if pack.shared and geometry.linear_attention:
+        raise ValueError(
+            "a row whose samples share a prefix, in a model with linear-attention layers: their state runs along the "
+            "row; pack without groups"
+        )
     if takes_packed_rows(model):
         inputs = model_inputs(pack, geometry, dtype, with_borders=takes_borders(model))
         if is_flash_attention_requested(model.config):

@@ -6,7 +6,7 @@ The same builder serves training, teacher, evaluation and inference, so they can
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -17,6 +17,7 @@ import torch
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from pixelprune.attention.borders import Borders
+from pixelprune.attention.prefixes import Group, Piece, SharedPrefix, groups_apart, pieces_of, row_borders
 from pixelprune.extras import INFERENCE, TRAINING, require_transformers
 from pixelprune.family import family_of
 from pixelprune.images.image import PrunedImage
@@ -30,6 +31,7 @@ __all__ = [
     "model_inputs",
     "normalise_blocks",
     "pack_samples",
+    "row_images",
     "vision_inputs",
 ]
 
@@ -80,7 +82,8 @@ class Pack:
     """One packed row, as CPU (or moved) tensors.
 
     input_ids int64 (L,); position_ids int64 (4, L): row 0 counts 0..n-1 in every sample (a gap would be read as a
-    border), rows 1-3 are MRoPE of the unpruned sequences; cu_seqlens int32 (S+1,) sample borders.
+    border), rows 1-3 are MRoPE of the unpruned sequences; cu_seqlens int32 (S+1,) sample borders, those of the
+    segments where samples share a prefix; max_seqlen: tokens of the longest sample.
     blocks uint8 (K, 32, 32, 3); block_index int64 (K',) or None: when set, row i of the vision tower's input is
     blocks[block_index[i]] (the decoder of an exact strategy: Proposition 1).
     vit_position_ids int64 (P, 2), vit_interp_indices int64 (P, 4), vit_interp_weights float32 (P, 4): rows of the
@@ -88,6 +91,8 @@ class Pack:
     borders, vit_borders: which tokens see which, and which patches, as host integers.
     logit_index int64 (N,): positions whose logits predict a supervised token; labels int64 (N,): those tokens;
     weights float32 (N,): what the loss of each is multiplied with, all 1 unless is_weighted; loss_weight: their sum.
+    Per sample, with what it shares: num_supervised_per_sample, sample_lens, num_images_per_sample, record_ids, and
+    num_kept_blocks, num_full_blocks summed over samples. shared: the prefixes that stand in the row once for several.
     """
 
     input_ids: torch.Tensor
@@ -109,9 +114,11 @@ class Pack:
     sample_lens: tuple[int, ...]
     num_images_per_sample: tuple[int, ...]
     record_ids: tuple[str, ...]
+    num_kept_blocks: int
     num_full_blocks: int
     borders: Borders
     vit_borders: Borders
+    shared: tuple[SharedPrefix, ...] = ()
     block_index: torch.Tensor | None = None
 
     @property
@@ -120,15 +127,18 @@ class Pack:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that are computed: those of a shared prefix once."""
         return len(self.input_ids)
 
     @property
-    def num_patches(self) -> int:
-        return len(self.vit_position_ids)
+    def num_shared_tokens(self) -> int:
+        """Tokens that are not computed, since a prefix stands in the row once."""
+        return sum(self.sample_lens) - self.num_tokens
 
     @property
-    def num_kept_blocks(self) -> int:
-        return self.num_patches // (MERGE * MERGE)
+    def num_patches(self) -> int:
+        """ViT patches that are computed: those of a shared image once."""
+        return len(self.vit_position_ids)
 
     @property
     def num_supervised(self) -> int:
@@ -136,8 +146,8 @@ class Pack:
 
     @property
     def num_full_tokens(self) -> int:
-        """Tokens the same samples would have without pruning."""
-        return self.num_tokens - self.num_kept_blocks + self.num_full_blocks
+        """Tokens the same samples would have without pruning, each for itself."""
+        return sum(self.sample_lens) - self.num_kept_blocks + self.num_full_blocks
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Everything that moves to the device."""
@@ -157,35 +167,57 @@ class Pack:
         return self.mapped(lambda tensor: tensor.pin_memory())
 
 
-def pack_samples(samples: list[Sample], geometry: VisionGeometry) -> Pack:
-    """Put samples behind each other in one row. Raises ValueError for an empty list."""
+def pack_samples(samples: list[Sample], geometry: VisionGeometry, groups: Sequence[Group] | None = None) -> Pack:
+    """Put samples behind each other in one row. Raises ValueError for an empty list.
+
+    groups: samples that share a prefix (`attention.prefixes.find_groups`), which then stands in the row once; None
+    shares nothing. What is supervised stays in the order of the samples either way.
+    """
     if not samples:
         raise ValueError("a pack needs at least one sample; a rank without work gets a dummy sample")
-    lengths = [len(sample) for sample in samples]
-    starts = [0, *accumulate(lengths)]
-    images = [image for sample in samples for image in sample.images]
-    ids = np.concatenate([sample.input_ids for sample in samples])
-    row_positions = np.concatenate([np.arange(length) for length in lengths])
-    mrope = np.concatenate([sample.position_ids for sample in samples], axis=1)
-    logit_index = np.concatenate([_predictors(sample) + start for sample, start in zip(samples, starts, strict=False)])
+    groups = groups_apart(len(samples)) if groups is None else groups
+    pieces = pieces_of(samples, groups)
+    borders = row_borders(pieces)
+    starts = [0, *accumulate(borders.lengths)]
+    images = [image for piece in pieces for image in _images_of(samples, piece)]
+    ids = np.concatenate([samples[piece.sample].input_ids[piece.start : piece.stop] for piece in pieces])
+    row_positions = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
+    mrope = np.concatenate(
+        [samples[piece.sample].position_ids[:, piece.start : piece.stop] for piece in pieces], axis=1
+    )
+    # Nothing in a prefix predicts a supervised token, so that a sample's predictors are in its last piece.
+    shifts = {piece.sample: start - piece.start for piece, start in zip(pieces, starts, strict=False)}
+    logit_index = np.concatenate([_predictors(sample) + shifts[number] for number, sample in enumerate(samples)])
     return Pack(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(np.concatenate([row_positions[None], mrope])),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        max_seqlen=max(lengths),
+        max_seqlen=max(map(len, samples)),
         logit_index=torch.from_numpy(logit_index),
         labels=torch.from_numpy(ids[logit_index + 1]),
         weights=torch.from_numpy(np.concatenate([sample.supervised_weights for sample in samples])),
         is_weighted=any(sample.weights is not None for sample in samples),
         loss_weight=sum(sample.loss_weight for sample in samples),
         num_supervised_per_sample=tuple(sample.num_supervised for sample in samples),
-        sample_lens=tuple(lengths),
+        sample_lens=tuple(map(len, samples)),
         num_images_per_sample=tuple(len(sample.images) for sample in samples),
         record_ids=tuple(sample.record_id for sample in samples),
-        num_full_blocks=sum(image.num_full_blocks for image in images),
-        borders=Borders.of_lengths(lengths, is_causal=True),
+        num_kept_blocks=sum(image.selection.num_kept for sample in samples for image in sample.images),
+        num_full_blocks=sum(image.num_full_blocks for sample in samples for image in sample.images),
+        borders=borders,
+        shared=tuple(SharedPrefix.of_group(samples, group) for group in groups if len(group.members) > 1),
         **_vision_fields(images, geometry),
     )
+
+
+def _images_of(samples: list[Sample], piece: Piece) -> list[PrunedImage]:
+    return samples[piece.sample].images[slice(*piece.images)]
+
+
+def row_images(samples: list[Sample], groups: Sequence[Group] | None = None) -> list[PrunedImage]:
+    """The images of `pack_samples` in the order of the row, a shared one once: whose blocks lie behind each other."""
+    pieces = pieces_of(samples, groups_apart(len(samples)) if groups is None else groups)
+    return [image for piece in pieces for image in _images_of(samples, piece)]
 
 
 def decoding_index(images: list[PrunedImage]) -> torch.Tensor:

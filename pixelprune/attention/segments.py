@@ -13,7 +13,7 @@ The names it is registered under hold "flash", which makes the stock vision towe
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,18 +100,23 @@ def _by_segment(
     causal = borders.is_causal
     # Split, not sliced: the backward of a slice fills a whole row with zeros.
     queries = query.split(borders.lengths, dim=2)
-    if borders.are_apart:
-        keys, values = key.split(borders.lengths, dim=2), value.split(borders.lengths, dim=2)
-    else:
-        keys, values = (
-            [torch.cat([x[:, :, start:stop] for start, stop in ranges], dim=2) for _, ranges in borders.segments]
-            for x in (key, value)
-        )
+    keys, values = (_seen(x, borders) for x in (key, value))
     parts = []
     for q, k, v in zip(queries, keys, values, strict=True):
         mask = _lower_right(q, k, kernel) if causal and (kernel == "eager" or q.shape[2] < k.shape[2]) else None
         parts.append(stock(module, q, k, v, mask, is_causal=causal, **kwargs)[0])
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _seen(x: torch.Tensor, borders: Borders) -> Sequence[torch.Tensor]:
+    """Keys or values (1, H_kv, T, E) that each segment sees: (1, H_kv, m, E) of each."""
+    own: tuple[torch.Tensor, ...] = x.split(borders.lengths, dim=2)
+    if borders.are_apart:
+        return own
+    # A prefix is a segment of its own, so its gradient is the sum over its suffixes, without any row of zeros.
+    at = {queries: part for (queries, _), part in zip(borders.segments, own, strict=True)}
+    parts = [[at[keys] if keys in at else x[:, :, slice(*keys)] for keys in ranges] for _, ranges in borders.segments]
+    return [part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts]
 
 
 def _lower_right(query: torch.Tensor, key: torch.Tensor, kernel: str) -> torch.Tensor:

@@ -6,15 +6,17 @@ N = supervised tokens of the pack, D = the teacher's width, k = entries of a top
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pixelprune.pack import Pack, VisionGeometry, decoding_index, pack_samples
+from pixelprune.attention.prefixes import Group, groups_apart, groups_of_full
+from pixelprune.pack import Pack, VisionGeometry, decoding_index, pack_samples, row_images
 from pixelprune.records.prepare import PreparedRecord
 from pixelprune.sample import Sample
+from pixelprune.settings import MERGE
 from training.data.targets import TargetReader
 from training.errors import UserError
 
@@ -56,19 +58,27 @@ class DistillationPack(Pack):
 
 
 def with_full_rows(
-    pack: Pack, samples: list[Sample], full_samples: list[Sample], geometry: VisionGeometry, *, decode: bool
+    pack: Pack,
+    samples: list[Sample],
+    full_samples: list[Sample],
+    geometry: VisionGeometry,
+    *,
+    decode: bool,
+    groups: Sequence[Group] | None = None,
 ) -> DistillationPack:
     """The pack of `samples` with the row of `full_samples` beside it.
 
     decode: the teacher's pixels are decoded from the pack's (recoverable pruning); otherwise they travel too.
+    groups: those that the pack was made with; the teacher's row shares the same prefixes.
     Raises AlignmentError when a record's supervised tokens differ between the two.
     """
     for sample, full_sample in zip(samples, full_samples, strict=True):
         check_aligned(sample, full_sample)
-    full = pack_samples(full_samples, geometry)
+    groups = groups_apart(len(samples)) if groups is None else groups
+    full = pack_samples(full_samples, geometry, groups_of_full(groups, samples, full_samples))
     if decode:
-        index = decoding_index([image for sample in samples for image in sample.images])
-        assert len(index) == full.num_kept_blocks, "every place of every image has a block"
+        index = decoding_index(row_images(samples, groups))
+        assert len(index) * MERGE * MERGE == full.num_patches, "every place of every image has a block"
         # Copied: an empty view would keep all pixels, and take them through shared memory.
         full = dataclasses.replace(full, blocks=full.blocks[:0].clone(), block_index=index)
     return DistillationPack(**_fields(pack), full=full)
