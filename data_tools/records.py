@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,21 @@ def grounding_record(
     record_id: str, image: str, instruction: str, answer: str, metadata: dict[str, Any]
 ) -> dict[str, Any]:
     """One question about one image and its answer. `image`: path relative to the JSONL file's folder."""
-    return {
-        "id": record_id,
-        "messages": [
-            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": instruction}]},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ],
-        "metadata": metadata,
-    }
+    return question_record(record_id, [image], instruction, answer, metadata)
+
+
+def question_record(
+    record_id: str, images: Sequence[str], question: str, answer: str | None, metadata: dict[str, Any]
+) -> dict[str, Any]:
+    """One question behind its images, and its answer; None for a question that comes without one.
+
+    images: paths relative to the JSONL file's folder.
+    """
+    parts: list[dict[str, str]] = [{"type": "image", "image": image} for image in images]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return {"id": record_id, "messages": messages, "metadata": metadata}
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> int:

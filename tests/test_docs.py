@@ -25,7 +25,18 @@ OURS = "pixelprune|training|data_tools|launch|benchmarks"
 SECTIONS = "|".join(Config.__dataclass_fields__)
 WRITTEN_BY_RUNS = ("config.yaml",)
 NOT_SETTINGS = ("model.generate",)
-OF_OTHERS = ("methods/conncomp.py",)
+OF_OTHERS = (
+    "methods/conncomp.py",
+    "run_api.py",
+    "image_base.py",
+    "OCRBench/example.py",
+    "eval/grounding/eval_uivision.py",
+    "olmocr/bench/benchmark.py",
+    "olmocr/bench/prompts.py",
+    "olmocr/bench/tests.py",
+    "vlmeval/dataset/image_mcq.py",
+    "vlmeval/dataset/utils/multiple_choice.py",
+)
 """Files of published code that docstrings cite."""
 
 

@@ -24,6 +24,7 @@ class Prediction:
     point: absolute pixels, None when not read; problem: why nothing was read (see `pixelprune.answers`).
     first_token_s: wall time from the prepared prompt to the first token, of the whole batch the record was in.
     fingerprint: of the record that was answered (see `training.evaluation.answering.Task`).
+    all_of: names the question of which this is one asking (see `training.evaluation.targets.Target`).
     """
 
     id: str
@@ -45,6 +46,7 @@ class Prediction:
     num_generated: int = 0
     first_token_s: float | None = None
     fingerprint: str = ""
+    all_of: str = ""
 
     @property
     def hit(self) -> bool:
@@ -84,7 +86,7 @@ def failed(record_id: str, target: Target, error: str, **facts: Any) -> Predicti
 def _prediction(record_id: str, target: Target, image_size: tuple[int, int] | None, **facts: Any) -> Prediction:
     shared = {
         name: getattr(target, name)
-        for name in ("scorer", "references", "box", "polygon", "benchmark", "subset", "element")
+        for name in ("scorer", "references", "box", "polygon", "benchmark", "subset", "element", "all_of")
     }
     return Prediction(id=record_id, image_size=image_size, **shared, **facts)
 
@@ -93,12 +95,14 @@ def _prediction(record_id: str, target: Target, image_size: tuple[int, int] | No
 class Score:
     """Counts over some predictions.
 
+    least: the least score of each question that is asked several times.
     first_tokens_s: one time per prediction that has one; batches weigh as many times as they have records.
     """
 
     num: int = 0
     num_scored: int = 0
     sum_of_scores: float = 0.0
+    least: dict[tuple[str, str], float] = field(default_factory=dict)
     num_unparsed: int = 0
     num_failed: int = 0
     kept_blocks: int = 0
@@ -108,7 +112,10 @@ class Score:
 
     def add(self, prediction: Prediction) -> None:
         self.num += 1
-        if prediction.score is not None:
+        if prediction.score is not None and prediction.all_of:
+            question = (prediction.benchmark, prediction.all_of)
+            self.least[question] = min(prediction.score, self.least.get(question, 1.0))
+        elif prediction.score is not None:
             self.num_scored += 1
             self.sum_of_scores += prediction.score
         self.num_failed += bool(prediction.error)
@@ -122,13 +129,14 @@ class Score:
     def summary(self) -> dict[str, float | int | None]:
         """Figures for a report; None where there is nothing to divide by.
 
-        accuracy: mean score of all records, parse failures and failed generations included as misses; None where the
-        benchmark brings its own scorer.
+        accuracy: mean score of all questions, parse failures and failed generations included as misses; None where the
+        benchmark brings its own scorer. Records that are one question together count once, with their least score.
         """
         answered = self.num - self.num_failed
+        questions = self.num_scored + len(self.least)
         return {
             "num": self.num,
-            "accuracy": self.sum_of_scores / self.num_scored if self.num_scored else None,
+            "accuracy": (self.sum_of_scores + sum(self.least.values())) / questions if questions else None,
             "num_unparsed": self.num_unparsed,
             "num_failed": self.num_failed,
             "retain_ratio": self.kept_blocks / self.full_blocks if self.full_blocks else None,

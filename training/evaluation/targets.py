@@ -24,7 +24,8 @@ class Target:
     scorer: one of SCORERS. references: right answers, of which one is enough; for options their letters.
     box: x1, y1, x2, y2 in pixels of the original image; polygon: its corners; is_refusal: the right answer is that
     there is no such place. image_size: (width, height), None when the record does not say: it is then the image's.
-    benchmark, subset, element: names to group by ("" where the record has none).
+    benchmark, subset, element: names to group by ("" where the record has none). all_of: records of one benchmark with
+    the same name here are one question asked several times, right when all answers are ("" for a question of its own).
     """
 
     scorer: str
@@ -37,11 +38,12 @@ class Target:
     benchmark: str = ""
     subset: str = ""
     element: str = ""
+    all_of: str = ""
 
 
 def target_of(record: Record) -> Target:
     """Read `metadata`: `scorer` (place where it is left out), `answers`, `options`, `bbox`, `polygon`, `refusal`,
-    `image_size`, `source`, `subset` (else `source`) and `element`.
+    `image_size`, `source`, `subset` (else `source`), `element` and `all_of`.
 
     Raises TargetError when what the scorer needs is not there, or cannot be compared with.
     """
@@ -54,6 +56,7 @@ def target_of(record: Record) -> Target:
         "benchmark": source,
         "subset": str(metadata.get("subset") or source),
         "element": str(metadata.get("element") or ""),
+        "all_of": str(metadata.get("all_of") or ""),
         "image_size": _image_size(metadata.get("image_size")),
     }
     if scorer == "place":

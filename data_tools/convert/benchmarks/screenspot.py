@@ -7,12 +7,11 @@ application, platform, id; instruction_cn is the Chinese instruction.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_tools.convert.dropped import DropError, check_unicode
+from data_tools.convert.benchmarks.reader import BenchmarkReader, box_in_image, check_stated_size, numbers_of
+from data_tools.convert.dropped import DropError
 from data_tools.convert.image_files import ImageFiles
 from data_tools.records import grounding_record
 from pixelprune.answers import format_point
@@ -37,43 +36,23 @@ def variant_of(entry: dict[str, Any]) -> str:
 
 def box_of(entry: dict[str, Any], variant: str) -> tuple[float, float, float, float]:
     """The box as (x1, y1, x2, y2), pixels. Raises DropError for what is no box."""
-    box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, (int, float)) for side in box):
-        raise DropError("bbox is not four numbers")
-    if not all(abs(side) <= 1e9 for side in box):  # NaN and integers beyond any float as well
-        raise DropError("bbox is not four numbers of pixels")
-    a, b, c, d = (float(side) for side in box)
+    a, b, c, d = numbers_of(entry.get("bbox"), "bbox", 4)
     x1, y1, x2, y2 = (a, b, a + c, b + d) if variant == "v2" else (a, b, c, d)
     if x2 <= x1 or y2 <= y1:
         raise DropError("empty box")
     return x1, y1, x2, y2
 
 
-class ScreenSpotReader:
-    """Entries -> evaluation records; `dropped` counts what was left out and why.
-
-    language: `en` or `cn` (Pro only). Boxes are kept as published; one that misses its image is dropped.
-    """
+class ScreenSpotReader(BenchmarkReader):
+    """language: `en` or `cn` (Pro only). Boxes are kept as published; one that misses its image is dropped."""
 
     def __init__(self, images: ImageFiles, *, variant: str = "auto", language: str = "en") -> None:
-        self.images = images
+        super().__init__(images)
         self.variant = variant
         self.language = language
-        self.dropped: Counter[str] = Counter()
-        self.num_read = 0
 
-    def record(self, entry: Any, file: Path, number: int) -> dict[str, Any] | None:
-        """One evaluation record, or None where it was dropped (and counted)."""
-        self.num_read += 1
-        try:
-            return self._record(entry, file, number)
-        except DropError as error:
-            self.dropped[str(error)] += 1
-            return None
-
-    def _record(self, entry: Any, file: Path, number: int) -> dict[str, Any]:
-        if not isinstance(entry, dict):
-            raise DropError("not a JSON object")
+    def make(self, entry: dict[str, Any], file: Path, number: int) -> dict[str, Any]:
+        """v2 has no ids: its entries are named by file and place."""
         variant = variant_of(entry) if self.variant == "auto" else self.variant
         name = entry.get("img_filename")
         instruction = entry.get("instruction_cn" if self.language == "cn" else "instruction")
@@ -84,14 +63,11 @@ class ScreenSpotReader:
             raise DropError("element type is neither text nor icon")
         x1, y1, x2, y2 = box_of(entry, variant)
         width, height = self.images.size(name, has_coordinates=True)
-        stated = entry.get("img_size")
-        if stated is not None and stated != [width, height]:
-            raise DropError("the stated image size is not the file's")
-        if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
-            raise DropError("box outside the image")
+        check_stated_size(entry.get("img_size"), (width, height))
+        box = box_in_image(x1, y1, x2, y2, (width, height))
         if variant == "pro":
             subset = str(entry.get("group", "unknown"))
-            extra = {key: entry[key] for key in ("application", "platform") if key in entry}
+            extra: dict[str, Any] = {key: entry[key] for key in ("application", "platform") if key in entry}
         else:
             source = str(entry.get("data_source", "unknown")).lower()
             subset = _V2_SUBSETS.get(source, "web")
@@ -99,7 +75,7 @@ class ScreenSpotReader:
         metadata = {
             "source": f"screenspot-{variant}",
             "subset": subset,
-            "bbox": [x1, y1, x2, y2],
+            "bbox": box,
             "image_size": [width, height],
             "element": kind,
             **extra,
@@ -107,6 +83,4 @@ class ScreenSpotReader:
         centre = min(max((x1 + x2) / 2, 0), width), min(max((y1 + y2) / 2, 0), height)
         answer = format_point(*centre, (width, height))
         record_id = str(entry.get("id") or f"{file.stem}-{number:05d}")
-        record = grounding_record(record_id, self.images.relative(name), instruction.strip(), answer, metadata)
-        check_unicode([json.dumps(record, ensure_ascii=False)])
-        return record
+        return grounding_record(record_id, self.images.relative(name), instruction.strip(), answer, metadata)
