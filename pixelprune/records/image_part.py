@@ -18,8 +18,8 @@ from pixelprune.records.record import ImageRef, RecordError
 
 __all__ = ["IMAGE_KEYS", "SIZE_KEYS", "image_of_part", "image_ref", "read_keys", "wish_of"]
 
-IMAGE_KEYS = ("image", "image_url", "path", "url", "base64")
-"""Keys of an image part that hold its picture, OpenAI's and Hugging Face's among them."""
+IMAGE_KEYS = ("image", "image_url", "path", "url", "base64", "source")
+"""Keys of an image part that hold its picture: OpenAI's, Hugging Face's, and Anthropic's `source`, an object."""
 
 OBJECT_KEYS = ("bytes", "path", "url", "image")
 """Keys of an object in place of an image."""
@@ -71,7 +71,7 @@ def image_of_part(part: Mapping[str, Any], rules: KeyRules = NO_RULES) -> ImageR
     value = part[given[0]]
     if given[0] == "base64":
         return ImageRef(_decoded(value, "base64 text"), wish_of(part))
-    return image_ref(value, rules, part)
+    return image_ref(_of_source(value, rules) if given[0] == "source" else value, rules, part)
 
 
 def image_ref(value: Any, rules: KeyRules = NO_RULES, part: Mapping[str, Any] | None = None) -> ImageRef:
@@ -110,6 +110,18 @@ def _source(value: Any) -> str | bytes | Image.Image:
     if isinstance(value, bytes | Image.Image):
         return value
     raise RecordError("bad_image", f"image is {value!r:.80}, expected a path, bytes or a picture")
+
+
+def _of_source(value: Any, rules: KeyRules) -> Any:
+    """What Anthropic's {"type": "base64", "media_type": ..., "data": ...}, or {"type": "url", "url": ...}, holds."""
+    if not isinstance(value, Mapping):
+        raise RecordError("bad_image", f"source of an image is {value!r:.60}, expected an object with type and data")
+    value = rules.checked(value, "image", ("type", "data", "url"))
+    if value.get("type") == "base64" and "url" not in value:
+        return _decoded(value.get("data"), "base64 text")
+    if value.get("type") == "url" and "data" not in value:
+        return value.get("url")
+    raise RecordError("bad_image", f"source of an image has type {value.get('type')!r:.40}, expected base64 with data")
 
 
 def _image_of_object(value: Mapping[str, Any]) -> Any:

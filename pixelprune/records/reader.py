@@ -4,7 +4,8 @@ sharegpt   {"conversations": [{"from": "human", "value": "<image>What is it?"}, 
            or with inline paths: {"from": "human", "value": "<img>a.png</img>What is it?"}
 messages   {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"},
                                                       {"type": "text", "text": "What is it?"}]}, ...]}
-           with `image_url` parts (OpenAI), parts without a source that take the next of `images`, or plain strings.
+           with `image_url` parts (OpenAI), `source` parts (Anthropic), `value` parts (LLaMA-Factory), parts without a
+           source that take the next of `images`, or plain strings; without any mark, `images` come first (TRL).
 
 In both, `system` beside the turns is a system turn in front of them, and a turn's `loss`, `train`, `weight`, ... says
 whether it is trained on, or how much. An image stands exactly where its mark stood: the line break that ShareGPT files
@@ -35,7 +36,7 @@ from pixelprune.records.agents import (
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_ref, read_keys
 from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError, of_the_record
-from pixelprune.records.shapes import as_messages
+from pixelprune.records.shapes import CALL_PART, as_messages, of_value_part
 
 __all__ = [
     "BOX_KEYS",
@@ -95,7 +96,10 @@ def _parsed(row: Any, record_format: str, rules: KeyRules) -> Record:
         raise RecordError("bad_content", f"{key!r} is {type(turns).__name__}, expected a list of turns")
     supply = _ImageSupply(row, rules)
     roles = SHAREGPT_ROLES if key == "conversations" else MESSAGE_ROLES
-    messages = _with_calls_joined([_read_turn(turn, roles, supply) for turn in turns])
+    read = [_read_turn(turn, roles, supply) for turn in turns]
+    if key == "messages":
+        read = _with_images_in_front(read, turns, supply)
+    messages = _with_calls_joined(read)
     messages = [*_system_turn(row.get("system", ""), messages), *messages]
     supply.check_all_used()
     _check_turns(messages)
@@ -133,6 +137,9 @@ class _ImageSupply:
             return ImageRef("")
         return image_ref(self.images[self.num_used - 1], self.rules, part)
 
+    def take_all(self) -> list[ImageRef]:
+        return [self.next() for _ in self.images[self.num_used :]]
+
     def check_all_used(self) -> None:
         if self.num_used != len(self.images):
             raise RecordError(
@@ -163,7 +170,9 @@ def _read_turn(turn: Any, roles: dict[str, str], supply: _ImageSupply) -> Messag
         # What a tool says is text, whatever it says: it neither takes images from the record nor names files.
         parts = [content] if role == "tool" else list(_split_text(content, supply))
     elif isinstance(content, list | tuple):
-        thoughts, others = _reasoning_parts(content, role, supply.rules)
+        thoughts, others = _reasoning_parts(list(map(of_value_part, content)), role, supply.rules)
+        called, others = _call_parts(others, role, supply.rules)
+        calls += called
         if thoughts and reasoning:
             raise RecordError("bad_content", "a turn holds several reasonings: give one of them")
         reasoning = reasoning or thoughts
@@ -173,6 +182,22 @@ def _read_turn(turn: Any, roles: dict[str, str], supply: _ImageSupply) -> Messag
     answers = {key: str(turn[key]) for key in _ROLE_KEYS["tool"] if role == "tool" and key in turn}
     parts = [part for part in parts if part != ""]
     return Message(role, tuple(parts), _turn_weight(turn, role), reasoning, calls, answers)
+
+
+def _with_images_in_front(messages: list[Message], turns: Any, supply: _ImageSupply) -> list[Message]:
+    """Images that no mark of the whole record stands for come before the first user turn's text, if that is a string.
+
+    So TRL (huggingface/trl, prepare_multimodal_messages of trl/data_utils.py, commit f2cd577) and ms-swift have it.
+    """
+    if supply.num_used or not supply.images:
+        return messages
+    for place, (message, turn) in enumerate(zip(messages, turns, strict=True)):
+        if message.role == "user" and isinstance(turn.get("content"), str):
+            in_front = replace(message, parts=(*supply.take_all(), *message.parts))
+            return [*messages[:place], in_front, *messages[place + 1 :]]
+        if message.role == "user":
+            break
+    return messages
 
 
 def _reasoning_parts(parts: Any, role: str, rules: KeyRules) -> tuple[str, list[Any]]:
@@ -189,6 +214,17 @@ def _reasoning_parts(parts: Any, role: str, rules: KeyRules) -> tuple[str, list[
             raise RecordError("bad_content", f"{role} turn: a {kind} part holds {said!r:.60}, expected one text")
         thoughts.append(said[0])
     return "\n".join(thoughts), others
+
+
+def _call_parts(parts: list[Any], role: str, rules: KeyRules) -> tuple[tuple[dict[str, Any], ...], list[Any]]:
+    """The calls among an answer's typed parts, and the other parts."""
+    calls, others = list[dict[str, Any]](), []
+    for part in parts:
+        if role == "assistant" and isinstance(part, dict) and part.get("type") == CALL_PART:
+            calls += tool_calls_of(rules.checked(part, "part", ("type", CALL_PART)).get(CALL_PART), rules)
+        else:
+            others.append(part)
+    return tuple(calls), others
 
 
 def _with_calls_joined(messages: list[Message]) -> list[Message]:

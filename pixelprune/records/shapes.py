@@ -3,6 +3,9 @@
 prompt/completion     TRL: texts, or lists of turns; answers within the prompt are read and not trained on, as there
 query/response        ms-swift, with `history`: a list of [question, answer], trained on like the rest
 instruction/output    Alpaca, with `input` on a line of its own behind the instruction, and `history`
+
+And content parts whose text, image, reasoning or call stands under `value`, as LLaMA-Factory's v1 writes them
+(hiyouga/LLaMA-Factory, src/llamafactory/v1/core/rendering/format.py, commit ff6d4d1) -> the parts that others write.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 from pixelprune.records.keys import KeyRules, is_empty
 from pixelprune.records.record import RecordError
 
-__all__ = ["SHAPE_KEYS", "as_messages"]
+__all__ = ["CALL_PART", "SHAPE_KEYS", "as_messages", "of_value_part"]
 
 _SHAPES = (
     ("prompt", "completion", ()),
@@ -65,3 +68,19 @@ def _text(text: Any, key: str) -> str:
     if not isinstance(text, str):
         raise RecordError("bad_content", f"{key} is {type(text).__name__}, expected text")
     return text
+
+
+CALL_PART = "tool_call"
+"""The type of a part that is a call of the assistant."""
+_VALUE_PARTS = {"text": "text", "image_url": "image_url", "reasoning": "reasoning", CALL_PART: CALL_PART}
+"""Type of a part with `value` -> the key that the same part has in other formats."""
+
+
+def of_value_part(part: Any) -> Any:
+    """The part with its `value` under the key of its type; any other part as it is."""
+    if not isinstance(part, dict) or part.get("value") is None:
+        return part
+    key = _VALUE_PARTS.get(str(part.get("type")))
+    if key is None or part.get(key) is not None:
+        return part  # refused for `value`, or for its type
+    return {name: value for name, value in part.items() if name != "value"} | {key: part["value"]}

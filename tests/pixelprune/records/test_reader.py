@@ -197,7 +197,7 @@ REFUSED = [
     ("unknown_role", {"conversations": [{"from": ["human"], "value": "q"}]}),
     ("empty_turn", {"messages": [USER, {"role": "assistant", "content": ""}]}),
     ("image_count", {"messages": [{"role": "user", "content": "<image>"}, ANSWER]}),
-    ("image_count", {"messages": [USER, ANSWER], "images": ["a.png"]}),
+    ("image_count", {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER], "images": ["a", "b"]}),
     ("image_count", {"messages": [{"role": "user", "content": "<image><image>"}, ANSWER], "images": ["a.png"]}),
     ("image_in_answer", {"messages": [USER, {"role": "assistant", "content": "<image>"}], "images": ["a.png"]}),
     ("remote_image", {"messages": [{"role": "user", "content": "<img>https://x.org/a.png</img>"}, ANSWER]}),

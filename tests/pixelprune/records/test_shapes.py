@@ -1,10 +1,12 @@
-"""Questions and answers under keys of their own give the record that the same turns give."""
+"""Questions and answers under keys of their own, and parts in others' form, give the record of the same turns."""
+
+import base64
 
 import pytest
 
 from pixelprune.records.keys import KeyRules
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import RecordError
+from pixelprune.records.record import ImageRef, RecordError
 from training.data.columns import READ_KEYS
 
 
@@ -62,3 +64,69 @@ def test_keys_beside_turns_and_wrong_forms_are_refused():
         parse_record(turns("a", "b", tools=[{"name": "f", "parameters": nested}]))
     kept = parse_record(turns("a", "b", prompt="c"), rules=KeyRules.ignoring(["prompt"]))
     assert kept == parse_record(turns("a", "b"))
+
+
+def test_images_that_nothing_marks_come_before_the_first_question():
+    record = parse_record(turns("x", "ok", "y", "z", images=["a.png", "b.png"]))
+    assert record.messages[0].parts == (ImageRef("a.png"), ImageRef("b.png"), "x")
+    assert record.messages[2].parts == ("y",)
+    with_system = turns("x", "ok", images=["a.png"])
+    with_system["messages"].insert(0, {"role": "system", "content": "s"})
+    assert [len(message.parts) for message in parse_record(with_system).messages] == [1, 2, 1]
+    asked = {"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "assistant", "content": "ok"}]}
+    assert parse_record(asked | IMAGE) == parse_record(turns(PARTS, "ok"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        turns("x", "ok", "<image>y", "z", images=["a.png", "b.png"]),
+        turns([{"type": "text", "text": "x"}], "ok", **IMAGE),
+        {"messages": [{"role": "assistant", "content": "ok"}], **IMAGE},
+        {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "ok"}], **IMAGE},
+    ],
+)
+def test_images_of_which_some_are_marked_or_where_marks_are_parts_are_counted(row):
+    with pytest.raises(RecordError) as caught:
+        parse_record(row)
+    assert caught.value.reason == "image_count"
+
+
+def test_parts_with_value_are_the_parts_of_others():
+    call = '{"name": "click", "arguments": {"x": 1}}'
+    row = turns(
+        [{"type": "image_url", "value": "a.png"}, {"type": "text", "value": "x"}],
+        [{"type": "reasoning", "value": "why"}, {"type": "text", "value": "ok"}, {"type": "tool_call", "value": call}],
+    )
+    same = turns(PARTS, "ok")
+    same["messages"][1] |= {"reasoning": "why", "tool_calls": [{"name": "click", "arguments": {"x": 1}}]}
+    assert parse_record(row) == parse_record(same)
+    for part in (
+        {"type": "text", "text": "x", "value": "y"},
+        {"type": "video_url", "value": "a.mp4"},
+        {"type": "image", "value": "a.png"},
+    ):
+        with pytest.raises(RecordError) as caught:
+            parse_record(turns([part], "ok"))
+        assert caught.value.reason in ("unread_key", "bad_content")
+
+
+def test_a_source_part_holds_its_image():
+    data = base64.b64encode(b"png").decode()
+
+    def record(source):
+        return parse_record(turns([{"type": "image", "source": source}, {"type": "text", "text": "x"}], "ok"))
+
+    assert record({"type": "base64", "media_type": "image/png", "data": data}).images == [ImageRef(b"png")]
+    wrong = {
+        "remote_image": {"type": "url", "url": "https://example.org/a.png"},
+        "unread_key": {"type": "base64", "data": data, "max_pixels": 9},
+    }
+    for reason, source in wrong.items():
+        with pytest.raises(RecordError) as caught:
+            record(source)
+        assert caught.value.reason == reason
+    for source in ("a.png", {"type": "file", "data": data}, {"type": "base64", "data": "!"}, {"type": "base64"}):
+        with pytest.raises(RecordError) as caught:
+            record(source)
+        assert caught.value.reason == "bad_image"
