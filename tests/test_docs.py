@@ -26,6 +26,8 @@ SECTIONS = "|".join(Config.__dataclass_fields__)
 WRITTEN_BY_RUNS = ("config.yaml",)
 NOT_SETTINGS = ("model.generate",)
 OF_OTHERS = (
+    "trl/data_utils.py",
+    "src/llamafactory/v1/core/rendering/format.py",
     "methods/conncomp.py",
     "run_api.py",
     "image_base.py",
