@@ -14,8 +14,8 @@ class SourceSettings:
     """One data set of a recipe."""
 
     path: str
-    """A .jsonl, .ndjson or .json file (also .gz or .zst), .csv, .parquet or .arrow, a folder of one kind of them, a
-    folder written by `datasets`, or a hub id (when online)."""
+    """A .jsonl, .ndjson or .json file (also .gz or .zst), .csv, .parquet, .arrow or a WebDataset .tar, a folder of
+    one kind of them, a folder written by `datasets`, or a hub id (when online)."""
     name: str = ""
     """Name in reports and record ids; the file's stem by default. Must be unique in a recipe."""
     root: str = ""

@@ -1,4 +1,4 @@
-"""Data sets as random-access rows: JSON, CSV, Arrow, Parquet, folders of them or written by `datasets`, and the hub.
+"""Data sets as random-access rows: JSON, CSV, Arrow, Parquet, tar shards, folders of them, saved data sets, the hub.
 
 Parquet and the hub go through the `datasets` library. Its JSON reader does not fit here: it unifies the types of all
 rows, so a file that mixes formats fails as a whole, and so does a file with one damaged line. JSON and CSV are
@@ -18,23 +18,25 @@ from training.data.files.csv_rows import CsvRows
 from training.data.files.json_rows import JsonRows
 from training.data.files.layout import SUFFIXES, files_of_folder, kind_of, stem_of
 from training.data.files.table_rows import ArrowFileRows, ArrowRows
+from training.data.files.tar_rows import TarRows
 from training.data.files.unpacked import COMPRESSIONS, side_folder, unpacked
 from training.data.settings import SourceSettings
 
 TextRows = JsonRows | CsvRows
+PartRows = TextRows | TarRows
 
 
 class ChainedRows:
     """Several files read as one source, in name order."""
 
-    def __init__(self, parts: Sequence[TextRows]):
+    def __init__(self, parts: Sequence[PartRows]):
         self.parts = list(parts)
         self.starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _find(self, row: int) -> tuple[TextRows, int]:
+    def _find(self, row: int) -> tuple[PartRows, int]:
         part = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.parts[part], int(row - self.starts[part])
 
@@ -47,7 +49,7 @@ class ChainedRows:
         return part.where(inner)
 
 
-Rows = TextRows | ArrowRows | ArrowFileRows | ChainedRows
+Rows = PartRows | ArrowRows | ArrowFileRows | ChainedRows
 
 
 class Source:
@@ -138,7 +140,7 @@ def _open_files(settings: SourceSettings, files: list[Path], index_dir: str) -> 
     if kind == "Arrow":
         return Source(settings, ArrowFileRows(files, settings.path), fingerprint)
     folder = side_folder(Path(settings.path), index_dir)
-    parts = [_text_rows(file, folder) for file in files]
+    parts = [TarRows(file) if kind == "WebDataset" else _text_rows(file, folder) for file in files]
     parts = [part for part in parts if len(part)]
     return Source(settings, parts[0] if len(parts) == 1 else ChainedRows(parts), fingerprint)
 

@@ -16,6 +16,7 @@ KINDS = {
     ".csv": "CSV",
     ".parquet": "Parquet",
     ".arrow": "Arrow",
+    ".tar": "WebDataset",
 }
 """Suffix -> the kind of file; those of text may have a compression's suffix behind theirs."""
 _TEXT = ("JSON", "CSV")
