@@ -122,8 +122,8 @@ class Run:
         return max((row["step"] for row in read_metrics(self.folder)), default=0) > target
 
     def _left_over(self) -> list[int]:
-        """Living processes that name this run in their command line, ten seconds after the front process ended."""
-        deadline = time.monotonic() + 10
+        """Living processes that name this run in their command line, a minute after the front process ended."""
+        deadline = time.monotonic() + 60
         while (found := _naming(f"run.name={self.folder.name}")) and time.monotonic() < deadline:
             time.sleep(0.1)
         return found

@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
+    if args.accept_changes:
+        args.overrides.append("run.accept_changes=true")
     if args.slurm:
         return _slurm(args)
     if args.hostfile:
@@ -56,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--restarts", type=int, default=0, help="restarts in a row without progress; 0: never restart")
     parser.add_argument("--pause", type=float, default=10.0, help="seconds before a restart; doubles without progress")
     parser.add_argument("--grace", type=float, default=600.0, help="seconds that ranks get to stop and save")
+    parser.add_argument(
+        "--accept-changes", action="store_true", help="go on although the recipe changed what is trained"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the exact command (Slurm: script) and stop")
     hosts = parser.add_argument_group("several hosts")
     hosts.add_argument("--hostfile", type=Path, help="lines `name slots=8`; starts all of them over ssh")

@@ -34,6 +34,11 @@ def test_dry_run_prints_the_command_of_a_local_run(capsys):
     assert command[1:] == [*options, RECIPE, "optim.lr=2e-5", "run.name=a b"]
 
 
+def test_accepting_changes_is_a_setting_of_the_run(capsys):
+    assert main([RECIPE, "--ranks", "1", "--accept-changes", "--dry-run"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("run.accept_changes=true")
+
+
 def test_dry_run_prints_the_commands_of_several_hosts(capsys, tmp_path):
     hostfile = tmp_path / "hosts"
     hostfile.write_text("one slots=8\ntwo slots=4 # smaller\n\n")

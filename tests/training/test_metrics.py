@@ -10,10 +10,10 @@ from rich.console import Console
 from tests.training.test_grounding import predictions
 from tests.training.test_meter import steps_of
 from training.checkpoint import export
+from training.checkpoint.checkpointer import RunState
 from training.checkpoint.export import run_facts
 from training.evaluation import during_training
 from training.tracking import metrics, report
-from training.tracking.meter import RunTotals
 from training.tracking.metrics import METRICS, Metric, live_line, values_of
 
 NEW = Metric("warmth", "warmth, K", "warmth {:.1f}", {"warmest": max}, picture="weather", in_card=True)
@@ -34,7 +34,7 @@ def test_a_new_row_shows_everywhere(with_new, tmp_path, capsys):
     assert "weather.png" in capsys.readouterr().out
     assert (tmp_path / "weather.png").exists()
     assert report.summarise(rows) == {"steps": 3, "first loss": 2.0, "last loss": 0.0, "warmest": 4.0}
-    assert run_facts(tmp_path, 2, RunTotals())["warmth, K"] == "4.0000", "of the steps up to the checkpoint's"
+    assert run_facts(tmp_path, RunState(step=2))["warmth, K"] == "4.0000", "of the steps up to the checkpoint's"
 
 
 def test_what_is_shown_is_what_is_measured():

@@ -29,13 +29,13 @@ from training.errors import UserError
 from training.loop.feed import _require_targets, prepare_settings
 from training.loop.teacher_cache import target_bytes, target_values
 from training.loss.supervised import LossSettings
+from training.model.fingerprint import hash_weights
 from training.model.loading import load_model_files
 from training.model.parameters import freeze_parts
 from training.model.supervised import SupervisedModel
 from training.teacher.files import (
     FORMAT_VERSION,
     describe_targets,
-    hash_weights,
     load_head,
     load_teacher_files,
     outdated_caches,

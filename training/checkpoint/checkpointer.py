@@ -16,7 +16,7 @@ import random
 import shutil
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class RunState:
     """Everything of a run that is not a tensor: where the data continues, what was counted, which tracker run it is.
 
     order: what the order of samples depended on (`Feed.order`): the cursor has a meaning under it alone.
+    base: hash of the model that the run started from (`hash_weights`); "" in checkpoints of earlier versions.
+    num_steps, lr_factor: the length of the schedule, and the share of the peak learning rate in the last step (-1
+    where it is not known). ramp: [first step, share there, steps] on the way to a changed schedule; empty without one.
+    changes: what was changed on the way with run.accept_changes, as the model card says it.
     """
 
     step: int = 0
@@ -60,6 +64,17 @@ class RunState:
     num_skipped: int = 0
     tracker_id: str = ""
     order: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
+    num_steps: int = 0
+    lr_factor: float = -1.0
+    ramp: list[float] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> RunState:
+        """Of a checkpoint's state.json; what an earlier version did not write has its default."""
+        own = {entry.name: content[entry.name] for entry in fields(cls) if entry.name in content}
+        return cls(**own | {"cursor": Cursor(*content["cursor"]), "totals": RunTotals(**content["totals"])})
 
 
 class Checkpointer:
@@ -190,15 +205,23 @@ class Checkpointer:
         logger.error("rank %d: %s; going on (checkpoint.on_error=continue)", self.ranks.rank, message)
         return False
 
+    def state_of(self, folder: Path) -> RunState:
+        """What of a checkpoint is not a tensor. Raises UserError for another version's format."""
+        return RunState.from_json(self._content(folder))
+
+    def _content(self, folder: Path) -> dict[str, Any]:
+        content = json.loads((folder / "state.json").read_text())
+        if content["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{folder}: format {content['format_version']}, expected {FORMAT_VERSION}")
+        return content
+
     @torch.no_grad()
-    def load(self, engine: Engine, folder: Path) -> RunState:
+    def load(self, engine: Engine, folder: Path) -> None:
         """Put a checkpoint into a fresh engine, whatever number of ranks wrote it.
 
         Raises UserError when it is not of this model with these parts trained.
         """
-        content = json.loads((folder / "state.json").read_text())
-        if content["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{folder}: format {content['format_version']}, expected {FORMAT_VERSION}")
+        content = self._content(folder)
         reader = files.FragmentReader(folder)
         for fragment in own_fragments(engine):
             for kind, tensor in fragment.tensors.items():
@@ -214,15 +237,6 @@ class Checkpointer:
         set_adam_steps(engine, content["num_adam_steps"])
         engine.global_steps = content["step"]
         self._restore_random_state(folder, content["world_size"])
-        totals = RunTotals(**content["totals"])
-        return RunState(
-            content["step"],
-            Cursor(*content["cursor"]),
-            totals,
-            content["num_skipped"],
-            content["tracker_id"],
-            content["order"],
-        )
 
     def _restore_random_state(self, folder: Path, world_size: int) -> None:
         """Generators continue where they were; on another number of ranks they start from (seed, rank) anew."""

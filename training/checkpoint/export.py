@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from pixelprune.family import EXPERTS_INPUTS_FIRST, published_layout
 from pixelprune.files import whole_folder
 from pixelprune.model_folder import PRUNE_FILE, ModelFolder
+from training.checkpoint.checkpointer import RunState
 from training.config.settings import Config
 from training.errors import UserError
+from training.model.fingerprint import hash_weights
 from training.model.loading import load_model, load_model_files
 from training.model.lora import adapter_weights, add_adapters, export_weights, trained_mergers
-from training.tracking.meter import RunTotals
 from training.tracking.metrics import METRICS, values_of
 from training.tracking.tracker import read_metrics
 
@@ -103,6 +104,12 @@ def export_checkpoint(path: Path, out: Path, *, trust_remote_code: bool = False)
             "--trust-remote-code"
         )
     files = load_model_files(config.model)
+    state = RunState.from_json(json.loads((path / "state.json").read_text()))
+    if state.base and state.base != (found := hash_weights(config.model.path)):
+        raise UserError(
+            f"{path}: the weights in {config.model.path} are not those that it was trained from (xxh3-128 {found}, "
+            f"expected {state.base}); put that model back"
+        )
     model = load_model(config.model, attention="sdpa", device=torch.device("cpu"))
     add_adapters(model, config.lora)
     reader = FragmentReader(path)
@@ -111,19 +118,20 @@ def export_checkpoint(path: Path, out: Path, *, trust_remote_code: bool = False)
         for name in reader.shapes:
             # The engine's module holds the stock model as `model`.
             parameters[name.removeprefix("model.")].copy_(reader.read(name, "weight").view(reader.shapes[name]))
-    state = json.loads((path / "state.json").read_text())
-    facts = run_facts(path.parent.parent, state["step"], RunTotals(**state["totals"]))
-    return export_model(out, model, files, config, facts)
+    return export_model(out, model, files, config, run_facts(path.parent.parent, state))
 
 
-def run_facts(run: Path, step: int, totals: RunTotals) -> dict[str, str]:
-    """What the model card says of a run after `step` steps, with the newest figures of its metrics.jsonl."""
+def run_facts(run: Path, state: RunState) -> dict[str, str]:
+    """What the model card says of a run in `state`, with the newest figures of its metrics.jsonl."""
+    step, totals = state.step, state.totals
     ratio = totals.kept_blocks / totals.full_blocks if totals.full_blocks else 1.0
     facts = {"optimizer steps": str(step), "samples seen": f"{totals.num_samples:,}", "retain ratio": f"{ratio:.4f}"}
     rows = [row for row in read_metrics(run) if row["step"] <= step]
     for metric in METRICS:
         if metric.in_card and (values := values_of(metric.name, rows)):
             facts[metric.words] = f"{values[-1]:.4f}"
+    if state.changes:
+        facts["changed on the way"] = "; ".join(state.changes)
     return facts
 
 

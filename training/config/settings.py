@@ -31,6 +31,9 @@ class RunSettings:
     """Parent folder of all runs."""
     seed: int = 0
     """Seeds data order, dropout and everything random."""
+    accept_changes: bool = False
+    """Continue a run although its recipe now says otherwise what is trained (threshold, learning rates, loss weights,
+    ...): such changes are named and refused without it. What a checkpoint is bound to stays refused."""
 
     def __post_init__(self) -> None:
         check_fields(self, name=FOLDER_NAME, seed=at_least(0))
@@ -127,6 +130,9 @@ class ScheduleSettings:
     """Steps of linear warm-up from lr / warmup_steps."""
     min_lr_ratio: float = 0.1
     """The cosine ends at this share of the peak learning rate."""
+    rewarm_steps: int = 0
+    """Where a run continues under another schedule (made longer, say): steps from the last learning rate to the new
+    curve, on a line; 0 follows the new curve at once."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -135,6 +141,7 @@ class ScheduleSettings:
             epochs=at_least(0),
             warmup_steps=at_least(0),
             min_lr_ratio=SHARE,
+            rewarm_steps=at_least(0),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from pixelprune.files import write_whole
-from training.checkpoint.checkpointer import Checkpointer, RunState
+from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.export import export_model, run_facts
 from training.config.recipe import show
 from training.config.settings import CheckpointSettings, Config
@@ -27,19 +26,20 @@ from training.distributed.stopping import StopRequest
 from training.errors import StopAskedError, UserError
 from training.exit_codes import FINISHED, RESUMABLE
 from training.loop.context import RunContext
+from training.loop.continuation import Continuation, LearningRate, continuation_of
 from training.loop.evaluations import Evaluations
 from training.loop.feed import Feed, build_feed, prepare_settings, training_loader
 from training.loop.folder_lock import FolderLock
 from training.loop.journal import Journal
-from training.loop.memory import plan_memory
+from training.loop.memory import MemoryPlan, plan_memory
 from training.loop.start_table import print_start_table
 from training.loop.step import SkipCounter, run_step
 from training.model.attention import choose_attention
 from training.model.loading import DTYPES, load_model, load_model_files, prepare_layers
 from training.model.lora import add_adapters
-from training.model.parameters import freeze_parts, lr_factor, set_learning_rates, trains_vision
+from training.model.parameters import freeze_parts, set_learning_rates, trains_vision
 from training.model.supervised import SupervisedModel
-from training.teacher.files import plan_teacher
+from training.teacher.files import TeacherPlan, plan_teacher
 from training.teacher.teachers import build_teacher
 from training.tracking.meter import StepMeter
 from training.tracking.provenance import describe_provenance
@@ -65,9 +65,15 @@ def run(config: Config) -> int:
 
 def _train(context: RunContext) -> int:
     config, ranks, folder, files = context.config, context.ranks, context.folder, context.files
+    facts = {"config.yaml": show(config), "environment.json": describe_provenance()}
+    checkpointer = Checkpointer(folder, config.checkpoint, ranks, facts)
+    continuation = continuation_of(context, checkpointer)
     teacher_plan = plan_teacher(config.kd, config.model, config.loss, prepare_settings(config, files), files, ranks)
     feed = build_feed(context, config.data.sources, shuffle=True, teacher_plan=teacher_plan)
     num_steps = feed.num_steps(config.schedule)
+    is_finished = continuation.newest is not None and continuation.state.step >= num_steps
+    state = continuation.state if is_finished else continuation.going_on
+    cursor = _cursor(context, feed, continuation)
     evaluations = Evaluations(context, num_steps)
 
     if not ranks.has_launcher:
@@ -77,21 +83,15 @@ def _train(context: RunContext) -> int:
         )
     if context.is_stopping():
         raise StopAskedError
-    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
-    model = load_model(config.model, attention=attention, device=ranks.device)
-    freeze_parts(model, config.optim)
-    add_adapters(model, config.lora)
-    memory = plan_memory(context, model, attention, teacher_plan)
-    prepare_layers(model, memory.applied_to(config.model), ranks.device)
-    teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, attention)
-    module = SupervisedModel(model, files.geometry, config.loss, teacher)
-    engine = build_engine(module, ranks, config.distributed, config.optim, config.model.dtype)
-    facts = {"config.yaml": show(config), "environment.json": describe_provenance()}
-    checkpointer = Checkpointer(folder, config.checkpoint, ranks, facts)
-    state, cursor = _starting_point(context, feed, engine, checkpointer)
+    engine, attention, memory = _build(context, teacher_plan)
+    model = engine.module.model
+    if continuation.newest:
+        checkpointer.load(engine, continuation.newest)
+    learning_rate = LearningRate(config.schedule, num_steps, state)
     journal = Journal(context, num_steps, state)
     if ranks.is_first:
         print_start_table(context, feed, model, attention, memory, num_steps, state.step)
+        _say_what_comes(folder, config, learning_rate, state.step, is_finished)
 
     meter = StepMeter(ranks, state.totals)
     is_interrupted = evaluations.catch_up(engine, state.step, journal)
@@ -100,12 +100,11 @@ def _train(context: RunContext) -> int:
         return RESUMABLE
     # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
     dummy = trains_vision(model) or config.kd.sharding == "zero3"
-    loader = training_loader(
-        context, feed, num_steps=num_steps, cursor=cursor, first_step=state.step, dummy_image=dummy
-    )
+    first = state.step
+    loader = training_loader(context, feed, num_steps=num_steps, cursor=cursor, first_step=first, dummy_image=dummy)
     skips = SkipCounter(config.optim.max_skipped_in_a_row, state.num_skipped)
     for step, batches in loader.steps():
-        learning_rates = set_learning_rates(engine.optimizer, lr_factor(step, num_steps, config.schedule))
+        learning_rates = set_learning_rates(engine.optimizer, learning_rate.factor(step))
         outcome = run_step(engine, batches, meter)
         skips.count(engine, outcome, step)
         metrics = meter.finish()
@@ -117,8 +116,15 @@ def _train(context: RunContext) -> int:
         stopping, failed = ranks.any_of(context.is_asked_to_stop, checkpointer.has_failed)
         if failed:
             _report_failed_save(checkpointer, config.checkpoint)
-        totals = dataclasses.replace(meter.totals)
-        state = RunState(num_done, outcome.cursor, totals, skips.total, state.tracker_id, feed.order)
+        state = dataclasses.replace(
+            state,
+            step=num_done,
+            cursor=outcome.cursor,
+            totals=dataclasses.replace(meter.totals),
+            num_skipped=skips.total,
+            order=feed.order,
+            **learning_rate.state(step),
+        )
         every = config.checkpoint.every_steps
         is_due = num_done == num_steps or bool(every and num_done % every == 0)
         if is_due:
@@ -132,21 +138,44 @@ def _train(context: RunContext) -> int:
             return RESUMABLE
     checkpointer.finish()
     if ranks.is_first and config.checkpoint.export_at_end:
-        path = export_model(folder / "export", model, files, config, run_facts(folder, num_steps, meter.totals))
+        used = continuation.trained_with(config) if is_finished else config
+        path = export_model(folder / "export", model, files, used, run_facts(folder, state))
         logger.info("model written to %s", path)
     journal.close()
     return FINISHED
 
 
-def _starting_point(
-    context: RunContext, feed: Feed, engine: Engine, checkpointer: Checkpointer
-) -> tuple[RunState, Cursor]:
-    """The newest complete checkpoint, loaded into the engine, or a new run; and where its data goes on."""
-    newest = checkpointer.latest()
-    if not newest:
-        return RunState(tracker_id=context.ranks.from_first(lambda: secrets.token_hex(4))), START
-    state = checkpointer.load(engine, newest)
-    return state, feed.continued(state.cursor, state.order, context.config.checkpoint.on_changed_data)
+def _build(context: RunContext, teacher_plan: TeacherPlan | None) -> tuple[Engine, str, MemoryPlan]:
+    """The model as it is trained, in its engine; the attention that was chosen; what of memory is planned."""
+    config, ranks = context.config, context.ranks
+    attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
+    model = load_model(config.model, attention=attention, device=ranks.device)
+    freeze_parts(model, config.optim)
+    add_adapters(model, config.lora)
+    memory = plan_memory(context, model, attention, teacher_plan)
+    prepare_layers(model, memory.applied_to(config.model), ranks.device)
+    teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, attention)
+    module = SupervisedModel(model, context.files.geometry, config.loss, teacher)
+    return build_engine(module, ranks, config.distributed, config.optim, config.model.dtype), attention, memory
+
+
+def _cursor(context: RunContext, feed: Feed, continuation: Continuation) -> Cursor:
+    """Where the data of the run goes on."""
+    if continuation.newest is None:
+        return START
+    state = continuation.state
+    return feed.continued(state.cursor, state.order, context.config.checkpoint.on_changed_data)
+
+
+def _say_what_comes(folder: Path, config: Config, learning_rate: LearningRate, step: int, is_finished: bool) -> None:
+    """What the first rank says before the first step; from here on the folder's recipe is the present one."""
+    if is_finished:
+        length = f"{learning_rate.num_steps} steps are all that the recipe asks for"
+        logger.info("run %s is finished: step %d is done, %s. Nothing is trained.", config.run.name, step, length)
+        return
+    write_whole(folder / "config.yaml", show(config).encode())
+    if learning_rate.said:
+        logger.warning(learning_rate.said)
 
 
 def _report_failed_save(checkpointer: Checkpointer, settings: CheckpointSettings) -> None:
@@ -168,7 +197,7 @@ def _is_saved_everywhere(checkpointer: Checkpointer, ranks: Ranks, config: Confi
 
 @contextmanager
 def _set_up(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
-    """Threads, seeds and the run's folder with its resolved recipe, locked against a second run.
+    """Threads, seeds and the run's folder, locked against a second run.
 
     `python -m launch` holds a lock of its own from start to restart; this one covers starts without it.
     """
@@ -180,12 +209,8 @@ def _set_up(config: Config, ranks: Ranks, folder: Path) -> Iterator[None]:
     torch.manual_seed(seed)
     lock = FolderLock(folder, "train.lock")
 
-    def take() -> None:
-        lock.acquire()
-        write_whole(folder / "config.yaml", show(config).encode())
-
     try:
-        ranks.from_first(take)
+        ranks.from_first(lock.acquire)
         yield
     finally:
         lock.release()

@@ -22,6 +22,7 @@ from training.data.targets import TargetReader
 from training.distributed.ranks import Ranks
 from training.errors import UserError
 from training.loss.supervised import LossSettings
+from training.model.fingerprint import hash_weights, local_folder
 from training.model.loading import DTYPES, load_model_files
 from training.model.tensor_files import weight_paths
 
@@ -134,7 +135,7 @@ def describe_targets(
     stored = kd.cache_dtype or kd.dtype or model.dtype
     return {
         "version": FORMAT_VERSION,
-        "weights": hash_weights(teacher.path),
+        "weights": _hash_teacher(teacher.path),
         "computed_in": str(teacher_dtype(kd, model)).removeprefix("torch."),
         "values": top_k if kd.top_k else {"hidden": stored},
         "geometry": dataclasses.asdict(teacher.geometry),
@@ -142,23 +143,23 @@ def describe_targets(
     }
 
 
-def hash_weights(path: str) -> str:
-    """Hash of config and all weights, byte for byte: fine-tuned weights have the sizes and names of those before."""
-    digest = xxhash.xxh3_128()
-    digest.update((_folder_of(path) / "config.json").read_bytes())
-    for file in weight_files(path):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 26):
-                digest.update(chunk)
-    return digest.hexdigest()
+def _hash_teacher(path: str) -> str:
+    try:
+        return hash_weights(path)
+    except UserError as error:
+        raise _no_weights(error) from error
+
+
+def _no_weights(error: UserError) -> ConfigError:
+    return ConfigError(f"kd.path: {error}; save the teacher with save_pretrained")
 
 
 def weight_files(path: str) -> list[Path]:
     """The safetensors files of a model folder or of a hub id that was downloaded. Raises ConfigError if it has none."""
     try:
-        return weight_paths(_folder_of(path))
+        return weight_paths(local_folder(path))
     except UserError as error:
-        raise ConfigError(f"kd.path: {error}; save the teacher with save_pretrained") from error
+        raise _no_weights(error) from error
 
 
 def load_head(files: ModelFolder, dtype: torch.dtype, device: torch.device) -> nn.Linear:
@@ -185,12 +186,3 @@ def load_head(files: ModelFolder, dtype: torch.dtype, device: torch.device) -> n
 
 def _vocab_size(files: ModelFolder) -> int:
     return files.config.get_text_config().vocab_size  # type: ignore[attr-defined]
-
-
-def _folder_of(path: str) -> Path:
-    """The local folder of a model folder or hub id."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"]))
