@@ -15,7 +15,7 @@ class SourceSettings:
 
     path: str
     """A .jsonl, .ndjson or .json file (also .gz or .zst), .csv, .parquet, .arrow or a WebDataset .tar, a folder of
-    one kind of them, a folder written by `datasets`, or a hub id (when online)."""
+    one kind of them, a folder written by `datasets`, or hf://datasets/OWNER/NAME from the hub."""
     name: str = ""
     """Name in reports and record ids; the file's stem by default. Must be unique in a recipe."""
     root: str = ""
@@ -23,7 +23,7 @@ class SourceSettings:
     format: str = "auto"
     """auto (detected per record), sharegpt or messages."""
     split: str = "train"
-    """Split of a hub id, of a saved DatasetDict, or of a folder whose files are named for splits."""
+    """Split of a data set of the hub, of a saved DatasetDict, or of a folder whose files are named for splits."""
     weight: float = 1.0
     """How often every record is used per epoch; a fraction draws a seeded subset, another one each epoch."""
     prompt: str = "as_recorded"

@@ -8,6 +8,7 @@ it is asked for. A compressed file is unpacked for that, beside its index.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from training.data.files.tar_rows import TarRows
 from training.data.files.unpacked import COMPRESSIONS, side_folder, unpacked
 from training.data.settings import SourceSettings
 
+HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
+"""A data set of the hub, as the hub's own file system names it: a path that looks like OWNER/NAME is a path, and one
+that does not exist is a typo, which no network is asked about."""
 TextRows = JsonRows | CsvRows
 PartRows = TextRows | TarRows
 
@@ -89,7 +93,8 @@ def open_sources(settings: Sequence[SourceSettings], index_dir: str = "") -> lis
 def open_source(settings: SourceSettings, index_dir: str = "") -> Source:
     """Open one data set.
 
-    Raises ValueError when the path is neither data nor a hub id, when the source is empty, or for a bad root or weight.
+    Raises ValueError when the path is neither data nor a data set of the hub, when the source is empty, or for a bad
+    root or weight.
     """
     if not 0 <= settings.weight < 1e6:
         raise ValueError(f"source {settings.path}: weight {settings.weight}, expected 0 to 1e6 (sources[].weight)")
@@ -100,16 +105,38 @@ def open_source(settings: SourceSettings, index_dir: str = "") -> Source:
         source = _open_files(settings, [path], index_dir)
     elif path.is_dir():
         source = _open_folder(settings, path, index_dir)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", settings.path) and not path.suffix:
-        import datasets
-
-        dataset = datasets.load_dataset(settings.path, split=settings.split)
-        source = Source(settings, ArrowRows(dataset, settings.path), dataset._fingerprint)
+    elif hub := HUB.fullmatch(settings.path):
+        source = _open_hub(settings, hub.group(1))
     else:
-        raise ValueError(f"source {settings.path}: no such file or folder (sources[].path)")
+        raise ValueError(f"source {settings.path}: {_what_is_missing(path)} (sources[].path)")
     if len(source) == 0:
         raise ValueError(f"source {settings.path} holds no records (sources[].path)")
     return source
+
+
+def _open_hub(settings: SourceSettings, name: str) -> Source:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=settings.split)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise ValueError(f"source {settings.path}: cannot be loaded from the hub: {first_line}") from error
+    return Source(settings, ArrowRows(dataset, settings.path), dataset._fingerprint)
+
+
+def _what_is_missing(path: Path) -> str:
+    """Why there is nothing at a path: the first folder of it that is not there, or a name that is nearly it."""
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    names = [other.name for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, names, n=1)
+    what = "no such file or folder" if missing == path else f"there is no {missing}"
+    if near:
+        return f"{what}; did you mean {missing.with_name(near[0])}?"
+    is_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
+    return f"{what}; a data set of the hub is written hf://datasets/{path}" if is_like_hub else what
 
 
 def _open_folder(settings: SourceSettings, folder: Path, index_dir: str) -> Source:

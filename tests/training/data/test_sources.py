@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -131,6 +132,36 @@ def test_a_folder_of_two_kinds_is_refused(tmp_path):
     write("jsonl", tmp_path)
     with pytest.raises(ValueError, match="holds JSON and Parquet files"):
         open_source(SourceSettings(str(tmp_path)))
+
+
+def test_a_path_that_is_not_there_is_a_typo_and_no_network_is_asked(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        if name == "some/data":
+            return datasets.Dataset.from_list([{"id": 1}])
+        raise ConnectionError("no way there\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    write("jsonl", tmp_path)
+    for path, words in {
+        "d.jsnl": r"did you mean d\.jsonl\?",
+        str(tmp_path / "dd" / "e" / "f.jsonl"): "there is no .*dd$",
+        "owner/name": "written hf://datasets/owner/name",
+        "d.jsonl/e": "no such file or folder",
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            open_source(SourceSettings(path))
+        assert re.search(words, str(caught.value).removesuffix(" (sources[].path)")), caught.value
+    assert asked == []
+    source = open_source(SourceSettings("hf://datasets/some/data", split="test"))
+    assert source.rows[0] == {"id": 1}
+    assert source.name == "data"
+    assert asked == [("some/data", "test")]
+    with pytest.raises(ValueError, match=r"hub: no way there$"):
+        open_source(SourceSettings("hf://datasets/other/data"))
 
 
 def test_refused_settings(tmp_path):
