@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 from data_tools.convert.dropped import DropError
 from pixelprune.files import whole_file
 from pixelprune.images.image import decode_image, open_image
+from pixelprune.images.image_file import open_regular
 from pixelprune.settings import ResizeSettings
 
 
@@ -60,7 +61,7 @@ class ImageFiles:
             if not path.is_file():
                 return "image missing"
             decode_image(path, ResizeSettings())  # to the last pixel: a header says nothing of a file that was cut off
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 image = open_image(file, name)
                 (width, height), orientation = image.size, _orientation(image)
                 if orientation >= 5 and image.format != "TIFF":  # whose size Pillow has turned already

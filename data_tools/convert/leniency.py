@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pixelprune.records.image_part import IMAGE_KEYS, image_ref
-from pixelprune.records.reader import PLACEHOLDER
+from pixelprune.records.marks import image_marks
 
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
 _MARK = "<image>"
@@ -70,7 +70,7 @@ def _num_marks(turn: Any) -> int:
     """Marks in a turn that take an image of the record's list."""
     content = turn.get("content") if isinstance(turn, dict) else None
     if isinstance(content, str):
-        return sum(match.group(1) is None for match in PLACEHOLDER.finditer(content))
+        return sum(name is None for *_, name in image_marks(content))
     return sum(map(_is_bare_image, content)) if isinstance(content, list) else 0
 
 
@@ -124,9 +124,8 @@ def _with_images_in_front(turns: list[Any], images: list[Any], num_left: int) ->
 def _split(text: str) -> Iterator[Any]:
     """A text as the typed parts that the reader makes of it."""
     cut = 0
-    for match in PLACEHOLDER.finditer(text):
-        inline = match.group(1)
-        yield {"type": "text", "text": text[cut : match.start()]}
-        yield {"type": "image"} if inline is None else {"type": "image", "image": image_ref(inline.strip()).source}
-        cut = match.end()
+    for start, end, name in image_marks(text):
+        yield {"type": "text", "text": text[cut:start]}
+        yield {"type": "image"} if name is None else {"type": "image", "image": image_ref(name.strip()).source}
+        cut = end
     yield {"type": "text", "text": text[cut:]}

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_tools.records import first_image
 from pixelprune.answers import parse_answer
 from pixelprune.images.image import open_image
+from pixelprune.images.image_file import open_regular
 
 _CELL = (620, 420)
 _CAPTION = 74
@@ -29,7 +30,7 @@ def draw_record(record: dict[str, Any], folder: Path, point: tuple[float, float]
     if name is None:
         raise ValueError(f"record {record.get('id')!r} has no image")
     try:
-        with (folder / name).open("rb") as file:
+        with open_regular(folder / name) as file:
             image = open_image(file, name).convert("RGB")
     except (OSError, ValueError) as error:
         raise ValueError(f"record {record.get('id')!r}: image {folder / name} cannot be drawn: {error}") from error
@@ -114,7 +115,7 @@ def make_sheet(
     for index, record in enumerate(chosen):
         name = first_image(record)
         assert name is not None
-        with (folder / name).open("rb") as file:
+        with open_regular(folder / name) as file:
             size = open_image(file, name).size
         answer = parse_answer(_texts({"messages": record["messages"][1:]}).removeprefix("-> "), image_size=size)
         cell = draw_record(record, folder, answer.point)

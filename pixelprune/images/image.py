@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import io
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from PIL import ExifTags, Image
 
-# Importing a plugin is what registers its reader; the others, Pillow has some 40, never see a byte of a data set.
-from PIL import (
-    BmpImagePlugin,  # noqa: F401
-    ExifTags,
-    GifImagePlugin,  # noqa: F401
-    Image,
-    JpegImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
-    WebPImagePlugin,  # noqa: F401
+from pixelprune.images.image_file import (
+    FORMATS,
+    ImageError,
+    as_image_error,
+    open_image,
+    read_image_file,
 )
-
 from pixelprune.images.sizing import NO_WISH, SizeWish, wished_size
 from pixelprune.selection import Selection, check_settings, select
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
@@ -42,9 +34,6 @@ __all__ = [
 
 ImageSource = Path | str | bytes | Image.Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""The file formats that are read, by Pillow's names (JPEG covers MPO, several JPEGs in one file)."""
-
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,14 +44,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What sets a picture upright, by its EXIF orientation (Exif 2.3, tag 0x0112)."""
-
-
-class ImageError(ValueError):
-    """An image that cannot be used. `reason` is a short code for counting; the message names the image."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -86,40 +67,6 @@ class PrunedImage:
         return self.unscaled_blocks or self.selection.num_blocks
 
 
-def open_image(file: BinaryIO, name: str) -> Image.Image:
-    """Read the header of an image file in one of FORMATS; no pixel is decoded.
-
-    The readers are called directly, not through `Image.open`: that would refuse, or warn of, large pictures by a limit
-    that is one global for the whole process, whatever ours is.
-    Raises ImageError (not_an_image, truncated_image, decompression_bomb).
-    """
-    prefix = file.read(16)
-    for image_format in FORMATS:
-        make, accepts = Image.OPEN[image_format]
-        if accepts is not None and accepts(prefix) is not True:
-            continue
-        file.seek(0)
-        with _as_image_error(name), suppress(SyntaxError, IndexError, TypeError, struct.error):
-            return make(file, "")  # those four mean "not mine" to Image.open, too
-    raise ImageError("not_an_image", f"{name}: not a readable image file, expected one of {', '.join(FORMATS)}")
-
-
-@contextmanager
-def _as_image_error(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (ImageError, MemoryError):
-        raise
-    except Image.DecompressionBombError as error:
-        # The readers of WebP and TIFF hold pictures to Pillow's own limit (179 million pixels) in any case.
-        raise ImageError("decompression_bomb", f"{name}: {error} (PIL.Image.MAX_IMAGE_PIXELS)") from error
-    except Exception as error:
-        # Pillow's decoders and the libraries below them signal damaged files with whatever class comes up on the way
-        # (OSError, struct.error, KeyError, RuntimeError, ...), and one bad file must not end the pass over all.
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError("truncated_image", f"{name}: damaged or truncated image ({what})") from error
-
-
 def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
     """Decode to an RGB picture, upright.
 
@@ -127,10 +74,10 @@ def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
     CMYK become RGB; 16-bit grey keeps its high byte. Of an animation the first frame is taken.
 
     Raises ImageError with reason missing_file, unreadable_file, empty_file, decompression_bomb, truncated_image,
-    not_an_image or unsupported_mode. The size is checked from the header, before any pixel is decoded.
+    not_an_image, file_too_large or unsupported_mode. The size is checked from the header, before any pixel is decoded.
     """
     name = _describe(source)
-    with _as_image_error(name):
+    with as_image_error(name):
         picture = source if isinstance(source, Image.Image) else _open(source, name)
         width, height = picture.size
         if width * height > resize.max_decoded_pixels:
@@ -212,15 +159,7 @@ def _describe(source: ImageSource) -> str:
 
 
 def _open(source: Path | str | bytes, name: str) -> Image.Image:
-    if isinstance(source, bytes):
-        data = source
-    else:
-        try:
-            data = Path(source).read_bytes()
-        except FileNotFoundError as error:
-            raise ImageError("missing_file", f"{name}: no such file") from error
-        except OSError as error:
-            raise ImageError("unreadable_file", f"{name}: {error.strerror}") from error
+    data = source if isinstance(source, bytes) else read_image_file(source, name)
     if not data:
         raise ImageError("empty_file", f"{name}: the file is empty")
     return open_image(io.BytesIO(data), name)

@@ -121,12 +121,10 @@ class ChatEncoder:
             named = dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else {}
         else:
             text = self._text(turns, tools=tools)
-            named = {i: self._span(turns, i, text, messages[i], tools) for i in trained}
+            named = self._plain_spans(turns, text, messages, trained, tools)
+            named |= {i: self._span(turns, i, text, messages[i], tools) for i in trained if i not in named}
             spans = [named.get(i, (0, 0)) for i in answers]
-        for i, message in enumerate(messages):
-            lost = [p for p in message.parts if isinstance(p, str) and p.strip() not in text]
-            if lost and message.role != "assistant":
-                raise RecordError("template", f"turn {i + 1}: the chat template leaves out {lost[0]!r:.60}")
+        _refuse_lost_text(messages, text)
         for i in trained:
             if i in named and not _holds(text[slice(*named[i])], messages[i]):
                 raise _rewritten(i)
@@ -149,6 +147,52 @@ class ChatEncoder:
         ):
             if is_said and not getattr(self.template, has_place):
                 raise RecordError("template", f"the chat template has no place for {what} (model.path)")
+
+    def _plain_spans(
+        self, turns: list[dict[str, Any]], text: str, messages: list[Message], trained: list[int], tools: Tools
+    ) -> dict[int, Span]:
+        """Assistant turns that are text alone, all with two renderings: those of a thousand turns one by one would
+        render a million. Turns for which that does not tell where they stand are left out.
+
+        With one letter in place of each of these answers, and another, the renderings differ there and nowhere else;
+        the text must be what stands between these places, with the answers in them.
+        """
+        plain = [i for i in trained if i > 0 and not messages[i].template_fields]
+        if len(plain) < 2:
+            return {}
+        bare = [
+            [{"role": "assistant", "content": s} if i in set(plain) else t for i, t in enumerate(turns)]
+            for s in SENTINELS
+        ]
+        one, other = (self._text(swapped, tools=tools) for swapped in bare)
+        places = _differing(one, other)
+        if len(places) != len(plain):
+            return {}
+        spans: dict[int, Span] = {}
+        place = before = 0  # in the text, in the rendering with letters
+        for i, at, following in zip(plain, places, [*places[1:], len(one)], strict=True):
+            place += at - before
+            if not text.startswith(one[before:at], place - (at - before)):
+                return {}
+            tail = one[at + 1 : following]
+            content = turns[i]["content"]
+            ends = [place + len(s) for s in (content, content.strip()) if text.startswith(s + tail, place)]
+            if not ends:
+                return {}
+            token = self._forged.match(text, ends[0])
+            start = self._plain_start(text, place)
+            if start is not None and token and not self._forged.match(text, token.end()):
+                spans[i] = start, token.end()
+            place, before = ends[0], at + 1
+        return spans if place + len(one) - before == len(text) else {}
+
+    def _plain_start(self, text: str, place: int) -> int | None:
+        """Where an answer begins whose text stands at `place`: behind what the generation prompt gives. None where one
+        look does not tell."""
+        if not self.supervise_empty_reasoning and self.template.has_reasoning:
+            return place
+        start = self._behind_prompt(text, place, self.template.prompts[:1]) or place
+        return start if start == place or self.supervise_empty_reasoning else None
 
     def _span(self, turns: list[dict[str, Any]], i: int, text: str, message: Message, tools: Tools) -> Span:
         """Where assistant turn i stands: from the end of its header to its end token."""
@@ -259,6 +303,27 @@ def _holds(span: str, message: Message) -> bool:
             return False
         place = found + len(piece)
     return True
+
+
+def _refuse_lost_text(messages: list[Message], text: str) -> None:
+    """Raises RecordError unless all that others than the assistant say stands in the rendered text."""
+    place = 0  # templates keep the order, so that each search starts where the last one ended
+    for i, message in enumerate(messages):
+        for part in message.parts if message.role != "assistant" else ():
+            said = part.strip() if isinstance(part, str) else ""
+            found = text.find(said, place)
+            if found < 0 and (found := text.find(said)) < 0:
+                raise RecordError("template", f"turn {i + 1}: the chat template leaves out {part!r:.60}")
+            place = max(place, found + len(said))
+
+
+def _differing(one: str, other: str) -> list[int]:
+    """Places at which two strings of one length differ; none for strings of different lengths."""
+    if len(one) != len(other):
+        return []
+    codes = (np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32) for text in (one, other))
+    places: list[int] = np.flatnonzero(np.not_equal(*codes)).tolist()
+    return places
 
 
 def _shared_length(one: str, other: str) -> int:

@@ -6,21 +6,27 @@ from pathlib import Path
 
 from PIL import Image
 
+from pixelprune.images.image_file import MAX_FILE_BYTES, ImageError, read_image_file
 from pixelprune.records.record import ImageRef, RecordError
 
 __all__ = ["read_image"]
 
 
-def read_image(ref: ImageRef, root: Path | None) -> bytes | Image.Image:
-    """The encoded bytes of an image (or the picture, if it came decoded).
+def read_image(ref: ImageRef, root: Path | None, max_bytes: int = MAX_FILE_BYTES) -> bytes | Image.Image:
+    """The encoded bytes of an image, at most max_bytes (or the picture, if it came decoded).
 
     Paths are taken relative to `root` and may not lead out of it, neither by `..`, nor as absolute paths, nor through
     a symlink: a record must not make a run read other files. Absolute paths below the root are fine.
-    Raises RecordError with reason outside_root, no_root, missing_file, unreadable_file or empty_file.
+    Raises RecordError with reason outside_root, no_root, missing_file, unreadable_file, empty_file, file_too_large or
+    not_an_image.
     """
     if not isinstance(ref.source, str):
         if ref.source == b"":
             raise RecordError("empty_file", "an image of zero bytes")
+        if isinstance(ref.source, bytes) and len(ref.source) > max_bytes:
+            raise RecordError(
+                "file_too_large", f"an image of {len(ref.source)} bytes, more than data.max_file_bytes={max_bytes}"
+            )
         return ref.source
     if root is None:
         raise RecordError("no_root", f"image {ref.source!r} is a path, but the source has no root (sources[].root)")
@@ -28,14 +34,11 @@ def read_image(ref: ImageRef, root: Path | None) -> bytes | Image.Image:
         path = (root / ref.source).resolve()
         if not path.is_relative_to(root.resolve()):
             raise RecordError("outside_root", f"image {ref.source!r} lies outside the source's root (sources[].root)")
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise RecordError("missing_file", f"image {ref.source!r}: no such file under the source's root") from error
+        return read_image_file(path, f"image {ref.source[:200]!r} under the source's root", max_bytes)
+    except ImageError as error:
+        raise RecordError(error.reason, str(error)) from error
     except RecordError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        # ValueError: a NUL byte in the name; RuntimeError or OSError: a loop of symlinks, a folder, no permission.
+        # ValueError: a NUL byte in the name; RuntimeError or OSError: a loop of symlinks, no permission.
         raise RecordError("unreadable_file", f"image {ref.source[:200]!r} cannot be read: {error}") from error
-    if not data:
-        raise RecordError("empty_file", f"image {ref.source!r} is a file of zero bytes")
-    return data

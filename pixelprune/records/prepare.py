@@ -18,6 +18,7 @@ from pixelprune.model_folder import ModelFolder
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.images import read_image
 from pixelprune.records.keys import NO_RULES, KeyRules
+from pixelprune.records.limits import DEFAULT_LIMITS, RecordLimits
 from pixelprune.records.presets import AS_RECORDED, Preset
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import Record, RecordError, of_the_record
@@ -65,6 +66,8 @@ class PrepareSettings:
     supervise_empty_reasoning: bool = True
     """Train on the empty reasoning block that a template writes, as far as its generation prompt does not give it."""
 
+    limits: RecordLimits = DEFAULT_LIMITS
+
     def build(self) -> Preparer:
         """Open the model folder. Raises ValueError when there is nothing that takes images."""
         return self.build_from(ModelFolder.open(self.model_path, trust_remote_code=self.trust_remote_code))
@@ -77,7 +80,8 @@ class PrepareSettings:
             supervise_empty_reasoning=self.supervise_empty_reasoning,
         )
         rules = KeyRules.ignoring(self.ignore_keys)
-        return Preparer(chat, self.prune, self.resize, folder.config.image_token_id, self.with_full, rules)
+        token = folder.config.image_token_id
+        return Preparer(chat, self.prune, self.resize, token, self.with_full, rules, self.limits)
 
     def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
         """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
@@ -88,6 +92,7 @@ class PrepareSettings:
             "resize": asdict(self.resize),
             "last_turn_only": self.last_turn_only,
             "ignore_keys": sorted(self.ignore_keys),
+            "limits": asdict(self.limits),
             "supervise_empty_reasoning": self.supervise_empty_reasoning,
             "tokenizer": vocabulary,
             "chat_template": xxhash.xxh3_128(tokenizer.chat_template.encode()).hexdigest(),
@@ -105,6 +110,7 @@ class Preparer:
     image_token_id: int
     with_full: bool = False
     rules: KeyRules = NO_RULES
+    limits: RecordLimits = DEFAULT_LIMITS
 
     @of_the_record()
     def prepare(
@@ -124,8 +130,9 @@ class Preparer:
         Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
         """
         record = preset.apply(row if isinstance(row, Record) else parse_record(row, record_format, self.rules))
+        self.limits.check(record)
         chat = self.chat.encode(record)
-        pictures = [read_image(ref, root) for ref in record.images]
+        pictures = [read_image(ref, root, self.limits.max_file_bytes) for ref in record.images]
         content_hash = hash_content(record, pictures)
         if expected_hash not in (-1, content_hash):
             raise RecordError("changed", "the record or an image of it changed since the index was built")

@@ -16,7 +16,6 @@ another task. Rows from Arrow and Parquet carry None for keys another row has: N
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -35,13 +34,13 @@ from pixelprune.records.agents import (
 )
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_ref, read_keys
 from pixelprune.records.keys import NO_RULES, KeyRules
+from pixelprune.records.marks import image_marks
 from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError, of_the_record
 from pixelprune.records.shapes import CALL_PART, as_messages, of_value_part
 
 __all__ = [
     "BOX_KEYS",
     "FORMATS",
-    "PLACEHOLDER",
     "RECORD_KEYS",
     "SHAREGPT_ROLES",
     "SUPERVISION_KEYS",
@@ -55,7 +54,6 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 MESSAGE_ROLES = {name: role for name, role in SHAREGPT_ROLES.items() if name not in ("human", "gpt")}
 """Names of the turns' writers -> the role of the turn. A developer's turn is what a system turn used to be."""
-PLACEHOLDER = re.compile(r"<image>|<img>(.*?)</img>", re.DOTALL)
 BOX_KEYS = ("bbox", "bboxes")
 SUPERVISION_KEYS = ("loss", "train", "weight", "training", "trainable", "loss_scale", "loss_weight")
 """ms-swift's, OpenAI's, axolotl's and their kind: how much a turn is trained on."""
@@ -230,16 +228,17 @@ def _call_parts(parts: list[Any], role: str, rules: KeyRules) -> tuple[tuple[dic
 def _with_calls_joined(messages: list[Message]) -> list[Message]:
     """Calls that stand in turns of their own go to the assistant's turn in front of them: one turn, as spoken."""
     joined: list[Message] = []
+    calls: dict[int, list[dict[str, Any]]] = {}
     for message in messages:
         before = joined[-1] if joined else None
         is_call = message.role == "assistant" and message.tool_calls and not message.parts and not message.reasoning
         if before is not None and before.role == "assistant" and is_call:
             if before.weight != message.weight:
                 raise RecordError("bad_weight", "a call and the turn that it belongs to have different loss weights")
-            joined[-1] = replace(before, tool_calls=before.tool_calls + message.tool_calls)
+            calls.setdefault(len(joined) - 1, list(before.tool_calls)).extend(message.tool_calls)
         else:
             joined.append(message)
-    return joined
+    return [replace(m, tool_calls=tuple(calls[i])) if i in calls else m for i, m in enumerate(joined)]
 
 
 def _turn_object(turn: Any, rules: KeyRules, more_keys: tuple[str, ...]) -> dict[str, Any]:
@@ -288,12 +287,11 @@ def _turn_weight(turn: dict[str, Any], role: str) -> float:
 
 def _split_text(text: str, supply: _ImageSupply) -> Iterator[Part]:
     cut = 0
-    for match in PLACEHOLDER.finditer(text):
-        if match.start() > cut:
-            yield text[cut : match.start()]
-        inline = match.group(1)
-        yield supply.next() if inline is None else image_ref(inline.strip(), supply.rules)
-        cut = match.end()
+    for start, end, name in image_marks(text):
+        if start > cut:
+            yield text[cut:start]
+        yield supply.next() if name is None else image_ref(name.strip(), supply.rules)
+        cut = end
     if cut < len(text):
         yield text[cut:]
 

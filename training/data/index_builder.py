@@ -32,14 +32,14 @@ from training.data.index_folder import IndexFolder, open_folder
 from training.data.quarantine import write_quarantine
 from training.data.settings import SourceSettings
 from training.data.sources import Source, open_sources
-from training.errors import StopAskedError
+from training.errors import StopAskedError, UserError
 
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 128
 REPAIRABLE = (
-    "missing_file", "unreadable_file", "empty_file", "outside_root", "not_an_image", "truncated_image",
-    "unsupported_mode", "decompression_bomb", "aspect_ratio",
+    "missing_file", "unreadable_file", "empty_file", "file_too_large", "outside_root", "not_an_image",
+    "truncated_image", "unsupported_mode", "decompression_bomb", "aspect_ratio",
 )  # fmt: skip
 """Reasons that lie in an image file, which may be fixed while the data file and so the index folder stay the same."""
 UNEXPECTED = "unexpected"
@@ -126,10 +126,17 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
     }
     try:
         prepared = preparer.prepare(
-            source.rows[row], source.root, record_format=source.settings.format, preset=source.settings.preset()
+            source.rows[row],
+            source.root,
+            record_format=source.settings.format,
+            preset=source.settings.preset(),
         )
     except RecordError as error:
-        return {"row": row, "reason": error.reason, "detail": str(error)} | empty
+        # A name that is no Unicode is shown with its bytes escaped: Parquet takes no other text.
+        detail = str(error).encode("utf-8", "backslashreplace").decode()
+        return {"row": row, "reason": error.reason, "detail": detail} | empty
+    except UserError:
+        raise
     except Exception as error:
         error.add_note(f"while measuring {source.rows.where(row)}")
         raise

@@ -69,6 +69,15 @@ class DataSettings:
     """A new order every epoch from (seed, epoch); otherwise the order of the files."""
     max_quarantined_share: float = 0.01
     """A run refuses to start (or goes no further) when more than this share of its records cannot be used."""
+    max_file_bytes: int = 268_435_456
+    """Bytes of the largest image that is read, whether a file or within a record; looked at before it is read."""
+    max_text_chars: int = 2_000_000
+    """Most characters of all turns of one record; `max_turns` and `max_images` likewise, before any of them is rendered
+    or read."""
+    max_turns: int = 1000
+    """Most turns of one record."""
+    max_images: int = 256
+    """Most images of one record."""
     index_dir: str = ""
     """Where indexes are kept, on a file system that all ranks share; by default beside each data file."""
     index_workers: int = 0
@@ -86,6 +95,10 @@ class DataSettings:
             pack_tokens=at_least(1),
             pack_patches=at_least(4, " (one block)"),
             max_quarantined_share=SHARE,
+            max_file_bytes=at_least(1),
+            max_text_chars=at_least(1),
+            max_turns=at_least(1),
+            max_images=at_least(0),
             index_workers=at_least(0),
             num_workers=at_least(0),
             prefetch_packs=at_least(0),

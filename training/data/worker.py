@@ -85,6 +85,8 @@ class PackDataset(torch.utils.data.Dataset):
                     expected_hash=content_hash,
                 )
                 records.append(record)
+            except UserError as error:
+                return PackFailure(str(error))
             except RecordError as error:
                 lost.append(Quarantined(source.record_id(row), source.rows.where(row), error.reason, str(error)))
                 num_lost_supervised += num_supervised

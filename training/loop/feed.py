@@ -12,6 +12,7 @@ import xxhash
 
 from pixelprune.flops import CostModel
 from pixelprune.model_folder import ModelFolder
+from pixelprune.records.limits import RecordLimits
 from pixelprune.records.prepare import PrepareSettings
 from training.checkpoint.files import complete_checkpoints
 from training.config.settings import Config, ScheduleSettings
@@ -141,14 +142,16 @@ def build_feed(
 
 def prepare_settings(config: Config, files: ModelFolder) -> PrepareSettings:
     """How a record becomes a sample in this run."""
+    data = config.data
     return PrepareSettings(
         files.path,
         config.prune,
         config.resize,
-        config.data.last_turn_only,
-        ignore_keys=tuple(config.data.ignore_keys),
-        supervise_empty_reasoning=config.data.supervise_empty_reasoning,
+        data.last_turn_only,
+        ignore_keys=tuple(data.ignore_keys),
+        supervise_empty_reasoning=data.supervise_empty_reasoning,
         trust_remote_code=config.model.trust_remote_code,
+        limits=RecordLimits(data.max_file_bytes, data.max_text_chars, data.max_turns, data.max_images),
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from pixelprune.images.image import prune_image
+from pixelprune.records.limits import RecordLimits
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.samples import chat_row, draw_screen, encode, write_jsonl
@@ -265,7 +266,7 @@ def break_images(folder: Path) -> list[dict]:
     files = {
         "empty.png": b"", "text.png": b"no image", "half.png": good[: len(good) // 2],
         "long.png": encode(Image.new("RGB", (8200, 40))), "bomb.png": encode(Image.new("L", (600, 600))),
-        "float.tiff": encode(Image.new("F", (64, 64)), "TIFF"),
+        "float.tiff": encode(Image.new("F", (64, 64)), "TIFF"), "huge.png": good + bytes(200_000),
     }  # fmt: skip
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -278,7 +279,11 @@ def test_a_fixed_image_is_used_by_the_next_run(screens, prepare, measured, caplo
     broken = break_images(screens)
     embedded = chat_row("data:image/png;base64,AAAA")
     write_jsonl(screens / "train.jsonl", [chat_row("screen_0.png"), *broken, embedded, "{no json", chat_row(None)])
-    limited = dataclasses.replace(prepare, resize=ResizeSettings(min_pixels=1024, max_decoded_pixels=350_000))
+    limited = dataclasses.replace(
+        prepare,
+        resize=ResizeSettings(min_pixels=1024, max_decoded_pixels=350_000),
+        limits=RecordLimits(max_file_bytes=200_000),
+    )
     index = build(screens, limited)
     reasons = count_reasons(index.quarantined)
     assert set(reasons) - {"invalid_json"} == set(index_builder.REPAIRABLE), "each reason is tried here"
@@ -286,11 +291,11 @@ def test_a_fixed_image_is_used_by_the_next_run(screens, prepare, measured, caplo
 
     measured.clear()
     assert build(screens, limited).quarantined == index.quarantined
-    assert measured == list(range(1, 10)), "nothing but records with image files is looked at again"
+    assert measured == list(range(1, 11)), "nothing but records with image files is looked at again"
     table = next(screens.rglob("index.parquet"))
     written = table.stat().st_mtime_ns
     build(screens, limited, recheck=False)
-    assert len(measured) == 9
+    assert len(measured) == 10
     assert table.stat().st_mtime_ns == written, "rewritten only for a change"
 
     (screens / "folder.png").rmdir()
@@ -301,9 +306,9 @@ def test_a_fixed_image_is_used_by_the_next_run(screens, prepare, measured, caplo
     measured.clear()
     with caplog.at_level("WARNING"):
         fixed = build(screens, limited, recheck=True)
-    assert "9 records whose images were fixed" in caplog.text
-    assert len(fixed) == 11
-    assert [entry.record for entry in fixed.quarantined] == ["train:10", "train:11"]
+    assert "10 records whose images were fixed" in caplog.text
+    assert len(fixed) == 12
+    assert [entry.record for entry in fixed.quarantined] == ["train:11", "train:12"]
     fresh = build(screens, limited, index_dir=str(screens / "fresh"))
     assert fresh.quarantined == fixed.quarantined == read_quarantine(table.with_name("quarantine.jsonl"))
     for name in ("row", "content_hash", "text_tokens", "num_supervised", "kept_blocks", "full_blocks", "image_starts"):

@@ -179,12 +179,15 @@ def test_refused_settings(tmp_path):
     assert [s.name for s in open_sources([SourceSettings(path), SourceSettings(path, name="b")])] == ["d", "b"]
 
 
+FINE = b"\x89PNG\r\n\x1a\n and so on"
+
+
 def test_images_stay_inside_the_root(tmp_path):
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     outside = tmp_path / "outside.png"
     outside.write_bytes(b"secret")
-    (root / "a.png").write_bytes(b"fine")
+    (root / "a.png").write_bytes(FINE)
     (root / "empty.png").write_bytes(b"")
     (root / "link.png").symlink_to(outside)
     (root / "inner.png").symlink_to(root / "a.png")
@@ -192,7 +195,7 @@ def test_images_stay_inside_the_root(tmp_path):
     (tmp_path / "root2").mkdir()
     (tmp_path / "root2" / "a.png").write_bytes(b"secret")
     for good in ("a.png", "sub/../a.png", str(root / "a.png"), "inner.png", "./a.png"):
-        assert read_image(ImageRef(good), root) == b"fine"
+        assert read_image(ImageRef(good), root) == FINE
     expected = {
         "../outside.png": "outside_root",
         str(outside): "outside_root",

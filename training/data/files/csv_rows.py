@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import mmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pixelprune.records.record import RecordError
+from pixelprune.records.record import RecordError, of_the_record
+from training.data.files.byte_file import ByteFile
 from training.data.files.json_rows import MAX_RECORD_BYTES, SCAN_BYTES, check_size
 
 __all__ = ["CsvRows"]
@@ -32,7 +32,7 @@ csv.field_size_limit(MAX_RECORD_BYTES)
 
 
 class CsvRows:
-    """Records of one CSV file. Picklable: a worker maps the file again. path, name: as in `JsonRows`."""
+    """Records of one CSV file. Picklable. path, name: as in `JsonRows`."""
 
     def __init__(self, path: Path, name: str = ""):
         self.path = path
@@ -40,31 +40,28 @@ class CsvRows:
         spans = _row_spans(path)
         self.columns = _header(path, spans, self.name)
         self.spans = spans[1:]
-        self._bytes: mmap.mmap | None = None
+        self._bytes = ByteFile(path, self.name)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, row: int) -> Any:
-        """The row by column, without its empty cells. Raises RecordError (invalid_csv, record_too_large)."""
-        if self._bytes is None:
-            with self.path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start, end = self.spans[row]
+        """The row by column, without its empty cells. Raises RecordError (invalid_csv, record_too_large); UserError as
+        `ByteFile.read`."""
+        start, end = map(int, self.spans[row])
         check_size(end - start)
-        try:
-            cells = _cells(self._bytes[start:end])
-        except (ValueError, csv.Error) as error:
-            raise RecordError("invalid_csv", f"not a row of CSV: {error}") from error
-        if len(cells) != len(self.columns):
-            raise RecordError("invalid_csv", f"{len(cells)} cells, the header has {len(self.columns)}")
-        return {name: _value(name, cell) for name, cell in zip(self.columns, cells, strict=True) if cell}
+        data = self._bytes.read(start, end)
+        with of_the_record():
+            try:
+                cells = _cells(data)
+            except (ValueError, csv.Error) as error:
+                raise RecordError("invalid_csv", f"not a row of CSV: {error}") from error
+            if len(cells) != len(self.columns):
+                raise RecordError("invalid_csv", f"{len(cells)} cells, the header has {len(self.columns)}")
+            return {name: _value(name, cell) for name, cell in zip(self.columns, cells, strict=True) if cell}
 
     def where(self, row: int) -> str:
         return f"{self.name}, record {row + 1}"
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_bytes": None}
 
 
 def _cells(row: bytes) -> list[str]:

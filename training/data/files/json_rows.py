@@ -9,7 +9,6 @@ values          {...} {...}, each over several lines, as a pretty printer leaves
 from __future__ import annotations
 
 import json
-import mmap
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pixelprune.records.keys import HARMLESS, is_empty
-from pixelprune.records.record import RecordError
+from pixelprune.records.record import RecordError, of_the_record
+from training.data.files.byte_file import ByteFile
 
 __all__ = ["MAX_RECORD_BYTES", "JsonRows", "check_size"]
 
@@ -30,7 +30,7 @@ _DESCRIBES = HARMLESS["record"] | {"info", "metadata", "description"}
 
 
 class JsonRows:
-    """Records of one JSON file. Picklable: a worker maps the file again.
+    """Records of one JSON file. Picklable.
 
     path: the file that is read. name: what the user knows it by, where it was unpacked from another.
     """
@@ -39,28 +39,24 @@ class JsonRows:
         self.path = path
         self.name = name or str(path)
         self.spans = _spans(path, self.name)
-        self._bytes: mmap.mmap | None = None
+        self._bytes = ByteFile(path, self.name)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def __getitem__(self, row: int) -> Any:
-        """The parsed record. Raises RecordError (invalid_json, record_too_large)."""
-        if self._bytes is None:
-            with self.path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start, end = self.spans[row]
+        """The parsed record. Raises RecordError (invalid_json, record_too_large); UserError as `ByteFile.read`."""
+        start, end = map(int, self.spans[row])
         check_size(end - start)
-        try:
-            return json.loads(self._bytes[start:end])
-        except (ValueError, RecursionError) as error:
-            raise RecordError("invalid_json", f"not valid JSON: {error}") from error
+        data = self._bytes.read(start, end)
+        with of_the_record():
+            try:
+                return json.loads(data)
+            except (ValueError, RecursionError) as error:
+                raise RecordError("invalid_json", f"not valid JSON: {error}") from error
 
     def where(self, row: int) -> str:
         return f"{self.name}, record {row + 1}"
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_bytes": None}
 
 
 def check_size(num_bytes: int, what: str = "the record") -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pixelprune.records.record import of_the_record
+
 __all__ = ["ArrowFileRows", "ArrowRows"]
 
 _FILE_MAGIC = b"ARROW1"
@@ -29,7 +31,9 @@ class ArrowRows:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @of_the_record()
     def __getitem__(self, row: int) -> Any:
+        """Raises RecordError for a row that Python cannot hold: no valid Unicode, a date too far."""
         return self.dataset[int(row)].to_pylist()[0]
 
     def where(self, row: int) -> str:
@@ -60,7 +64,9 @@ class ArrowFileRows:
     def __len__(self) -> int:
         return len(self.table)
 
+    @of_the_record()
     def __getitem__(self, row: int) -> Any:
+        """Raises RecordError for a row that Python cannot hold: no valid Unicode, a date too far."""
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return self._batches[number].slice(int(row - self._starts[number]), 1).to_pylist()[0]
 

@@ -1,0 +1,107 @@
+"""What must not end a run: odd rows, names that are no text. What ends it in one line: data files that shrink."""
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pixelprune.pack import VisionGeometry
+from pixelprune.records.prepare import PrepareSettings
+from pixelprune.settings import PruneSettings, ResizeSettings
+from tests.pixelprune.records.test_bounded_work import not_for_ever
+from tests.samples import chat_row, draw_screen, write_jsonl
+from training.composition.toy import toy_config
+from training.data.index_builder import build_index
+from training.data.loader import LoaderSettings, PackLoader
+from training.data.plan import PlanSettings
+from training.data.quarantine import read_quarantine
+from training.data.settings import DataSettings, SourceSettings
+from training.errors import UserError
+
+
+@pytest.fixture
+def prepare(model_folder) -> PrepareSettings:
+    return PrepareSettings(str(model_folder), PruneSettings(), ResizeSettings(min_pixels=32 * 32))
+
+
+def build(path, prepare, **options):
+    return build_index([SourceSettings(str(path))], prepare, **({"num_workers": 0, "show_progress": False} | options))
+
+
+def reasons(index) -> dict[str, str]:
+    return {entry.record: entry.reason for entry in index.quarantined}
+
+
+def test_what_an_image_may_be_called_or_be(tmp_path, prepare):
+    os.mkfifo(tmp_path / "fifo.png")
+    undecodable = os.fsdecode(b"\xff\xfe.png")
+    (tmp_path / undecodable).write_bytes(b"no image")
+    names = ["data:image/png;base64,é", undecodable, "fifo.png", "\udcff none.png", "a\nb\tc.png"]
+    write_jsonl(tmp_path / "d.jsonl", [chat_row(None), *map(chat_row, names)])
+    with not_for_ever():
+        index = build(tmp_path / "d.jsonl", prepare)
+    assert len(index) == 1
+    expected = ["bad_image", "not_an_image", "unreadable_file", "missing_file", "missing_file"]
+    assert list(reasons(index).values()) == expected
+    index.checked(DataSettings(max_quarantined_share=0.9), tmp_path / "quarantine.jsonl")
+    assert len(read_quarantine(tmp_path / "quarantine.jsonl")) == len(names)
+    assert [entry.record for entry in build(tmp_path / "d.jsonl", prepare).quarantined] == [*reasons(index)], "reused"
+
+
+def chat_table(texts: list[bytes], **columns) -> pa.Table:
+    """One record per text, which is written as its bytes are; pyarrow itself would not take them as a string."""
+    content = pa.Array.from_buffers(
+        pa.string(),
+        len(texts),
+        [None, pa.py_buffer(np.cumsum([0, *map(len, texts)], dtype=np.int32)), pa.py_buffer(b"".join(texts))],
+    )
+    roles = pa.array(["user", "assistant"] * len(texts))
+    answers = pa.array(["yes"] * len(texts))
+    said = pa.concat_arrays([content, answers]).take(
+        pa.array([k for i in range(len(texts)) for k in (i, i + len(texts))])
+    )
+    turns = pa.StructArray.from_arrays([roles, said], ["role", "content"])
+    messages = pa.ListArray.from_arrays(pa.array(range(0, 2 * len(texts) + 1, 2), pa.int32()), turns)
+    return pa.table({"messages": messages, **columns})
+
+
+def test_a_row_of_parquet_that_python_cannot_hold_is_one_row(tmp_path, prepare):
+    pq.write_table(chat_table([b"fine", b"\xff\xfe bad", b"fine too"]), tmp_path / "text.parquet")
+    far = pa.array([0, 0, 10**18], pa.timestamp("us"))
+    pq.write_table(chat_table([b"a", b"b", b"c"], timestamp=far), tmp_path / "time.parquet")
+    for name, bad in (("text", 1), ("time", 2)):
+        index = build(tmp_path / f"{name}.parquet", prepare)
+        assert reasons(index) == {f"{name}:{bad}": "unexpected"}
+        (entry,) = index.quarantined
+        assert f"row {bad}" in entry.file
+        assert len(entry.detail) > 20
+
+
+def test_a_data_file_that_shrinks_is_named(tmp_path, prepare, tokenizer, cost):
+    for i in range(8):
+        draw_screen(i).save(tmp_path / f"{i}.png")
+    path = write_jsonl(tmp_path / "d.jsonl", [chat_row(f"{i}.png", f"Question {i}") for i in range(8)])
+    index = build(path, prepare)
+    os.truncate(path, path.stat().st_size // 2)
+    plan = PlanSettings(samples_per_step=8, pack_tokens=1000, pack_patches=10_000)
+    geometry = VisionGeometry.from_config(toy_config(tokenizer))
+    for num_workers in (0, 1):
+        settings = LoaderSettings(num_workers=num_workers)
+        with pytest.raises(UserError, match=r"d\.jsonl: the data file has become shorter.*a record ended at byte"):
+            list(PackLoader(index, index.plan_input(cost), plan, prepare, geometry, settings))
+
+
+def test_a_data_file_that_shrinks_while_it_is_indexed_is_named(tmp_path, prepare, monkeypatch):
+    path = write_jsonl(tmp_path / "d.jsonl", [chat_row(None, f"Question {i}") for i in range(8)])
+    from training.data import index_builder
+
+    original = index_builder.open_sources
+    monkeypatch.setattr(
+        index_builder,
+        "open_sources",
+        lambda *settings: (original(*settings), os.truncate(path, path.stat().st_size // 2))[0],
+    )
+    with pytest.raises(UserError, match=r"d\.jsonl: the data file has become shorter"):
+        build(path, prepare)
