@@ -25,6 +25,7 @@ from pixelprune.pack import VisionGeometry
 from pixelprune.settings import BLOCK, MERGE
 from pixelprune.vllm.fields import image_fields, kept_counts
 from pixelprune.vllm.metrics import observe_request
+from pixelprune.vllm.pictures import as_trained, picture_of
 from pixelprune.vllm.positions import check_positions
 from pixelprune.vllm.settings import KEY, ServedSettings, of_request, served_settings
 
@@ -39,6 +40,12 @@ class PrunedProcessingInfo(Qwen3VLProcessingInfo):
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None, "video": 0}  # training refuses videos, too
+
+    def parse_mm_data(self, mm_data: Any, *, validate: bool = True) -> Any:
+        """Every request passes here before anything converts its pictures."""
+        if "image" in mm_data:
+            mm_data = {**mm_data, "image": as_trained(mm_data["image"], self.settings.resize)}
+        return super().parse_mm_data(mm_data, validate=validate)
 
     def get_image_size_with_most_features(self, max_pixels: int | None = None) -> ImageSize:
         return super().get_image_size_with_most_features(max_pixels or self.settings.resize.max_pixels)
@@ -90,7 +97,7 @@ class PrunedProcessor(Qwen3VLMultiModalProcessor):
             raise ValueError(
                 "image embeddings stand for all blocks of an image; this model is served pruned, give images"
             )
-        pictures = [_picture(image, number) for number, image in enumerate(items.get_all(), start=1)]
+        pictures = [picture_of(image, number) for number, image in enumerate(items.get_all(), start=1)]
         images = [prune_image(picture, settings.prune, settings.resize) for picture in pictures]
         return BatchFeature(image_fields(images, self._normalisation(), self.info.ctx.model_config.dtype))
 
@@ -164,19 +171,6 @@ class PrunedProcessor(Qwen3VLMultiModalProcessor):
             return KeptPlaceholders([image_token_id] * num_kept, grid=(height // MERGE, width // MERGE))
 
         return [PromptReplacement(modality="image", target=[image_token_id], replacement=kept_placeholders)]
-
-
-def _picture(image: Any, number: int) -> Image.Image:
-    """A PIL picture of what offline callers may give. Raises ValueError for arrays that are no uint8 picture."""
-    if isinstance(image, Image.Image):
-        return image
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (3, 4):
-        raise ValueError(
-            f"image {number}: expected a picture or a uint8 array of shape (H, W, 3) or (H, W, 4), "
-            f"got {array.dtype} {array.shape}"
-        )
-    return Image.fromarray(array)
 
 
 def processing_factories(stock_info: type[Qwen3VLProcessingInfo]) -> dict[str, Any]:

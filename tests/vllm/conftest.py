@@ -13,7 +13,7 @@ import torch
 
 from pixelprune.family import EXPERTS_INPUTS_FIRST, FAMILIES, published_layout
 from pixelprune.settings import PruneSettings, ResizeSettings
-from tests.vllm.engine import ROOT, conversations_of, draw_images
+from tests.vllm.engine import ROOT, conversations_of, draw_images, draw_unusual_images, user
 
 LINEAR_HEADS = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 """Of published size: vLLM's kernels for delta nets on a CPU take no smaller ones."""
@@ -83,3 +83,10 @@ def stock_model():
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory) -> dict[str, list[dict]]:
     return conversations_of(draw_images(tmp_path_factory.mktemp("images")))
+
+
+@pytest.fixture(scope="session")
+def unusual(tmp_path_factory) -> dict[str, list[dict]]:
+    """A question about each picture in another mode than RGB."""
+    drawn = draw_unusual_images(tmp_path_factory.mktemp("unusual"))
+    return {name: [user("Where is it?", path)] for name, path in drawn.items()}

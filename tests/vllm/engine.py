@@ -127,6 +127,35 @@ def draw_images(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.png" for name in pictures}
 
 
+def draw_unusual_images(folder: Path) -> dict[str, Path]:
+    """Pictures in other modes than RGB, whose conversion vLLM and training do not share."""
+    palette = Image.fromarray(screen(4, 6, 8)).convert("P")
+    shade = Image.fromarray(screen(4, 6, 9)).convert("LA")
+    shade.putalpha(Image.linear_gradient("L").resize(shade.size))
+    deep = Image.fromarray(np.asarray(Image.fromarray(screen(4, 6, 10)).convert("L")).astype(np.uint16) * 200)
+    turned = Image.fromarray(screen(4, 7, 11))
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    saved: dict[str, tuple[str, Image.Image, dict]] = {
+        "palette": ("png", palette, {}),
+        "clear palette": ("png", palette, {"transparency": palette.getpixel((5, 5))}),
+        "grey with alpha": ("png", shade, {}),
+        "16-bit grey": ("png", deep, {}),
+        "clear colour": (
+            "png",
+            Image.fromarray(screen(4, 6, 12)),
+            {"transparency": tuple(map(int, screen(4, 6, 12)[0, 0]))},
+        ),
+        "cmyk": ("jpg", Image.fromarray(screen(4, 6, 13)).convert("CMYK"), {"quality": 95}),
+        "turned": ("jpg", turned, {"exif": orientation, "quality": 95}),
+    }
+    paths = {}
+    for name, (ending, picture, options) in saved.items():
+        paths[name] = folder / f"{name}.{ending}"
+        picture.save(paths[name], **options)
+    return paths
+
+
 def conversations_of(image: dict[str, Path]) -> dict[str, list[dict]]:
     """Every kind of prompt, by name."""
     second = {"role": "user", "content": "And the other one?"}

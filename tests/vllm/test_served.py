@@ -31,6 +31,14 @@ def test_chunked_prefill_cuts_inside_images_without_prefix_cache(served_folder, 
     assert_same(served, reference)
 
 
+def test_pictures_in_other_modes(served_folder, stock_model, unusual, tmp_path):
+    """16-bit grey, palettes, transparency, CMYK, EXIF: converted as in training, not as vLLM would."""
+    folder = served_folder()
+    reference = ask_hugging_face(stock_model(folder), folder, list(unusual.values()))
+    (served,) = ask_vllm(folder, list(unusual.values()), tmp_path)
+    assert_same(served, reference)
+
+
 def test_wrong_positions_are_seen(served_folder, stock_model, conversations, tmp_path):
     """The comparison bites: without our positions, answers to images are others, those to text the same."""
     folder = served_folder()

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.vllm.engine import ENVIRONMENT, MAX_TOKENS, ROOT, ask_hugging_face, needs_vllm, user
 
@@ -113,9 +114,10 @@ def ask_until_answered(port: int, messages: list[dict]) -> dict:
 
 @pytest.mark.timeout(1500)
 def test_no_request_is_lost_while_the_server_is_killed_and_started_again(
-    served_folder, stock_model, conversations, tmp_path
+    served_folder, stock_model, conversations, unusual, tmp_path
 ):
     folder, port, log = served_folder(), free_port(), tmp_path / "server.log"
+    conversations = conversations | unusual
     names = list(conversations)
     reference = dict(
         zip(names, ask_hugging_face(stock_model(folder), folder, list(conversations.values())), strict=True)
@@ -133,7 +135,7 @@ def test_no_request_is_lost_while_the_server_is_killed_and_started_again(
                 assert made["usage"]["prompt_tokens"] == reference[name].prompt_tokens, name
                 assert made["choices"][0]["token_ids"] == reference[name].token_ids, name
             check_metrics(port)
-            check_refusals(port, conversations)
+            check_refusals(port, conversations, tmp_path)
     assert log.read_text().count("is served pruned by pred2d") == 2
 
 
@@ -147,7 +149,7 @@ def check_metrics(port: int) -> None:
     assert float(lines["pixelprune:request_image_tokens_kept_count"]) >= NUM_REQUESTS / 2
 
 
-def check_refusals(port: int, conversations: dict) -> None:
+def check_refusals(port: int, conversations: dict, scratch: Path) -> None:
     """What is not understood is the client's error and leaves the server running."""
     tall = conversations["tall"]
     unpruned = ask(port, tall, mm_processor_kwargs={"pixelprune": "none"})
@@ -156,6 +158,14 @@ def check_refusals(port: int, conversations: dict) -> None:
         refused = ask(port, tall, mm_processor_kwargs=wrong)
         assert refused["status"] == 400, refused
         assert reason in refused["error"]["message"]
+    Image.new("F", (64, 64), 0.5).save(scratch / "float.tiff")
+    refused = ask(port, [user("Where is it?", scratch / "float.tiff")])
+    assert refused["status"] == 400, refused
+    assert "float pixels have no defined range" in refused["error"]["message"]
+    black = {"image": {"rgba_background_color": [0, 0, 0]}}
+    refused = ask(port, conversations["grey with alpha"], media_io_kwargs=black)
+    assert refused["status"] == 400, refused
+    assert "rgba_background_color" in refused["error"]["message"]
     video = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
     refused = ask(port, [{"role": "user", "content": [video, {"type": "text", "text": "What happens?"}]}])
     assert refused["status"] == 400, refused
