@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
     "FORMATS",
+    "GROUNDING_TOKENS",
     "MAX_TEXT_LEN",
     "POINTER_CALLS",
     "RELATIVE",
     "Answer",
     "format_box",
+    "format_place",
     "format_point",
+    "format_words",
     "parse_answer",
     "to_absolute",
     "to_relative",
@@ -29,6 +32,10 @@ __all__ = [
 RELATIVE = 1000
 """Relative coordinates run from 0 to this."""
 FORMATS = ("auto", "point", "box", "point_absolute", "box_absolute", "tool_call", "tool_call_absolute")
+GROUNDING_TOKENS = (
+    "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>",
+)  # fmt: skip
+"""Tokens of the Qwen vocabularies around the words of a thing, the corners of its box and of a quadrilateral."""
 MAX_TEXT_LEN = 20_000
 """Only this many last characters of an answer are read: a model that babbles ends with its answer, if with any."""
 POINTER_CALLS = (
@@ -116,6 +123,39 @@ def format_box(box: Box, image_size: tuple[int, int], *, format: str = "box") ->
     corners = [*_rounded(box[0], box[1], image_size, absolute=absolute)]
     corners += _rounded(box[2], box[3], image_size, absolute=absolute)
     return json.dumps(corners)
+
+
+def format_place(
+    place: Sequence[float], image_size: tuple[int, int], *, format: str, tokens: bool = False, is_answer: bool = True
+) -> str:
+    """A point (x, y) or a box (x1, y1, x2, y2), absolute pixels, in one of FORMATS; `auto` keeps points and boxes.
+
+    tokens: as Qwen2-VL writes places, `<|box_start|>(x1,y1),(x2,y2)<|box_end|>`. is_answer: False for a question, where
+    a place is named, not answered with: the format then says no more than what its numbers are.
+    Raises ValueError for a point where the format is a box's, and for a tool call between tokens.
+    """
+    absolute = format.endswith("_absolute")
+    shape = format.removesuffix("_absolute") if is_answer else "auto"
+    if shape == "auto":
+        shape = "point" if len(place) == 2 else "box"
+    if shape == "box" and len(place) == 2:
+        raise ValueError(f"a point where the answer format {format} wants a box")
+    if shape != "box" and len(place) == 4:
+        place = ((place[0] + place[2]) / 2, (place[1] + place[3]) / 2)
+    if not tokens:
+        name = f"{shape}_absolute" if absolute else shape
+        if shape == "box":
+            return format_box((place[0], place[1], place[2], place[3]), image_size, format=name)
+        return format_point(place[0], place[1], image_size, format=name)
+    if shape == "tool_call":
+        raise ValueError("a tool call has no place for box tokens; expected the answer format auto, point or box")
+    corners = [_rounded(x, y, image_size, absolute=absolute) for x, y in zip(place[::2], place[1::2], strict=True)]
+    return f"<|box_start|>{','.join(f'({x},{y})' for x, y in corners)}<|box_end|>"
+
+
+def format_words(words: str, *, tokens: bool = False) -> str:
+    """The words for a thing, as they are or between the model's own tokens for them."""
+    return f"<|object_ref_start|>{words}<|object_ref_end|>" if tokens else words
 
 
 def _rounded(x: float, y: float, image_size: tuple[int, int], *, absolute: bool) -> tuple[int, int]:

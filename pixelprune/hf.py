@@ -90,6 +90,7 @@ def prepare(
     resize: ResizeSettings | None = None,
     tools: list[Any] | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    grounding_tokens: bool = False,
     trust_remote_code: bool = False,
 ) -> PrunedInputs:
     """Messages with images -> prompts in which only kept blocks remain, at their original 2-D positions.
@@ -97,7 +98,7 @@ def prepare(
     source: a model folder, a hub id, a processor, or a `Prompter` (loaded once, for many calls).
     messages: one conversation, or a list of conversations for a batch, in Hugging Face or OpenAI form; images as
     path, bytes, picture or uint8 array.
-    prune, resize, trust_remote_code: see `Prompter.load`; a Prompter brings its own.
+    prune, resize, grounding_tokens, trust_remote_code: see `Prompter.load`; a Prompter brings its own.
     Raises ValueError for messages that cannot be used and ImageError (a ValueError) for images that cannot.
     """
     if isinstance(source, Prompter):
@@ -105,7 +106,13 @@ def prepare(
             raise ValueError("a Prompter brings its own prune and resize settings; give them to Prompter.load")
         prompter = source
     else:
-        prompter = Prompter.load(source, prune=prune, resize=resize, trust_remote_code=trust_remote_code)
+        prompter = Prompter.load(
+            source,
+            prune=prune,
+            resize=resize,
+            grounding_tokens=grounding_tokens,
+            trust_remote_code=trust_remote_code,
+        )
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError("expected a conversation (a list of messages) or a list of conversations, got none")
     conversations = [messages] if isinstance(messages[0], Mapping) else messages

@@ -47,6 +47,8 @@ class Prompter:
     resize: ResizeSettings
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    grounding_tokens: bool = False
+    """Texts may hold `pixelprune.answers.GROUNDING_TOKENS`, as those of a model trained with data.grounding_tokens."""
 
     @classmethod
     def load(
@@ -55,6 +57,7 @@ class Prompter:
         *,
         prune: PruneSettings | str | None = None,
         resize: ResizeSettings | None = None,
+        grounding_tokens: bool = False,
         trust_remote_code: bool = False,
     ) -> Prompter:
         """From a model folder, a hub id, or a processor (an object with `.tokenizer` and `.image_processor`).
@@ -62,7 +65,8 @@ class Prompter:
         prune, resize: where left out, the settings the model was trained with (pixelprune.json beside its weights),
         otherwise pred2d and the size limits of its image processor. `prune` may be a strategy's name; "none" keeps
         every block.
-        trust_remote_code: run code that comes with a folder.
+        grounding_tokens: texts may hold the tokens around things and boxes. trust_remote_code: run code that comes with
+        a folder.
         Raises ValueError for a source that is neither, or that has no chat template or image token.
         """
         if isinstance(source, str | Path):
@@ -82,6 +86,7 @@ class Prompter:
             **parts,
             prune=prune or (trained[0] if trained else PruneSettings()),
             resize=resize or (trained[1] if trained else ResizeSettings(**limits)),
+            grounding_tokens=grounding_tokens,
         )
 
     @property
@@ -188,7 +193,7 @@ class Prompter:
 
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:
-        return control_tokens(self.tokenizer)
+        return control_tokens(self.tokenizer, grounding_tokens=self.grounding_tokens)
 
 
 def _from_processor(processor: Any) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.leniency import plain_row
 from pixelprune.records.agents import strings_in
 from pixelprune.records.keys import KeyRules
+from pixelprune.records.objects import ObjectStyle, written
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import ImageRef, Message, Record, RecordError
+from pixelprune.records.record import ImageRef, Message, ObjectMark, Record, RecordError
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ class Converter:
         return made
 
     def _convert(self, record: Any, number: int) -> dict[str, Any]:
-        read = parse_record(plain_row(record), rules=self.rules)
+        read = self._with_objects_written(parse_record(plain_row(record), rules=self.rules))
         turns = list(read.messages)
         record_id = record.get("id")
-        written = f"{self.settings.source}-{number:08d}" if record_id is None else str(record_id)
+        name = f"{self.settings.source}-{number:08d}" if record_id is None else str(record_id)
         names = [_file_name(image) for image in read.images]
-        check_unicode([written, *names, *(message.text for message in turns)])
+        check_unicode([name, *names, *(message.text for message in turns)])
         with_coordinates = self.settings.coordinates is not None
         sizes = [self.images.size(name, has_coordinates=with_coordinates) for name in names]
         metadata = _own_metadata(read)
@@ -106,7 +107,17 @@ class Converter:
         tools = {"tools": list(read.tools)} if read.tools else {}
         check_unicode(strings_in([read.tools, *(turn.template_fields for turn in turns)]))
         messages = [self._message(turn) for turn in turns]
-        return {"id": written, "messages": messages, "metadata": metadata, **weight, **tools}
+        return {"id": name, "messages": messages, "metadata": metadata, **weight, **tools}
+
+    def _with_objects_written(self, record: Record) -> Record:
+        has_objects = any(isinstance(part, ObjectMark) for turn in record.messages for part in turn.parts)
+        if has_objects and self.settings.coordinates is not None:
+            raise DropError("objects, which say themselves what their numbers mean: convert without --coordinates")
+
+        def size_of(ref: ImageRef) -> tuple[int, int, int]:
+            return (*self.images.size(_file_name(ref), has_coordinates=True), 1)
+
+        return written(record, size_of, ObjectStyle(self.settings.answer))
 
     def _relative(self, turns: list[Message], size: tuple[int, int]) -> tuple[list[Message], list[dict[str, Any]]]:
         """Keep the exchanges whose answer gives a place, and write it relative; the image stays in the first one."""

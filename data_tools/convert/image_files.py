@@ -8,12 +8,9 @@ import shutil
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import ExifTags, Image
-
 from data_tools.convert.dropped import DropError
 from pixelprune.files import whole_file
-from pixelprune.images.image import decode_image, open_image
-from pixelprune.images.image_file import open_regular
+from pixelprune.images.image import decode_image, read_size
 from pixelprune.settings import ResizeSettings
 
 
@@ -61,12 +58,7 @@ class ImageFiles:
             if not path.is_file():
                 return "image missing"
             decode_image(path, ResizeSettings())  # to the last pixel: a header says nothing of a file that was cut off
-            with open_regular(path) as file:
-                image = open_image(file, name)
-                (width, height), orientation = image.size, _orientation(image)
-                if orientation >= 5 and image.format != "TIFF":  # whose size Pillow has turned already
-                    width, height = height, width
-                return width, height, orientation
+            return read_size(path)
         except (OSError, ValueError, RuntimeError):
             # ValueError: a NUL in the name, or no image; RuntimeError: a loop of symlinks.
             return "image unreadable"
@@ -107,13 +99,3 @@ class ImageFiles:
                 os.link(path, partial)
             except OSError:  # another file system, or one without hard links
                 shutil.copyfile(path, partial)
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8; metadata behind a PNG's pixels is not looked for."""
-    try:
-        # PNG's own getexif would decode all pixels to see what is behind them.
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001 - training, too, takes an image whose EXIF is damaged as it is stored
-        return 1
-    return value if value in range(1, 9) else 1

@@ -29,6 +29,7 @@ __all__ = [
     "open_image",
     "prune_image",
     "prune_pixels",
+    "read_size",
     "resize_image",
 ]
 
@@ -88,6 +89,25 @@ def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
             )
         picture.load()
         return _to_rgb(_set_upright(picture), name)
+
+
+def read_size(source: ImageSource) -> tuple[int, int, int]:
+    """(width, height) of the upright picture and its EXIF orientation, 1 (upright as stored) to 8; no pixel is decoded.
+
+    Metadata behind a PNG's pixels is not looked for. Raises ImageError as `decode_image` does for headers.
+    """
+    name = _describe(source)
+    with as_image_error(name):
+        picture = source if isinstance(source, Image.Image) else _open(source, name)
+        try:
+            # PNG's own getexif would decode all pixels to see what is behind them.
+            orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
+        except Exception:  # noqa: BLE001 - training, too, takes an image whose EXIF is damaged as it is stored
+            orientation = 1
+        width, height = picture.size
+        orientation = orientation if orientation in range(1, 9) else 1
+        is_on_its_side = orientation >= 5 and picture.format != "TIFF"  # whose size Pillow has turned already
+        return (height, width, orientation) if is_on_its_side else (width, height, orientation)
 
 
 def resize_image(picture: Image.Image, resize: ResizeSettings, wish: SizeWish = NO_WISH) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from pixelprune.answers import GROUNDING_TOKENS
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.agents import split_reasoning, strings_in
 from pixelprune.records.record import Message, Record, RecordError
@@ -35,16 +36,34 @@ SENTINELS = ("q", "z")
 """Answers put in place of the real one to see where the template writes an answer; nothing in common at either end."""
 
 
-def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """The tokens that no text of a conversation may hold: they would forge a turn, or an image. Longest first."""
+def control_tokens(tokenizer: Any, *, grounding_tokens: bool = False) -> tuple[str, ...]:
+    """The tokens that no text of a conversation may hold: they would forge a turn, or an image. Longest first.
+
+    grounding_tokens: texts may hold GROUNDING_TOKENS, which are then those tokens. Raises ValueError where the
+    tokenizer has none of its own for things and boxes.
+    """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True))
+    special |= set(tokenizer.all_special_tokens)
+    if grounding_tokens:
+        missing = [token for token in GROUNDING_TOKENS[:4] if token not in special]
+        if missing:
+            raise ValueError(f"the tokenizer has no special token {missing[0]} (data.grounding_tokens)")
+        special -= set(GROUNDING_TOKENS)
+    return tuple(sorted(special, key=len, reverse=True))
 
 
 class ChatEncoder:
     """Records -> `ChatTokens`, for one tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: Any, *, last_turn_only: bool = False, supervise_empty_reasoning: bool = True):
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        last_turn_only: bool = False,
+        supervise_empty_reasoning: bool = True,
+        grounding_tokens: bool = False,
+    ):
+        """grounding_tokens: texts may hold `pixelprune.answers.GROUNDING_TOKENS`, which are then those tokens."""
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError("expected a fast tokenizer (with character offsets), got a slow one (model.path)")
         if not isinstance(tokenizer.chat_template, str):
@@ -54,7 +73,7 @@ class ChatEncoder:
         self.supervise_empty_reasoning = supervise_empty_reasoning
         self.template = TemplateFacts(self._text)
         self._has_marks = bool(GENERATION_TAG.search(tokenizer.chat_template))
-        self._special = control_tokens(tokenizer)
+        self._special = control_tokens(tokenizer, grounding_tokens=grounding_tokens)
         self._forged = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
 
     @classmethod

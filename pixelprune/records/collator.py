@@ -6,7 +6,7 @@ own loader goes through the same object, so that there is one way from a record 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,26 @@ class PixelPruneCollator:
         last_turn_only: bool = False,
         root: str | Path | None = None,
         dummy_image: bool = True,
+        ignore_keys: Iterable[str] = (),
+        answer_format: str = "auto",
+        grounding_tokens: bool = False,
         trust_remote_code: bool = False,
     ) -> PixelPruneCollator:
-        """For a model folder or hub id. Size limits of the images come from `resize`, not from the model's folder."""
+        """For a model folder or hub id. Size limits of the images come from `resize`, not from the model's folder.
+
+        ignore_keys, answer_format, grounding_tokens: as those of the trainer's `data`. Raises ValueError for an ignored
+        key that is the conversation itself, and for a tokenizer without the tokens.
+        """
         folder = ModelFolder.open(model_path, trust_remote_code=trust_remote_code)
-        settings = PrepareSettings(model_path, prune or PruneSettings(), resize or ResizeSettings(), last_turn_only)
+        settings = PrepareSettings(
+            model_path,
+            prune or PruneSettings(),
+            resize or ResizeSettings(),
+            last_turn_only,
+            ignore_keys=tuple(ignore_keys),
+            answer_format=answer_format,
+            grounding_tokens=grounding_tokens,
+        )
         preparer = settings.build_from(folder)
         return cls(preparer, folder.geometry, Path(root) if root is not None else None, dummy_image)
 

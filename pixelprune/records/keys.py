@@ -15,8 +15,9 @@ from pixelprune.records.record import RecordError
 
 __all__ = ["HARMLESS", "NO_RULES", "PREFERENCE_KEYS", "STRUCTURE", "KeyCounts", "KeyRules", "Level", "is_empty"]
 
-Level = Literal["record", "turn", "part", "image"]
-"""Where a key stands: in the record, in a turn, in a content part of a turn, in an object that gives an image."""
+Level = Literal["record", "turn", "part", "image", "object"]
+"""Where a key stands: in the record, in a turn, in a content part of a turn, in an object that gives an image, in
+`objects`."""
 Verdict = Literal["read", "ignored", "refused"]
 
 KeyCounts = Counter[tuple[Level, str, Verdict]]
@@ -39,6 +40,7 @@ HARMLESS: dict[Level, frozenset[str]] = {
     "turn": frozenset(("id", "uid", "uuid", "idx", "index", "turn_id", "message_id", "timestamp", "created", "lang")),
     "part": frozenset(("id", "idx", "index", *_SIZES, *_FORMATS, "cache_control")),
     "image": frozenset(("id", "image_id", "idx", "index", *_SIZES, *_FORMATS)),
+    "object": frozenset(("id", *_SIZES)),
 }  # fmt: skip
 """Ids, sizes as they are, sources and tags: they describe, and nothing is computed from them. Kept in the metadata."""
 
@@ -59,7 +61,6 @@ ADVICE = {
         ("max_pixels", "min_pixels", "resized_height", "resized_width"), "a size is stated in the image's own part"
     ),
     "detail": "give the size in pixels (max_pixels)",
-    "objects": "write the coordinates into the turns' text",
     "train_detail": "only whole turns can be left out of training (loss, train or weight of a turn)",
     "chat_template_kwargs": "the chat template is called without arguments of its own",
 }
@@ -149,7 +150,7 @@ NO_RULES = KeyRules()
 
 
 def _refusal(key: Any, level: Level) -> RecordError:
-    where = {"record": "a record", "turn": "a turn", "part": "a content part", "image": "an image"}[level]
+    where = {"part": "a content part", "image": "an image", "object": "objects"}.get(level, f"a {level}")
     advice = f"{ADVICE[key]}, or " if key in ADVICE else ""
     return RecordError(
         "unread_key",

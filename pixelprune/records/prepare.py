@@ -12,22 +12,31 @@ import numpy as np
 import xxhash
 from PIL import Image
 
-from pixelprune.images.image import ImageError, PrunedImage, decode_image, prune_image
+from pixelprune.images.image import ImageError, PrunedImage, decode_image, prune_image, read_size
+from pixelprune.images.image_file import MAX_FILE_BYTES
 from pixelprune.images.sizing import SizeWish
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.images import read_image
 from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.limits import DEFAULT_LIMITS, RecordLimits
+from pixelprune.records.objects import PLAIN_STYLE, ObjectStyle, written
 from pixelprune.records.presets import AS_RECORDED, Preset
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import Record, RecordError, of_the_record
+from pixelprune.records.record import ImageRef, ObjectMark, Record, RecordError, of_the_record
 from pixelprune.sample import Sample, build_sample
 from pixelprune.selection import Selection
 from pixelprune.selection.registry import is_recoverable
 from pixelprune.settings import PruneSettings, ResizeSettings
 
-__all__ = ["PrepareSettings", "PreparedRecord", "Preparer", "hash_content", "unpruned_without_pixels"]
+__all__ = [
+    "PrepareSettings",
+    "PreparedRecord",
+    "Preparer",
+    "hash_content",
+    "unpruned_without_pixels",
+    "with_objects_written",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,10 @@ class PrepareSettings:
     trust_remote_code: bool = False
     supervise_empty_reasoning: bool = True
     """Train on the empty reasoning block that a template writes, as far as its generation prompt does not give it."""
+    answer_format: str = "auto"
+    """How the places of a record's `objects` are written (`pixelprune.answers.FORMATS`)."""
+    grounding_tokens: bool = False
+    """Write things and boxes of `objects` between the model's own tokens for them, which texts may then hold, too."""
 
     limits: RecordLimits = DEFAULT_LIMITS
 
@@ -78,10 +91,12 @@ class PrepareSettings:
             folder.tokenizer,
             last_turn_only=self.last_turn_only,
             supervise_empty_reasoning=self.supervise_empty_reasoning,
+            grounding_tokens=self.grounding_tokens,
         )
         rules = KeyRules.ignoring(self.ignore_keys)
         token = folder.config.image_token_id
-        return Preparer(chat, self.prune, self.resize, token, self.with_full, rules, self.limits)
+        style = ObjectStyle(self.answer_format, self.grounding_tokens)
+        return Preparer(chat, self.prune, self.resize, token, self.with_full, rules, self.limits, style)
 
     def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
         """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
@@ -94,6 +109,8 @@ class PrepareSettings:
             "ignore_keys": sorted(self.ignore_keys),
             "limits": asdict(self.limits),
             "supervise_empty_reasoning": self.supervise_empty_reasoning,
+            "answer_format": self.answer_format,
+            "grounding_tokens": self.grounding_tokens,
             "tokenizer": vocabulary,
             "chat_template": xxhash.xxh3_128(tokenizer.chat_template.encode()).hexdigest(),
             "image_token_id": preparer.image_token_id,
@@ -111,6 +128,7 @@ class Preparer:
     with_full: bool = False
     rules: KeyRules = NO_RULES
     limits: RecordLimits = DEFAULT_LIMITS
+    object_style: ObjectStyle = PLAIN_STYLE
 
     @of_the_record()
     def prepare(
@@ -129,8 +147,10 @@ class Preparer:
         expected_hash: refuse a record whose content is another.
         Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
         """
-        record = preset.apply(row if isinstance(row, Record) else parse_record(row, record_format, self.rules))
+        record = row if isinstance(row, Record) else parse_record(row, record_format, self.rules)
         self.limits.check(record)
+        record = with_objects_written(record, root, self.object_style, self.limits.max_file_bytes)
+        record = preset.apply(record)
         chat = self.chat.encode(record)
         pictures = [read_image(ref, root, self.limits.max_file_bytes) for ref in record.images]
         content_hash = hash_content(record, pictures)
@@ -168,6 +188,20 @@ class Preparer:
         return images, prune_all(PruneSettings(strategy="none"), decoded)
 
 
+def with_objects_written(
+    record: Record, root: Path | None, style: ObjectStyle, max_bytes: int = MAX_FILE_BYTES
+) -> Record:
+    """The record with its `objects` as text. Raises RecordError, also for images that cannot be read."""
+
+    def size_of(ref: ImageRef) -> tuple[int, int, int]:
+        try:
+            return read_size(read_image(ref, root, max_bytes))
+        except ImageError as error:
+            raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
+
+    return written(record, size_of, style)
+
+
 def unpruned_without_pixels(image: PrunedImage) -> PrunedImage:
     """All blocks of an image kept, with none of their pixels: these are decoded on the device (Proposition 1)."""
     keep = np.ones_like(image.selection.keep)
@@ -185,6 +219,7 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
         digest.update(f"\x00{role}\x00{len(message.parts)}".encode())
         for part in message.parts:
             # Lengths go in before contents, so that no two records share one stream of bytes.
+            assert not isinstance(part, ObjectMark), "written before"
             text = part.encode() if isinstance(part, str) else b""
             digest.update(f"\x00{'text' if isinstance(part, str) else 'image'}{len(text)}\x00".encode())
             digest.update(text)

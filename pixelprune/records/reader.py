@@ -35,6 +35,7 @@ from pixelprune.records.agents import (
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, image_ref, read_keys
 from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.marks import image_marks
+from pixelprune.records.objects import with_objects
 from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError, of_the_record
 from pixelprune.records.shapes import CALL_PART, as_messages, of_value_part
 
@@ -59,7 +60,7 @@ SUPERVISION_KEYS = ("loss", "train", "weight", "training", "trainable", "loss_sc
 """ms-swift's, OpenAI's, axolotl's and their kind: how much a turn is trained on."""
 MIN_WEIGHT, MAX_WEIGHT = 1e-4, 1e4
 _CONVERSATIONS = ("conversations", "messages")
-_NOT_METADATA = (*_CONVERSATIONS, "images", "image", "system", "metadata", "weight", "tools")
+_NOT_METADATA = (*_CONVERSATIONS, "images", "image", "system", "metadata", "weight", "tools", "objects")
 RECORD_KEYS = (*_NOT_METADATA, *BOX_KEYS)
 _TURN_KEYS = ("role", "content", *SUPERVISION_KEYS)
 _ROLE_KEYS = {"assistant": (*REASONING_KEYS, "tool_calls"), "tool": ("name", "tool_call_id")}
@@ -72,7 +73,7 @@ def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RUL
 
     Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
     empty_turn, image_count, remote_image, bad_image, bad_size, image_in_answer, two_systems, preference_data,
-    unread_key, bad_box, bad_tools, bad_weight or unexpected.
+    unread_key, bad_box, bad_objects, object_count, bad_tools, bad_weight or unexpected.
     """
     if record_format not in FORMATS:
         raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")
@@ -100,6 +101,7 @@ def _parsed(row: Any, record_format: str, rules: KeyRules) -> Record:
     messages = _with_calls_joined(read)
     messages = [*_system_turn(row.get("system", ""), messages), *messages]
     supply.check_all_used()
+    messages = with_objects(messages, row.get("objects"), supply.num_used, rules)
     _check_turns(messages)
     return Record(tuple(messages), _metadata(row), _weight(row), tools_of(row.get("tools")))
 
@@ -323,7 +325,7 @@ def _check_turns(messages: list[Message]) -> None:
         has_image = any(isinstance(part, ImageRef) for part in message.parts)
         if message.role == "assistant" and has_image:
             raise RecordError("image_in_answer", "an assistant turn holds an image, which no model here can predict")
-        if not has_image and not message.text and not message.tool_calls and message.role != "tool":
+        if not message.parts and not message.tool_calls and message.role != "tool":
             raise RecordError("empty_turn", f"a {message.role} turn is empty")
 
 

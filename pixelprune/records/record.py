@@ -13,7 +13,7 @@ from PIL import Image
 
 from pixelprune.images.sizing import NO_WISH, SizeWish
 
-__all__ = ["ROLES", "ImageRef", "Message", "Record", "RecordError", "of_the_record"]
+__all__ = ["ROLES", "ImageRef", "Message", "ObjectMark", "Record", "RecordError", "of_the_record"]
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -57,8 +57,22 @@ class ImageRef:
     wish: SizeWish = NO_WISH
 
 
-Part = str | ImageRef
-"""A piece of a message: text, or an image at its place in the text."""
+@dataclass(frozen=True)
+class ObjectMark:
+    """A thing that the record names beside its turns, where a turn's text has a mark for it.
+
+    words: what it is called; "" for a place. place: x, y or x1, y1, x2, y2 in what `unit` says
+    (`pixelprune.records.objects.UNITS`); image: the number of the image it lies in, from 0 on.
+    """
+
+    words: str = ""
+    place: tuple[float, ...] = ()
+    unit: str = "real"
+    image: int = 0
+
+
+Part = str | ImageRef | ObjectMark
+"""A piece of a message: text, an image at its place in the text, or a thing that is text once image sizes are known."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,16 @@ def test_names_in_code_blocks_exist():
 def test_the_parameters_it_names_are_those_of_prepare():
     import inspect
 
-    named = {"prune", "resize", "tools", "template_kwargs", "trust_remote_code", "messages", "source"}
+    named = {
+        "prune",
+        "resize",
+        "tools",
+        "template_kwargs",
+        "grounding_tokens",
+        "trust_remote_code",
+        "messages",
+        "source",
+    }
     assert set(inspect.signature(pixelprune.hf.prepare).parameters) == named
     text = DOCS.read_text()
     assert all(name in text for name in named)

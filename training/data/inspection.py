@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from pixelprune.images.image import PrunedImage, decode_image, resize_image
 from pixelprune.records.images import read_image
-from pixelprune.records.keys import KeyCounts, KeyRules
+from pixelprune.records.keys import KeyCounts, KeyRules, Level
 from pixelprune.records.prepare import PreparedRecord, Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import RecordError
@@ -84,7 +85,7 @@ def describe_keys(seen: KeyCounts) -> Iterator[str]:
     """One line per verdict: the keys of every level with their counts."""
     for verdict in ("read", "ignored", "refused"):
         levels = []
-        for level in ("record", "turn", "part", "image"):
+        for level in get_args(Level):
             keys = sorted((key, count) for (at, key, said), count in seen.items() if (at, said) == (level, verdict))
             if keys:
                 levels.append(f"{level} " + ", ".join(f"{key} {count}" for key, count in keys))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from pixelprune.answers import FORMATS
 from pixelprune.records.keys import STRUCTURE
 from pixelprune.records.presets import Preset, get_preset
 from training.config.ranges import SHARE, Range, at_least, check_fields
@@ -57,6 +58,12 @@ class DataSettings:
     supervise_empty_reasoning: bool = True
     """Train on the empty reasoning block that a reasoning model's chat template writes before an answer without
     reasoning, as far as the template's generation prompt does not give it."""
+    answer_format: str = "auto"
+    """How the places of a record's `objects` are written: auto (boxes as boxes, points as points, relative 0-1000),
+    point, box, tool_call, or one of these three with _absolute (pixels of the original image)."""
+    grounding_tokens: bool = False
+    """Write the things and boxes of `objects` between the tokenizer's own tokens (`<|object_ref_start|>`,
+    `<|box_start|>`), and take these in texts as the tokens they are; otherwise a text that holds one is refused."""
     samples_per_step: int = 64
     """Samples in one optimizer step over all ranks (the global batch); only the last step of an epoch is shorter."""
     pack_tokens: int = 16384
@@ -91,6 +98,7 @@ class DataSettings:
         check_fields(
             self,
             ignore_keys=Range("keys that are not the conversation itself", lambda keys: not STRUCTURE & set(keys)),
+            answer_format=Range(f"one of {', '.join(FORMATS)}", FORMATS.__contains__),
             samples_per_step=at_least(1),
             pack_tokens=at_least(1),
             pack_patches=at_least(4, " (one block)"),

@@ -19,9 +19,10 @@ from pixelprune.hf import PrunedInputs, generate, prepare
 from pixelprune.prompter import Messages, Prompter
 from pixelprune.records.images import read_image
 from pixelprune.records.keys import KeyRules
-from pixelprune.records.prepare import hash_content
+from pixelprune.records.objects import PLAIN_STYLE, ObjectStyle
+from pixelprune.records.prepare import hash_content, with_objects_written
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import Record, RecordError
+from pixelprune.records.record import ImageRef, Record, RecordError
 from pixelprune.settings import PruneSettings
 from training.data.settings import SourceSettings
 from training.data.sources import open_sources
@@ -63,11 +64,16 @@ class AnswerSettings:
 
 
 def read_tasks(
-    sources: Sequence[SourceSettings], *, ignore_keys: Sequence[str] = (), index_dir: str = ""
+    sources: Sequence[SourceSettings],
+    *,
+    ignore_keys: Sequence[str] = (),
+    index_dir: str = "",
+    object_style: ObjectStyle = PLAIN_STYLE,
 ) -> tuple[list[Task], dict[str, str]]:
     """Records with a target, in the order of the files, and id -> reason of those that cannot be evaluated.
 
-    ignore_keys, index_dir: as those of `data`. Raises UserError when a source cannot be opened.
+    ignore_keys, index_dir: as those of `data`. object_style: how a record's `objects` are written. Raises UserError
+    when a source cannot be opened.
     """
     tasks, refused = [], {}
     try:
@@ -80,7 +86,7 @@ def read_tasks(
             record_id = source.record_id(row)
             try:
                 record = parse_record(source.rows[row], source.settings.format, rules)
-                record = source.settings.preset().apply(record)
+                record = source.settings.preset().apply(with_objects_written(record, source.root, object_style))
                 _question(record)
                 target = target_of(record)
                 tasks.append(Task(record_id, record, target, source.root, _fingerprint(record, target, source.root)))
@@ -231,7 +237,7 @@ def _messages(task: Task) -> Messages:
         for part in message.parts:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
-            else:
+            elif isinstance(part, ImageRef):
                 content.append({"type": "image", "image": read_image(part, task.root), **part.wish.stated})
         messages.append({"role": message.role, "content": content, **message.template_fields})
     return messages

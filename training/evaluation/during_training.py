@@ -14,6 +14,7 @@ import torch
 
 from pixelprune.files import write_whole
 from pixelprune.prompter import Prompter
+from pixelprune.records.objects import ObjectStyle
 from pixelprune.settings import PruneSettings
 from training.config.settings import EvalSettings
 from training.data.settings import DataSettings
@@ -64,7 +65,10 @@ class GroundingEvaluator:
 
         Raises UserError when no source has records with boxes.
         """
-        tasks, refused = read_tasks(data.eval_sources, ignore_keys=data.ignore_keys, index_dir=data.index_dir)
+        style = ObjectStyle(data.answer_format, data.grounding_tokens)
+        tasks, refused = read_tasks(
+            data.eval_sources, ignore_keys=data.ignore_keys, index_dir=data.index_dir, object_style=style
+        )
         if not tasks:
             reason = next(iter(refused.values()), "there are no data.eval_sources")
             raise UserError(f"eval.grounding_every_steps: no record can be answered: {reason}")

@@ -18,6 +18,7 @@ from rich.table import Table
 from pixelprune.command import ProgressLine
 from pixelprune.files import write_whole
 from pixelprune.prompter import Prompter
+from pixelprune.records.objects import ObjectStyle
 from pixelprune.selection import check_settings
 from pixelprune.selection.registry import get_strategy
 from pixelprune.settings import PruneSettings, ResizeSettings
@@ -85,7 +86,11 @@ def _check_depth(args: argparse.Namespace, model: Any) -> None:
 
 
 def _read_data(args: argparse.Namespace) -> tuple[list[Task], dict[str, str]]:
-    tasks, refused = read_tasks(_sources(args), ignore_keys=args.ignore_keys)
+    tasks, refused = read_tasks(
+        _sources(args),
+        ignore_keys=args.ignore_keys,
+        object_style=ObjectStyle(args.answer_format, args.grounding_tokens),
+    )
     if not tasks:
         reason = next(iter(refused.values()), "no records")
         raise UserError(f"--data: no record can be evaluated; the first of {len(refused)}: {reason}")
@@ -170,7 +175,7 @@ def _shown(value: float | None, form: str) -> str:
 def _prompter(args: argparse.Namespace, mode: str) -> Prompter:
     """Prompts of a mode: all blocks, or pruned as the model was trained unless the command line says otherwise."""
     try:
-        prompter = Prompter.load(str(args.checkpoint))
+        prompter = Prompter.load(str(args.checkpoint), grounding_tokens=args.grounding_tokens)
     except ValueError as error:
         raise UserError(str(error)) from error
     limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}

@@ -95,6 +95,7 @@ def _grounding(context: RunContext) -> GroundingEvaluator | None:
             context.files.path,
             prune=config.prune,
             resize=config.resize,
+            grounding_tokens=config.data.grounding_tokens,
             trust_remote_code=config.model.trust_remote_code,
         ),
         context.ranks,

@@ -150,6 +150,8 @@ def prepare_settings(config: Config, files: ModelFolder) -> PrepareSettings:
         data.last_turn_only,
         ignore_keys=tuple(data.ignore_keys),
         supervise_empty_reasoning=data.supervise_empty_reasoning,
+        answer_format=data.answer_format,
+        grounding_tokens=data.grounding_tokens,
         trust_remote_code=config.model.trust_remote_code,
         limits=RecordLimits(data.max_file_bytes, data.max_text_chars, data.max_turns, data.max_images),
     )

@@ -130,7 +130,9 @@ def describe_targets(
 ) -> dict[str, Any]:
     """All that a cached target depends on besides its record; not pruning, since the teacher sees all tokens."""
     sample = prepare.fingerprint(prepare.build_from(student))
-    del sample["prune"], sample["ignore_keys"]  # ignored keys are no part of a record, nor of its content hash
+    # Ignored keys are no part of a record, nor of its content hash; how objects are written is, as text.
+    for name in ("prune", "ignore_keys", "answer_format", "grounding_tokens"):
+        del sample[name]
     top_k = {"top_k": kd.top_k, "temperature": loss.temperature}
     stored = kd.cache_dtype or kd.dtype or model.dtype
     return {

@@ -52,6 +52,19 @@ def test_weights_that_labels_cannot_carry_are_refused(toy_folder, screens, recor
     assert collator(records[1:3])["labels"].shape[0] == 1
 
 
+def test_keys_that_say_nothing_are_named_to_the_collator_as_to_the_trainer(toy_folder, screens, records):
+    plain = PixelPruneCollator.from_pretrained(toy_folder, resize=SMALL, root=screens)
+    named = PixelPruneCollator.from_pretrained(toy_folder, resize=SMALL, root=screens, ignore_keys=["mood", "rating"])
+    odd = [records[0] | {"mood": "calm", "rating": 3}]
+    with pytest.raises(RecordError, match="'mood', which is not read"):
+        plain(odd)
+    assert torch.equal(named(odd)["input_ids"], plain(records[:1])["input_ids"])
+    with pytest.raises(RecordError, match="'taste', which is not read"):
+        named([records[0] | {"taste": 1}])
+    with pytest.raises(ValueError, match="part of the conversation itself"):
+        PixelPruneCollator.from_pretrained(toy_folder, ignore_keys=["messages"])
+
+
 def test_labels_are_the_supervised_tokens(tokenizer, toy_folder, screens, records):
     collator = PixelPruneCollator.from_pretrained(toy_folder, resize=SMALL, root=screens, dummy_image=False)
     row = collator(records[1:4])

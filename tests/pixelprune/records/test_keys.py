@@ -58,7 +58,7 @@ def is_read(key, level, place):
 
 PLACES = [(g, i, level) for g, good in enumerate(GOOD) for i, (level, _) in enumerate(objects_of(copy.deepcopy(good)))]
 UNKNOWN = {
-    "surprise": "x", "objects": {"bbox": [[1, 2, 3, 4]]}, "max_pixels": 16384, "min_pixels": 1,
+    "surprise": "x", "max_pixels": 16384, "min_pixels": 1,
     "detail": "low", "thinking": "a", "reasoning": "a", "reasoning_content": "a", "train_detail": [{"train": False}],
     "chat_template_kwargs": {"enable_thinking": True}, "tools": [{"name": "press"}], "tool_calls": [{"name": "press"}],
     "videos": ["a.mp4"], "mask": 0, "flag": False, "rate": 0.0,
