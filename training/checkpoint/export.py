@@ -16,6 +16,7 @@ from pixelprune.family import EXPERTS_INPUTS_FIRST, published_layout
 from pixelprune.files import whole_folder
 from pixelprune.model_folder import PRUNE_FILE, ModelFolder
 from training.checkpoint.checkpointer import RunState
+from training.checkpoint.side_files import model_card, write_processor_files
 from training.config.settings import Config
 from training.errors import UserError
 from training.model.fingerprint import hash_weights
@@ -26,7 +27,7 @@ from training.tracking.tracker import read_metrics
 
 
 def export_model(folder: Path, model: PreTrainedModel, files: ModelFolder, config: Config, facts: dict) -> Path:
-    """Write weights, tokenizer, preprocessor, prune and resize settings and a model card; complete or not at all.
+    """Write weights, tokenizer, processor files, prune and resize settings and a model card; complete or not at all.
 
     The folder is written beside its final place and renamed when it is whole. With lora.merge_on_export off it holds
     the adapters (and a trained merger) only, as peft loads them onto config.model.path.
@@ -37,11 +38,10 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFolder, confi
     with whole_folder(folder, replace=True) as partial:
         _write_weights(partial, model, config)
         files.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
-        if files.preprocessor:
-            (partial / "preprocessor_config.json").write_text(json.dumps(files.preprocessor, indent=2) + "\n")
+        write_processor_files(partial, files, config.resize)
         settings = {"prune": dataclasses.asdict(config.prune), "resize": dataclasses.asdict(config.resize)}
         (partial / PRUNE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        (partial / "README.md").write_text(_model_card(config, facts))
+        (partial / "README.md").write_text(model_card(config, files, facts))
     return folder
 
 
@@ -133,26 +133,3 @@ def run_facts(run: Path, state: RunState) -> dict[str, str]:
     if state.changes:
         facts["changed on the way"] = "; ".join(state.changes)
     return facts
-
-
-def _model_card(config: Config, facts: dict) -> str:
-    prune = config.prune
-    data = ", ".join(f"`{Path(source.path).name}`" for source in config.data.sources)
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: image-text-to-text",
-        "tags: [pixelprune]",
-        "---",
-        "",
-        "# Fine-tuned with PixelPrune",
-        "",
-        f"Started from `{config.model.path}`, trained on {data}.",
-        f"Blocks are omitted with strategy `{prune.strategy}`, metric `{prune.metric}`, threshold {prune.threshold};",
-        f"evaluate and serve with the settings in `{PRUNE_FILE}`.",
-        "",
-        "| fact | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
-    ]
-    return "\n".join(lines) + "\n"
