@@ -80,6 +80,8 @@ def parser() -> argparse.ArgumentParser:
     what = 'for the chat template; by default {"enable_thinking": false}'
     add("--template-kwargs", type=_json_object, default=AnswerSettings().template_kwargs, metavar="JSON", help=what)
     add("--limit", type=int, default=0, help="only the first n records; 0 takes all")
+    what = "records shown in results.html, misses first; 0 writes none (default 100)"
+    add("--page", type=int, default=100, metavar="N", help=what)
     add("--retry-failed", action="store_true", help="answer records again whose generation failed")
     add("--strategy", help="mode pruned: another strategy than the model's, such as random, conncomp or resize")
     add("--metric", help="mode pruned: max or mae")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from training import evaluate as evaluate_command
 from training.command import run_command, set_up_logging
 from training.distributed.ranks import Ranks, join_ranks, leave_ranks
 from training.errors import UserError
+from training.evaluation.answering import Task
 from training.evaluation.passes import evaluate, load_checkpoint
+from training.evaluation.results_page import ShownPass, write_results_page
 from training.evaluation.table_files import Cell, cells_of, write_table
 from training.evaluation.table_plans import TABLES, Row, depth_rows
 from training.exit_codes import leave_process
@@ -56,13 +60,14 @@ def make_table(args: argparse.Namespace, more: list[str], ranks: Ranks) -> dict[
         raise UserError(f"--only: expected rows of {[row.label for row in plan.rows]}, got {unknown}")
     console, load = plain_console(stderr=True), _LoadOnce()
     grid: dict[str, dict[str, Cell]] = {}
+    shown: list[ShownPass] = []
     # Rows of one model together, so that each is loaded once; shown in the paper's order.
     order = sorted(((row, data) for row in rows for data in args.data), key=lambda cell: plan.roles.index(cell[0].role))
     for number, (row, data) in enumerate(order, start=1):
         if ranks.is_first:
             console.print(f"cell {number} of {len(order)}: {row.label}, {data}", soft_wrap=True)
         cell_args = _cell_arguments(args, more, row, models[row.role], data)
-        results = evaluate(cell_args, ranks, console, load=load)
+        results = evaluate(cell_args, ranks, console, load=load, show=partial(_keep, shown, row.label))
         found = cells_of(results[cell_args.mode], Path(data.partition(":")[2] or data).stem)
         twice = found.keys() & grid.get(row.label, {}).keys()
         if twice:
@@ -70,9 +75,23 @@ def make_table(args: argparse.Namespace, more: list[str], ranks: Ranks) -> dict[
         grid.setdefault(row.label, {}).update(found)
     grid = {row.label: grid[row.label] for row in rows}
     text = ranks.from_first(lambda: write_table(args.out, args.name, plan, grid))
+    if args.page:
+        title, order_of = f"Table {plan.number}: {plan.title}", [row.label for row in rows].index
+        shown.sort(key=lambda one: order_of(one.row))
+        ranks.from_first(lambda: write_results_page(args.out / f"{args.name}.html", title, shown, args.page))
     if ranks.is_first:
         plain_console(width=10_000).print(text, end="")
     return grid
+
+
+def _keep(shown: list[ShownPass], label: str, one: ShownPass) -> None:
+    """A pass of the first rank under its row's name; of rows on the same data, the first one's tasks serve all."""
+
+    def asked(tasks: Sequence[Task]) -> list[tuple[str, str]]:
+        return [(task.id, task.fingerprint) for task in tasks]
+
+    same = next((other.tasks for other in shown if asked(other.tasks) == asked(one.tasks)), one.tasks)
+    shown.append(dataclasses.replace(one, row=label, tasks=same))
 
 
 class _LoadOnce:
@@ -144,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=int, default=512, help="as the paper's documents (default 512)")
     add("--limit", type=int, default=0, help="only the first n records of every file; 0 takes all")
     add("--depths", nargs="+", type=int, default=[], metavar="K", help="table depth: layers, -1 before the first")
+    add("--page", type=int, default=100, metavar="N", help="records shown in TABLE.html; 0 writes none (default 100)")
     add("--only", nargs="+", default=[], metavar="ROW", help="only these rows")
     return parser
 

@@ -165,13 +165,16 @@ def test_olmocrbench_there_and_back(tmp_path: Path, capsys):
     (row,) = convert(tmp_path, "olmocrbench", "bench", images="pages")
     assert row["id"] == "arxiv_math/2503_pg4_pg1_repeat1"
     assert parse_record(row).messages[-1].role == "user"
+    assert target_of(parse_record(row)).source_id == row["id"], "which predictions carry"
     assert dropped(tmp_path) == {"another test on a page that is asked for already": 1, "no page images": 1}
-    (tmp_path / "predictions.jsonl").write_text(json.dumps({"id": row["id"], "text": "# é"}) + "\n")
+    (tmp_path / "predictions.jsonl").write_text(
+        json.dumps({"id": "out:0", "source_id": row["id"], "text": "# é"}) + "\n"
+    )
     words = ["olmocrbench-answers", str(tmp_path / "predictions.jsonl"), "--out", str(tmp_path / "bench/ours")]
     assert main(words) == 0
     assert (tmp_path / "bench/ours/arxiv_math/2503_pg4_pg1_repeat1.md").read_text(encoding="utf-8") == "# é"
     assert main(words) == 2
-    (tmp_path / "predictions.jsonl").write_text(json.dumps({"id": "../../x_repeat1", "text": ""}) + "\n")
+    (tmp_path / "predictions.jsonl").write_text(json.dumps({"source_id": "../../x_repeat1", "text": ""}) + "\n")
     assert main([*words[:-1], str(tmp_path / "bench/other")]) == 2
     assert "expected the answers to olmocrbench records" in " ".join(capsys.readouterr().err.split())
 

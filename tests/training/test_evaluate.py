@@ -178,6 +178,7 @@ def test_two_ranks_give_the_result_of_one_and_a_stopped_pass_goes_on(lively_fold
                     score.pop("first_token_s")
         assert one == two
         assert (tmp_path / "one" / mode / "sheet.png").exists()
+    assert "Content-Security-Policy" in (tmp_path / "one" / "results.html").read_text()
     full, pruned = (json.loads((tmp_path / "one" / m / "result.json").read_text()) for m in ("full", "pruned"))
     assert full["overall"]["all"]["retain_ratio"] == 1
     assert pruned["overall"]["all"]["retain_ratio"] < 1

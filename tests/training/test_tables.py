@@ -58,6 +58,11 @@ def make(name: str, model: Path, data: list[str], out: Path, *more: str) -> int:
     return tables.main([name, "--model", *models, "--data", *data, "--out", str(out), "--min-pixels", "1024", *more])
 
 
+def page_data(path: Path) -> dict:
+    (content,) = re.findall(r'id="data">(.*)</script>\n<script>', path.read_text())
+    return json.loads(content)
+
+
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_runs_and_holds_the_values_computed_by_hand(name, toy_folder, asked, tmp_path, capsys):
     data = write_data(tmp_path)
@@ -78,6 +83,13 @@ def test_every_table_runs_and_holds_the_values_computed_by_hand(name, toy_folder
     assert f"{100 * docs_macro:.1f}" in text
     assert text in capsys.readouterr().out
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+    page = page_data(tmp_path / "out" / f"{name}.html")
+    assert page["rows"] == [row.label for row in rows]
+    assert {record["question"] for record in page["records"]} >= {"Question 0?", "Question 1?"}
+    assert [cell["score"] for cell in page["cells"] if cell["benchmark"] == "docs"] == [
+        pytest.approx(docs_macro)
+    ] * len(rows)
+    assert [set(record["given"]) for record in page["records"]] == [set(page["rows"])] * 5
     assert {"Answer the question using a single word" in prompt for prompt in asked if "Question 2" in prompt} == {True}
     assert {"Answer the question using a single word" in prompt for prompt in asked if "Question 0" in prompt} == {
         False

@@ -21,7 +21,7 @@ from pixelprune.prompter import Prompter
 from pixelprune.records.objects import ObjectStyle
 from pixelprune.selection import check_settings
 from pixelprune.selection.registry import get_strategy
-from pixelprune.settings import PruneSettings, ResizeSettings
+from pixelprune.settings import PruneSettings
 from training.data.settings import SourceSettings
 from training.distributed.ranks import PATIENCE_MINUTES, Ranks
 from training.errors import UserError
@@ -29,7 +29,9 @@ from training.evaluation.answering import AnswerSettings, Task, predict, read_ta
 from training.evaluation.inputs import default_out, model_fingerprint, name_sources
 from training.evaluation.prediction_files import PredictionFiles
 from training.evaluation.prediction_sheet import draw_sheet
+from training.evaluation.results_page import PAGE_FILE, ShownPass, write_results_page
 from training.evaluation.scoring import summarise
+from training.evaluation.table_files import cells_of
 from training.model.attention import choose_attention, load_pretrained
 from training.model.loading import DTYPES
 
@@ -39,11 +41,17 @@ MODES = ("full", "pruned")
 
 
 def evaluate(
-    args: argparse.Namespace, ranks: Ranks, console: Console, *, load: Callable[..., Any] | None = None
+    args: argparse.Namespace,
+    ranks: Ranks,
+    console: Console,
+    *,
+    load: Callable[..., Any] | None = None,
+    show: Callable[[ShownPass], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Every mode asked for: mode -> result, as in result.json.
+    """Every mode asked for: mode -> result, as in result.json; results.html shows them together.
 
-    load: instead of `load_checkpoint`, for a caller that has the model already.
+    load: instead of `load_checkpoint`, for a caller that has the model already. show: takes every pass on the first
+    rank, for a caller with a page of its own; none is written then.
     Raises UserError for data, checkpoint or settings that cannot be used, the same one on every rank.
     """
     tasks, refused = ranks.agree(lambda: _read_data(args))
@@ -54,6 +62,7 @@ def evaluate(
     ranks.agree(lambda: _check_depth(args, model))
     out = args.out or default_out(args.checkpoint)
     results = {}
+    shown: list[ShownPass] = []
     for mode, prompter in prompters.items():
         answers = dataclasses.replace(answers, depth=args.depth if mode == "pruned" else None)
         settings = {
@@ -71,7 +80,11 @@ def evaluate(
         }
         files = PredictionFiles(out / mode, settings)
         _run_pass(model, prompter, tasks, answers, files, ranks, console, retry_failed=args.retry_failed)
-        results[mode] = ranks.from_first(partial(_write_result, files, tasks, refused, prompter.resize))
+        write = partial(_write_result, files, tasks, refused, prompter, show or shown.append)
+        results[mode] = ranks.from_first(write)
+    if show is None and args.page:
+        title = f"Evaluation of {args.checkpoint}"
+        ranks.from_first(lambda: write_results_page(out / PAGE_FILE, title, shown, args.page))
     return results
 
 
@@ -133,12 +146,18 @@ def _run_pass(
 
 
 def _write_result(
-    files: PredictionFiles, tasks: list[Task], refused: dict[str, str], resize: ResizeSettings
+    files: PredictionFiles,
+    tasks: list[Task],
+    refused: dict[str, str],
+    prompter: Prompter,
+    show: Callable[[ShownPass], None],
 ) -> dict[str, Any]:
     predictions = files.merge({task.id: task.fingerprint for task in tasks})
     result = {**files.settings, **summarise(predictions), "num_refused": len(refused), "refused": refused}
     write_whole(files.folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
-    draw_sheet(list(zip(tasks, predictions, strict=True)), files.folder / "sheet.png", resize)
+    draw_sheet(list(zip(tasks, predictions, strict=True)), files.folder / "sheet.png", prompter.resize)
+    cells = cells_of(result, Path(files.settings["data"][0]).stem)
+    show(ShownPass(files.folder.name, prompter, tasks, predictions, cells))
     return result
 
 

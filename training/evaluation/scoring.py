@@ -24,6 +24,7 @@ class Prediction:
     point: absolute pixels, None when not read; problem: why nothing was read (see `pixelprune.answers`).
     first_token_s: wall time from the prepared prompt to the first token, of the whole batch the record was in.
     fingerprint: of the record that was answered (see `training.evaluation.answering.Task`).
+    source_id: the record's own id, as its benchmark publishes it; `id` names its file and row.
     all_of: names the question of which this is one asking (see `training.evaluation.targets.Target`).
     """
 
@@ -47,6 +48,7 @@ class Prediction:
     first_token_s: float | None = None
     fingerprint: str = ""
     all_of: str = ""
+    source_id: str = ""
 
     @property
     def hit(self) -> bool:
@@ -86,7 +88,7 @@ def failed(record_id: str, target: Target, error: str, **facts: Any) -> Predicti
 def _prediction(record_id: str, target: Target, image_size: tuple[int, int] | None, **facts: Any) -> Prediction:
     shared = {
         name: getattr(target, name)
-        for name in ("scorer", "references", "box", "polygon", "benchmark", "subset", "element", "all_of")
+        for name in ("scorer", "references", "box", "polygon", "benchmark", "subset", "element", "all_of", "source_id")
     }
     return Prediction(id=record_id, image_size=image_size, **shared, **facts)
 

@@ -26,6 +26,7 @@ class Target:
     there is no such place. image_size: (width, height), None when the record does not say: it is then the image's.
     benchmark, subset, element: names to group by ("" where the record has none). all_of: records of one benchmark with
     the same name here are one question asked several times, right when all answers are ("" for a question of its own).
+    source_id: the record's own id, as its benchmark publishes it.
     """
 
     scorer: str
@@ -39,11 +40,12 @@ class Target:
     subset: str = ""
     element: str = ""
     all_of: str = ""
+    source_id: str = ""
 
 
 def target_of(record: Record) -> Target:
     """Read `metadata`: `scorer` (place where it is left out), `answers`, `options`, `bbox`, `polygon`, `refusal`,
-    `image_size`, `source`, `subset` (else `source`), `element` and `all_of`.
+    `image_size`, `source`, `subset` (else `source`), `element`, `all_of` and the record's `id`.
 
     Raises TargetError when what the scorer needs is not there, or cannot be compared with.
     """
@@ -57,6 +59,7 @@ def target_of(record: Record) -> Target:
         "subset": str(metadata.get("subset") or source),
         "element": str(metadata.get("element") or ""),
         "all_of": str(metadata.get("all_of") or ""),
+        "source_id": str(metadata.get("id") or ""),
         "image_size": _image_size(metadata.get("image_size")),
     }
     if scorer == "place":

@@ -63,7 +63,7 @@ def write_answers(predictions: Path, folder: Path) -> int:
         raise ValueError(f"--out {folder} exists already: the scorer would read its files as answers, too")
     rows = list(read_jsonl(predictions))
     for row in rows:
-        name, text = row.get("id"), row.get("text")
+        name, text = row.get("source_id"), row.get("text")
         is_page = isinstance(name, str) and name.endswith("_repeat1") and isinstance(text, str)
         if not is_page or ".." in Path(str(name)).parts or Path(str(name)).is_absolute():
             raise ValueError(f"{predictions}: expected the answers to olmocrbench records, got id {json.dumps(name)}")

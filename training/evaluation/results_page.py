@@ -1,0 +1,186 @@
+"""Results to look at: one HTML file of cells and records, misses first, with what was seen, asked for and answered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pixelprune.command.page import build_page, embedded_picture
+from pixelprune.files import write_whole
+from pixelprune.images.image import decode_image, prune_image
+from pixelprune.prompter import Prompter
+from pixelprune.records.images import read_image
+from pixelprune.records.record import ImageRef
+from training.evaluation.answering import Task
+from training.evaluation.scoring import Prediction
+from training.evaluation.table_files import Cell
+
+logger = logging.getLogger(__name__)
+
+PAGE_FILE = "results.html"
+MAX_PICTURES = 3
+"""Images shown of a record that asks for no place; a document may have a hundred."""
+
+
+@dataclass(frozen=True)
+class ShownPass:
+    """One row's answers to one data file. tasks and predictions: in the same order; cells: benchmark -> its figures."""
+
+    row: str
+    prompter: Prompter
+    tasks: Sequence[Task]
+    predictions: Sequence[Prediction]
+    cells: dict[str, Cell]
+
+
+@dataclass
+class _Record:
+    """A record and every row's answer to it."""
+
+    task: Task
+    benchmark: str
+    given: dict[str, tuple[Prediction, Prompter]] = field(default_factory=dict)
+
+    @property
+    def num_misses(self) -> int:
+        return sum(prediction.score not in (1, None) for prediction, _ in self.given.values())
+
+
+def write_results_page(path: Path, title: str, passes: Sequence[ShownPass], max_records: int) -> None:
+    """Write the page with up to max_records records: those that most rows missed first, evenly from all benchmarks.
+
+    A record whose image cannot be read by now stands there without it, with the reason.
+    """
+    records = _chosen(_records(passes), max_records)
+    rows = list(dict.fromkeys(one.row for one in passes))
+    cells = [{"row": one.row, "benchmark": name, **vars(cell)} for one in passes for name, cell in one.cells.items()]
+    num_all = len({(prediction.benchmark, prediction.id) for one in passes for prediction in one.predictions})
+    data = {
+        "title": title,
+        "facts": [
+            f"{len(records)} of {num_all} records on this page, most-missed first",
+            "red: asked for",
+            "blue: answered",
+        ],
+        "rows": rows,
+        "benchmarks": list(dict.fromkeys(cell["benchmark"] for cell in cells)),
+        "cells": cells,
+        "records": [_shown(record) for record in records],
+    }
+    folder = Path(__file__).parent
+    script, style = ((folder / f"results_page.{kind}").read_text() for kind in ("js", "css"))
+    write_whole(path, build_page(title, data, script, style))
+
+
+def _records(passes: Sequence[ShownPass]) -> list[_Record]:
+    records: dict[tuple[str, str], _Record] = {}
+    for one in passes:
+        only = next(iter(one.cells)) if len(one.cells) == 1 else ""
+        for task, prediction in zip(one.tasks, one.predictions, strict=True):
+            benchmark = prediction.benchmark or only
+            record = records.setdefault((benchmark, task.id), _Record(task, benchmark))
+            record.given[one.row] = prediction, one.prompter
+    return list(records.values())
+
+
+def _chosen(records: list[_Record], max_records: int) -> list[_Record]:
+    """Benchmarks take turns, each giving what most rows missed, spread over the records that are missed as often."""
+    by_benchmark: dict[str, list[_Record]] = {}
+    for record in records:
+        by_benchmark.setdefault(record.benchmark, []).append(record)
+    queues = []
+    for own in by_benchmark.values():
+        levels = sorted({record.num_misses for record in own}, reverse=True)
+        queue: list[_Record] = []
+        for level in levels:
+            alike, room = [record for record in own if record.num_misses == level], max_records - len(queue)
+            step = max(1.0, len(alike) / room) if room > 0 else 1.0
+            queue += [alike[int(i * step)] for i in range(min(room, len(alike)))]
+        queues.append(queue)
+    chosen: list[_Record] = []
+    for turn in range(max_records):
+        chosen += [queue[turn] for queue in queues if turn < len(queue)]
+    return chosen[:max_records]
+
+
+def _shown(record: _Record) -> dict[str, Any]:
+    task, target = record.task, record.task.target
+    messages = task.record.messages
+    question = next((message.text for message in reversed(messages) if message.role == "user"), "")
+    images = task.record.images
+    is_place = target.scorer == "place"
+    refs = images[-1:] if is_place else images[:MAX_PICTURES]
+    pictures: list[tuple[Image.Image, ImageRef]] = []
+    problem = ""
+    resize = next(iter(record.given.values()))[1].resize
+    try:
+        pictures = [(decode_image(read_image(ref, task.root), resize), ref) for ref in refs]
+    except ValueError as error:
+        problem = f"no picture: {error}"
+        logger.warning("results page: %s is shown without its image: %s", task.id, error)
+    return {
+        "id": task.id,
+        "source_id": target.source_id,
+        "benchmark": record.benchmark,
+        "subset": target.subset if target.subset != target.benchmark else "",
+        "kind": target.element,
+        "question": question,
+        "system": next((message.text for message in messages if message.role == "system"), ""),
+        "asked_for": _asked_for(task),
+        "box": target.box,
+        "polygon": target.polygon,
+        "files": [ref.source for ref in refs if isinstance(ref.source, str)],
+        "pictures": [{"source": embedded_picture(picture), "size": picture.size} for picture, _ in pictures],
+        "place_on": len(pictures) - 1 if is_place else None,
+        "num_pictures": 1 if is_place else len(images),
+        "no_picture": problem,
+        "given": {row: _given(prediction, prompter, pictures) for row, (prediction, prompter) in record.given.items()},
+    }
+
+
+def _asked_for(task: Task) -> str:
+    target = task.target
+    if target.is_refusal:
+        return "no such place: (-1, -1)"
+    if target.scorer == "place":
+        corners = [target.box[:2], target.box[2:]] if target.box else target.polygon
+        return " to ".join(f"({x:g}, {y:g})" for x, y in corners) + " px"
+    options = [f"{chr(ord('A') + number)}. {option}" for number, option in enumerate(target.options)]
+    named = [
+        option for option in options if option[0] in {reference.strip().upper() for reference in target.references}
+    ]
+    return "\n".join(named or target.references)
+
+
+def _given(
+    prediction: Prediction, prompter: Prompter, pictures: Sequence[tuple[Image.Image, ImageRef]]
+) -> dict[str, Any]:
+    is_pruned = prompter.prune.strategy != "none"
+    return {
+        "text": prediction.text,
+        "score": prediction.score,
+        "problem": prediction.problem,
+        "error": prediction.error,
+        "point": prediction.point,
+        "kept": prediction.kept_blocks,
+        "full": prediction.full_blocks,
+        "masks": [_mask(picture, ref, prompter) for picture, ref in pictures] if is_pruned else [],
+    }
+
+
+def _mask(picture: Image.Image, ref: ImageRef, prompter: Prompter) -> dict[str, Any] | None:
+    """Omitted blocks as runs (row, first column, number of columns); None for an image that cannot be pruned."""
+    try:
+        keep = prune_image(picture, prompter.prune, prompter.resize, ref.wish).selection.keep
+    except ValueError:  # the prediction says so, as its failure
+        return None
+    edges = np.diff(np.pad(~keep, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
+    runs = [[int(row), int(first), int(end - first)] for (row, first), (_, end) in zip(starts, ends, strict=True)]
+    return {"rows": keep.shape[0], "cols": keep.shape[1], "omitted": runs}
