@@ -20,6 +20,7 @@ __all__ = [
     "POINTER_CALLS",
     "RELATIVE",
     "Answer",
+    "centre_of",
     "format_box",
     "format_place",
     "format_point",
@@ -66,8 +67,8 @@ _LOOSE = (
     re.compile(rf"\b(?:Click|{'|'.join(POINTER_CALLS)})\({_S}{_PAIR}{_S}[,)]"),
     re.compile(rf"^\W{{0,8}}{_PAIR}\W{{0,8}}$"),
 )
-_CORNER_KEYS = ("quad_2d", "points")
-"""Four corners of one thing: the place is the centre, the mean of the corners."""
+_CORNER_KEYS = ("quad_2d", "points", "polygon")
+"""Corners of one thing, four but for a polygon: the place is the centre."""
 _KEYS = ("coordinate", "point_2d", "bbox_2d", "point", "bbox", "box", "position", "start_box", "coordinates")
 
 
@@ -86,6 +87,17 @@ class Answer:
     @property
     def is_parsed(self) -> bool:
         return self.point is not None
+
+
+def centre_of(corners: Sequence[Point]) -> Point:
+    """Of four corners their mean; of another polygon the centre of its area, which lies inside where it is convex."""
+    area, x, y = 0.0, 0.0, 0.0
+    for (x1, y1), (x2, y2) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        cross = x1 * y2 - x2 * y1
+        area, x, y = area + cross, x + (x1 + x2) * cross, y + (y1 + y2) * cross
+    if len(corners) == 4 or abs(area) < 1e-9:
+        return sum(c[0] for c in corners) / len(corners), sum(c[1] for c in corners) / len(corners)
+    return x / (3 * area), y / (3 * area)
 
 
 def to_relative(x: float, y: float, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -204,8 +216,8 @@ def _answer(text: str, numbers: list[float], image_size: tuple[int, int], system
         return Answer(text, problem="outside the image")
     if len(pixels) == 2:
         return Answer(text, (pixels[0], pixels[1]), None, system)
-    if len(pixels) == 8:
-        return Answer(text, (sum(pixels[::2]) / 4, sum(pixels[1::2]) / 4), None, system)
+    if len(pixels) > 4:
+        return Answer(text, centre_of(list(zip(pixels[::2], pixels[1::2], strict=True))), None, system)
     x1, y1, x2, y2 = pixels
     if strict and (x1 > x2 or y1 > y2):
         return Answer(text, problem="box corners out of order")
@@ -283,7 +295,7 @@ def _from_json(value: Any, depth: int = 4) -> list[float] | None:
     if not isinstance(value, dict):
         return None
     for key in _CORNER_KEYS:
-        if (corners := _corners(value.get(key))) is not None:
+        if (corners := _corners(value.get(key), 3 if key == "polygon" else 4)) is not None:
             return corners
     for key in _KEYS:
         if (numbers := _numbers(value.get(key))) is not None:
@@ -294,14 +306,14 @@ def _from_json(value: Any, depth: int = 4) -> list[float] | None:
     return nested[-1] if nested else None
 
 
-def _corners(value: Any) -> list[float] | None:
-    """The eight finite numbers of a quadrilateral, flat or as four pairs, else None."""
-    if isinstance(value, list) and len(value) == 4 and all(isinstance(v, list) and len(v) == 2 for v in value):
+def _corners(value: Any, least: int) -> list[float] | None:
+    """The finite numbers of a quadrilateral, or of a polygon where `least` is three, flat or as pairs, else None."""
+    if isinstance(value, list) and all(isinstance(v, list) and len(v) == 2 for v in value):
         value = [side for corner in value for side in corner]
-    if not isinstance(value, list) or len(value) != 8:
+    if not isinstance(value, list) or len(value) % 2 or len(value) < 2 * least or (least == 4 and len(value) != 8):
         return None
-    halves = _numbers(value[:4]), _numbers(value[4:])
-    return None if halves[0] is None or halves[1] is None else [*halves[0], *halves[1]]
+    pairs = [_numbers(value[i : i + 2]) for i in range(0, len(value), 2)]
+    return None if None in pairs else [n for pair in pairs if pair for n in pair]
 
 
 def _numbers(value: Any) -> list[float] | None:

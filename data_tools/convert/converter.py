@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_tools.convert.coordinates import read_place, write_place
 from data_tools.convert.dropped import DropError, check_unicode
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.leniency import plain_row
+from data_tools.convert.marked_places import rewrite_marked, rewrite_places
+from pixelprune.answers import Answer
 from pixelprune.records.agents import strings_in
 from pixelprune.records.keys import KeyRules
 from pixelprune.records.objects import ObjectStyle, written
@@ -136,8 +137,8 @@ class Converter:
                 try:
                     if not asked:
                         raise DropError("an answer without a question")
-                    answer = read_place(turn.text, size, self.settings.coordinates)
-                    text = write_place(answer, size, self.settings.answer)
+                    text, found = rewrite_places(turn.text, size, self.settings.coordinates, self.settings.answer)
+                    asked = [self._with_marked_rewritten(question, size) for question in asked]
                 except DropError as error:
                     reasons[str(error)] += 1
                     lost_images += tuple(
@@ -147,16 +148,23 @@ class Converter:
                     asked[0] = replace(asked[0], parts=lost_images + asked[0].parts)
                     lost_images = ()
                     kept += [*asked, replace(turn, parts=(text,))]
-                    place: dict[str, Any] = {"point": [round(side, 3) for side in answer.point or ()]}
-                    if answer.box is not None:
-                        place["bbox"] = [round(side, 3) for side in answer.box]
-                    places.append(place)
+                    places += [_place_metadata(answer) for answer in found]
                 asked = []
         if not places:
             raise DropError(reasons.most_common(1)[0][0] if reasons else "no answer")
         self.report.dropped_turns += reasons
         self.report.num_answers += len(places)
         return kept, places
+
+    def _with_marked_rewritten(self, question: Message, size: tuple[int, int]) -> Message:
+        """A question that names places means them as its answer does."""
+        assert self.settings.coordinates is not None
+        form = "auto"  # a question answers nothing
+        parts = [
+            rewrite_marked(part, size, self.settings.coordinates, form)[0] if isinstance(part, str) else part
+            for part in question.parts
+        ]
+        return replace(question, parts=tuple(parts))
 
     def _message(self, message: Message) -> dict[str, Any]:
         content = [
@@ -170,6 +178,14 @@ class Converter:
         if message.role == "assistant" and message.weight != 1:
             loss = {"loss_weight": message.weight} if message.supervised else {"loss": False}
         return {"role": message.role, "content": content, **message.template_fields, **loss}
+
+
+def _place_metadata(answer: Answer) -> dict[str, Any]:
+    """Where an answer points, in pixels: what evaluation compares with."""
+    place: dict[str, Any] = {"point": [round(side, 3) for side in answer.point or ()]}
+    if answer.box is not None:
+        place["bbox"] = [round(side, 3) for side in answer.box]
+    return place
 
 
 def _file_name(image: ImageRef) -> str:

@@ -8,6 +8,8 @@ from data_tools.convert.dropped import DropError
 from pixelprune.answers import POINTER_CALLS, Answer, format_box, format_point, parse_answer
 
 SYSTEMS = ("absolute", "relative", "fraction")
+NONE, SEVERAL = "no coordinates", "several coordinates in one answer"
+"""Why a text is not one place."""
 ANSWERS = ("auto", "point", "box", "tool_call")
 _CALL = re.compile(r"pyautogui\.(\w+)\(([^()]*)\)")
 _TOOL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
@@ -31,12 +33,12 @@ def coordinate_text(text: str) -> str:
     tools = [match.group(0) for match in _TOOL.finditer(text) if '"coordinate' in match.group(1)]
     found = calls or tools
     if len(found) > 1:
-        raise DropError("several coordinates in one answer")
+        raise DropError(SEVERAL)
     if found:
         return found[0]
     bare = _COORDINATE_WORDS.sub("", text)
     if re.search(r"[^\W\d_]", bare) or not 2 <= len(_NUMBER.findall(bare)) <= 4:
-        raise DropError("no coordinates")
+        raise DropError(NONE)
     return text
 
 

@@ -130,6 +130,76 @@ def test_jedi_keeps_the_exchanges_that_give_a_place_and_their_image(corpus: Path
     assert "bbox" not in made[0]["metadata"]
 
 
+@pytest.mark.parametrize(
+    ("system", "question", "answer", "asked", "answered", "places"),
+    [
+        # OS-Atlas: words around the place; several places with their names
+        ("relative", "Task: open the tile", "thoughts:\nIt is in view.\nactions:\nCLICK <point>[[192,123]]</point>",
+         "Task: open the tile", "thoughts:\nIt is in view.\nactions:\nCLICK (192, 123)", [(384, 123)]),
+        ("relative", "Boxes of <ref>item 0</ref>, <ref>item 1</ref>",
+         "<ref>item 0</ref><box>[[114,85,270,160]]</box>\n<ref>item 1</ref><box>[[297,271,453,346]]</box>",
+         "Boxes of <ref>item 0</ref>, <ref>item 1</ref>",
+         "<ref>item 0</ref>[114, 85, 270, 160]\n<ref>item 1</ref>[297, 271, 453, 346]", [(384, 122.5), (750, 308.5)]),
+        ("absolute", "What is at <point>100 200</point>?", "A button <box>(100, 200), (300, 401)</box>.",
+         "What is at (50, 200)?", "A button [50, 200, 150, 401].", [(200, 300.5)]),
+        ("absolute", "All", "<box>[[100, 200, 300, 400], [0, 0, 2000, 1000]]</box>, and no more (3, 4)",
+         "All", "[50, 200, 150, 400], [0, 0, 1000, 1000], and no more (3, 4)", [(200, 300), (1000, 500)]),
+        ("absolute", "All", "<point>[[100, 200], [300, 400]]</point> it is", "All", "(50, 200), (150, 400) it is",
+         [(100, 200), (300, 400)]),
+        ("absolute", "All", "<box>[[100, 200], [300, 400]]</box> it is", "All", "[50, 200, 150, 400] it is",
+         [(200, 300)]),
+        ("absolute", "All", "See <|box_start|>(100,200),(300,400)<|box_end|>", "All", "See [50, 200, 150, 400]",
+         [(200, 300)]),
+        # JSON of Qwen-VL, labels and all
+        ("absolute", "All", '```json\n[{"bbox_2d": [100, 200, 300, 400], "label": "No"}, {"point_2d": [20, 30]}]\n```',
+         "All", '```json\n[{"bbox_2d": [50, 200, 150, 400], "label": "No"}, {"point_2d": [10, 30]}]\n```',
+         [(200, 300), (20, 30)]),
+        ("absolute", "All", '{"label": "tile", "points": [[100, 100], [200, 100], [200, 200], [100, 200]]}',
+         "All", '{"label": "tile", "point_2d": [75, 150]}', [(150, 150)]),
+        ("absolute", "All", '{"label": "a tile", "polygon": [[0, 0], [300, 0], [0, 300]]}',
+         "All", '{"label": "a tile", "point_2d": [50, 100]}', [(100, 100)]),
+        ("fraction", "Go", "CLICK <point>[[0.25, 0.5]]</point>", "Go", "CLICK (250, 500)", [(500, 500)]),
+    ],
+)  # fmt: skip
+def test_places_marked_among_words_are_written_anew_where_they_stand(
+    corpus: Path, system: str, question: str, answer: str, asked: str, answered: str, places: list
+) -> None:
+    options = ["--source", "any", "--coordinates", system]
+    (made,) = run("convert", corpus, [sharegpt(f"<image>\n{question}", answer)], *options)
+    assert made["messages"][0]["content"][1]["text"] == f"\n{asked}"
+    assert answers([made]) == [[answered]]
+    if len(places) == 1:
+        assert made["metadata"]["point"] == pytest.approx(places[0])
+    else:
+        assert "point" not in made["metadata"], "several: none of them is the place"
+    report = json.loads((corpus / "out.report.json").read_text())
+    assert report["answers rewritten"] == len(places)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "options"),
+    [
+        ("Go <point>[[3000, 4]]</point> now", "coordinates outside the image", []),
+        ("Go <point>near 3, 4</point> now", "coordinates not understood", []),
+        ("Go <box>[1, 2, 3]</box> now", "coordinates not understood", []),
+        ("Go <box>[[1, 2, 3, 4], 5]</box> now", "coordinates not understood", []),
+        ("Go <point>[0.5, 0.5]</point> now", "fractions 0-1 where others were expected (see --coordinates)", []),
+        ('Go {"bbox_2d": "1, 2, 3, 4", "label": "a"} now', "coordinates not understood", []),
+        ('Go {"points": [1, 2, 3, 4], "label": "a"} now', "coordinates not understood", []),
+        ("Go <point>[3, 4]</point> now", "words or several places, which a tool call leaves no room for",
+         ["--answer", "tool_call"]),
+        ("Go <point>[3, 4]</point> now", "a point where a box was wanted", ["--answer", "box"]),
+    ],
+)  # fmt: skip
+def test_a_marked_place_that_cannot_be_written_anew_drops_the_exchange(
+    corpus: Path, answer: str, reason: str, options: list[str]
+) -> None:
+    rows = [sharegpt("<image>\nGo", answer), sharegpt("<image>\nGo", "[1, 2, 3, 4]" if "box" in options else "(1, 2)")]
+    made = run("convert", corpus, rows, "--source", "any", "--coordinates", "absolute", *options)
+    assert len(made) == 1
+    assert json.loads((corpus / "out.report.json").read_text())["dropped"]["records"] == {reason: 1}
+
+
 BAD = {
     "no coordinates": sharegpt("<image>\nWhat is it?", "A window (3, 4) of 2026."),
     "several coordinates in one answer": sharegpt("<image>\nDrag", "pyautogui.moveTo(1, 2)\npyautogui.dragTo(30, 40)"),

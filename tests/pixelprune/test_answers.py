@@ -119,6 +119,23 @@ def test_boxes_are_read_in_every_usual_shape(text: str, format: str, box: tuple[
 
 
 @pytest.mark.parametrize(
+    ("text", "point"),
+    [
+        ('{"polygon": [[0, 0], [300, 0], [0, 300]]}', (200, 100)),
+        ('{"polygon": [0, 0, 300, 0, 0, 300], "label": "x"}', (200, 100)),
+        # an L of three squares: the centre of its area, not the mean of its corners
+        ('{"polygon": [[0, 0], [200, 0], [200, 100], [100, 100], [100, 200], [0, 200]]}', (500 / 3, 250 / 3)),
+        ('{"polygon": [[10, 10], [20, 20], [30, 30]]}', (40, 20)),  # without an area
+        ('{"polygon": [[0, 0], [0, 100], [100, 100], [100, 0]]}', (100, 50)),
+    ],
+)
+def test_a_polygon_means_its_centre(text: str, point: tuple[float, float]) -> None:
+    answer = parse_answer(text, image_size=SIZE, format="point")
+    assert answer.point == pytest.approx(point), answer
+    assert answer.box is None
+
+
+@pytest.mark.parametrize(
     ("text", "format"),
     [
         ("Click (512, 87)", "point"),
