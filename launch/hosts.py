@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from launch.environment import OF_EVERY_RANK
-from launch.local import TRAINER, find_deepspeed
+from launch.local import QUIET, TRAINER, find_deepspeed
 from training.errors import UserError
 
 _EXPORTED = ("GLOO_", "HF_", "WANDB_")
@@ -39,7 +39,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def hostfile_command(recipe: Path, overrides: list[str], hostfile: Path, *, port: int) -> list[str]:
     """DeepSpeed starts the ranks of all hosts over ssh (pdsh)."""
     options = ["--hostfile", str(hostfile), "--launcher", "pdsh", "--master_port", str(port)]
-    return [find_deepspeed(), *options, "--module", TRAINER, str(recipe), *overrides]
+    return [find_deepspeed(), *QUIET, *options, "--module", TRAINER, str(recipe), *overrides]
 
 
 def with_exports(environment: dict[str, str], folder: Path) -> dict[str, str]:
@@ -81,7 +81,7 @@ def node_command(
     """One node's part of a run that is started on every node, by Slurm or by hand: no ssh."""
     options = ["--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(node_rank)]
     meeting_point = ["--master_addr", master, "--master_port", str(port)]
-    return [find_deepspeed(), *options, *meeting_point, "--module", TRAINER, str(recipe), *overrides]
+    return [find_deepspeed(), *QUIET, *options, *meeting_point, "--module", TRAINER, str(recipe), *overrides]
 
 
 def parse_master(text: str) -> tuple[str, int]:

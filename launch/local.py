@@ -13,6 +13,9 @@ from training.distributed.cores import usable_cores
 from training.errors import UserError
 
 TRAINER = "training.train"
+QUIET = ("--log_level", "critical")
+"""DeepSpeed's launchers say nothing: their lines would bury the run's own, and a stop on request is an error to them.
+How a run ended is said by the front process."""
 
 
 def default_num_ranks() -> int:
@@ -44,7 +47,7 @@ def local_command(recipe: Path, overrides: list[str], num_ranks: int, *, port: i
     gpus = chosen_gpus(num_ranks)
     which = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_accelerators", str(num_ranks)]
     port_arguments = ["--master_port", str(port)] if port else []
-    return [find_deepspeed(), *which, *port_arguments, "--module", TRAINER, str(recipe), *overrides]
+    return [find_deepspeed(), *QUIET, *which, *port_arguments, "--module", TRAINER, str(recipe), *overrides]
 
 
 def run_local(

@@ -13,7 +13,7 @@ from launch.snapshot import save_snapshot
 from launch.stop import StopRequests
 from training.config.recipe import show
 from training.config.settings import Config
-from training.exit_codes import STOP_FILE
+from training.exit_codes import FINISHED, RESUMABLE, STOP_FILE, USER_ERROR
 from training.loop.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,11 @@ def run_launch(launch: Launch, restarts: RestartPolicy) -> int:
         if launch.owns_folder:
             lock.acquire()
         try:
-            return run_with_restarts(start, restarts, stops, lambda: furthest_logged_step(folder))
+            code = run_with_restarts(start, restarts, stops, lambda: furthest_logged_step(folder))
+            if code not in (FINISHED, USER_ERROR, RESUMABLE) and not stops.signum:
+                logger.error(
+                    "failed with code %d: what the ranks said stands above; %s is as they left it", code, folder
+                )
+            return code
         finally:
             lock.release()

@@ -19,6 +19,7 @@ from training.command import run_command, set_up_logging
 from training.config.settings import ATTENTION_NAMES
 from training.distributed.ranks import join_ranks, leave_ranks
 from training.evaluation.answering import AnswerSettings
+from training.evaluation.inputs import model_of
 from training.evaluation.passes import MODES, evaluate, result_table
 from training.exit_codes import leave_process
 from training.model.loading import DTYPES
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace) -> None:
     console = plain_console(stderr=True)
+    args.checkpoint = model_of(args.checkpoint)
     ranks = join_ranks()
     try:
         results = evaluate(args, ranks, console)
@@ -59,7 +61,10 @@ def parser() -> argparse.ArgumentParser:
         prog="training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", help="model folder, such as a run's export; a checkpoint is exported first (training.export)")
+    add(
+        "checkpoint",
+        help="model folder, or a run, whose export is taken; a checkpoint is exported first (training.export)",
+    )
     add("--data", nargs="+", required=True, help="records whose metadata has a box or a scorer; see docs/grounding.md")
     add(
         "--ignore-keys",

@@ -47,6 +47,7 @@ def _quieten() -> None:
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its tries again; how it ended is said once
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ class ProgressLine:
         self.console = console or plain_console(stderr=True)
         self.what, self.total, self.start, self.num_done = what, total, start, start
         self.in_percent, self.is_shown = in_percent, is_shown and total > start
-        self._started = time.monotonic()
-        self._last_line = -_SECONDS_BETWEEN_LINES if speaks_at_once else self._started
+        self._first: tuple[int, float] | None = None
+        self._last_line = -_SECONDS_BETWEEN_LINES if speaks_at_once else time.monotonic()
         self._unsaid = ""
         self._bar: Progress | None = None
         if self.is_shown and self.console.is_terminal:
@@ -56,6 +56,7 @@ class ProgressLine:
     def update(self, num_done: int, status: str = "") -> None:
         """`num_done` of the total are done; status: what else there is to say now."""
         self.num_done = num_done
+        self._first = self._first or (num_done, time.monotonic())
         if self._bar is not None:
             self._bar.update(self._task, completed=num_done, status=self._words(status))
             return
@@ -92,10 +93,13 @@ class ProgressLine:
         return "  ".join(part for part in (share, status, self._time_left()) if part)
 
     def _time_left(self) -> str:
-        num = self.num_done - self.start
-        seconds = time.monotonic() - self._started
+        """From what came after the first piece, which is slow in ways that do not come again: processes start, code is
+        compiled, caches are cold."""
+        num_first, first = self._first or (self.num_done, 0.0)
+        num = self.num_done - num_first
         if num <= 0 or self.num_done >= self.total:
             return ""
+        seconds = time.monotonic() - first
         return f"ETA {_duration(seconds / num * (self.total - self.num_done))}"
 
 

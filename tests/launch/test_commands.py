@@ -31,7 +31,8 @@ def test_dry_run_prints_the_command_of_a_local_run(capsys):
     command = shlex.split(capsys.readouterr().out)
     assert Path(command[0]).name == "deepspeed"
     options = ["--num_accelerators", "3", "--module", "training.train"]
-    assert command[1:] == [*options, RECIPE, "optim.lr=2e-5", "run.name=a b"]
+    assert command[1:3] == ["--log_level", "critical"]
+    assert command[3:] == [*options, RECIPE, "optim.lr=2e-5", "run.name=a b"]
 
 
 def test_accepting_changes_is_a_setting_of_the_run(capsys):
@@ -44,12 +45,12 @@ def test_dry_run_prints_the_commands_of_several_hosts(capsys, tmp_path):
     hostfile.write_text("one slots=8\ntwo slots=4 # smaller\n\n")
     assert main([RECIPE, "--hostfile", str(hostfile), "--dry-run"]) == 0
     over_ssh = shlex.split(capsys.readouterr().out)
-    assert over_ssh[1:5] == ["--hostfile", str(hostfile), "--launcher", "pdsh"]
+    assert over_ssh[3:7] == ["--hostfile", str(hostfile), "--launcher", "pdsh"]
     assert over_ssh[-3:] == ["--module", "training.train", RECIPE]
     node = ["--node-rank", "1", "--master", "one:29500"]
     assert main([RECIPE, "--hostfile", str(hostfile), *node, "--dry-run"]) == 0
     by_node = shlex.split(capsys.readouterr().out)
-    assert by_node[3:] == [
+    assert by_node[5:] == [
         *("--no_ssh", "--node_rank", "1", "--master_addr", "one", "--master_port", "29500"),
         *("--module", "training.train", RECIPE),
     ]
@@ -58,14 +59,14 @@ def test_dry_run_prints_the_commands_of_several_hosts(capsys, tmp_path):
 def test_gpus_left_to_the_run_are_the_ones_it_takes(monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
-    assert local_command(Path(RECIPE), [], 2)[1:3] == ["--include", "localhost:2,5"]
+    assert local_command(Path(RECIPE), [], 2)[3:5] == ["--include", "localhost:2,5"]
     with pytest.raises(UserError, match="leaves 3 GPUs"):
         local_command(Path(RECIPE), [], 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937")
     with pytest.raises(UserError, match="expected GPU numbers"):
         local_command(Path(RECIPE), [], 1)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert local_command(Path(RECIPE), [], 4)[1:3] == ["--num_accelerators", "4"]
+    assert local_command(Path(RECIPE), [], 4)[3:5] == ["--num_accelerators", "4"]
 
 
 def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch, capsys):
@@ -74,10 +75,10 @@ def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch, capsys):
     assert main([RECIPE, "--ranks", "3", "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error == "error: --ranks 3: this machine has 2 GPUs; lower --ranks, or set DS_ACCELERATOR=cpu\n"
-    assert local_command(Path(RECIPE), [], 2)[1:3] == ["--num_accelerators", "2"]
+    assert local_command(Path(RECIPE), [], 2)[3:5] == ["--num_accelerators", "2"]
     assert default_num_ranks() == 2
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert local_command(Path(RECIPE), [], 3)[1:3] == ["--num_accelerators", "3"]
+    assert local_command(Path(RECIPE), [], 3)[3:5] == ["--num_accelerators", "3"]
     assert default_num_ranks() == min(2, os.cpu_count() or 1)
 
 

@@ -35,8 +35,10 @@ def test_restarts_end_with_the_finished_run_and_each_start_is_on_record(launch, 
     FolderLock(tmp_path / "debug").acquire().release()
 
 
-def test_without_restarts_the_failure_comes_back(launch):
+def test_without_restarts_the_failure_comes_back_and_is_said(launch, caplog):
+    """DeepSpeed's own launchers are silent."""
     assert run_launch(launch, RestartPolicy()) == 7
+    assert "failed with code 7: what the ranks said stands above" in caplog.text
 
 
 def test_locked_folder_is_refused_before_anything_is_written(launch, tmp_path):

@@ -10,7 +10,11 @@ import torch
 
 from training.composition.toy import build_toy_model
 from training.config.settings import ConfigError, ModelSettings
-from training.model.loading import load_model, load_model_files
+from training.distributed.ranks import Ranks
+from training.errors import UserError
+from training.evaluation.inputs import model_of
+from training.model import loading
+from training.model.loading import load_model, load_model_files, load_model_files_once
 
 
 def test_a_model_folder_without_its_tokenizer_is_not_the_datas_fault(toy_folder, tmp_path):
@@ -48,3 +52,33 @@ def test_quantised_weights_are_refused(toy_folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(content | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ConfigError, match="holds quantised weights"):
         load_model(ModelSettings(path=str(folder)), attention="sdpa", device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("path", ["runs/no/export", "./model", "model", "~/model", "/nowhere/model"])
+def test_a_path_that_is_not_there_asks_no_network(path, monkeypatch):
+    monkeypatch.setattr(loading.ModelFolder, "open", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ConfigError, match=f"model.path: no such model folder: {path}"):
+        load_model_files(ModelSettings(path=path))
+
+
+def test_one_rank_asks_the_hub_before_the_others_do(monkeypatch):
+    """The others of a machine find in the cache what the first one brought, or hear its error."""
+    asked: list[int] = []
+    monkeypatch.setattr(loading, "load_model_files", lambda *_: asked.append(1))
+    first, other = (Ranks(rank, 1, rank, torch.device("cpu")) for rank in (0, 1))
+    monkeypatch.setattr(Ranks, "from_first", lambda self, do: do() if self.is_first else None)
+    for ranks, path, times in ((first, "OWNER/NAME", 2), (other, "OWNER/NAME", 1), (first, "/a/folder", 1)):
+        asked.clear()
+        load_model_files_once(ModelSettings(path=path), ranks)
+        assert len(asked) == times, path
+
+
+def test_a_run_stands_for_its_export(tmp_path):
+    assert model_of("OWNER/NAME") == "OWNER/NAME"
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"has no export yet; .*training\.export"):
+        model_of(str(tmp_path))
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").touch()
+    assert model_of(str(tmp_path)) == str(tmp_path / "export")
+    assert model_of(str(tmp_path / "export")) == str(tmp_path / "export")

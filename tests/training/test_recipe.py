@@ -79,7 +79,7 @@ def test_every_field_is_reachable_from_yaml(recipe):
         ("optim.lr=abc", "optim.lr: Value 'abc'"),
         ("data.num_workers=1.5", "data.num_workers"),
         ("data.sources.x.weight=3", "expected a list index, got 'x'"),
-        ("data.sources.7.weight=3", "data.sources has 1 entries"),
+        ("data.sources.7.weight=3", "data.sources has 1 entry, counted from 0; to add one, .*give the whole list"),
         ("model.path=${oc.env:HOME}", "interpolation .* is refused"),
         ("model.dtype=fp16", "model.dtype: expected one of bfloat16, float32, got 'fp16'"),
         ("loss.ce_weight=-1", "ce_weight"),

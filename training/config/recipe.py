@@ -168,13 +168,22 @@ def _check_path(dotted: str, tree: DictConfig) -> None:
                 raise ConfigError(f"{walked}: expected a list index, got {part!r}, as in {walked}.0")
             num_entries = len(OmegaConf.select(tree, walked))
             if int(part) >= num_entries:
-                raise ConfigError(f"{dotted}: {walked} has {num_entries} entries, counted from 0")
+                raise ConfigError(_no_such_entry(dotted, walked, num_entries))
             kind = get_args(kind)[0]
         elif dataclasses.is_dataclass(kind):
             kind = _field_type(kind, part, walked, "command line")
         elif get_origin(kind) is not dict and kind is not dict:
             raise ConfigError(f"command line: {walked} has no fields, got {dotted!r}")
         walked = f"{walked}.{part}" if walked else part
+
+
+def _no_such_entry(dotted: str, walked: str, num_entries: int) -> str:
+    has = f"{num_entries} entr{'y' if num_entries == 1 else 'ies'}, counted from 0"
+    example = "[{path: A.jsonl}, {path: B.jsonl}]"
+    return (
+        f"{dotted}: {walked} has {has}; to add one, write it into the recipe (a further `- path: ...` below {walked}), "
+        f"or give the whole list: '{walked}={example}'"
+    )
 
 
 def _check_keys(content: Any, kind: Any, *, prefix: str, source: str) -> None:

@@ -35,6 +35,19 @@ def model_fingerprint(checkpoint: str, config: Any) -> str:
     return digest.hexdigest()
 
 
+def model_of(checkpoint: str) -> str:
+    """The model folder of what was named: a run's folder stands for its export. Raises UserError where it has none."""
+    folder = Path(checkpoint)
+    if (folder / "config.json").exists() or not (folder / "config.yaml").exists():
+        return checkpoint
+    if (folder / "export" / "config.json").exists():
+        return str(folder / "export")
+    raise UserError(
+        f"{checkpoint} is a run that has no export yet; write one with `python -m training.export {checkpoint} "
+        f"-o {folder / 'export'}`"
+    )
+
+
 def default_out(checkpoint: str) -> Path:
     """Beside a model folder, never in it: the next export replaces the folder. For a hub id below `evaluation`."""
     folder = Path(checkpoint)

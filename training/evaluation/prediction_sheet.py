@@ -79,10 +79,18 @@ def _draw_cell(task: Task, prediction: Prediction, resize: ResizeSettings) -> Im
     question = next((message.text for message in reversed(task.record.messages) if message.role == "user"), "")
     answer = prediction.error or prediction.text or "(empty)"
     problem = f" ({prediction.problem})" if prediction.problem else ""
-    lines = [*textwrap.wrap(question, 64)[:2], *textwrap.wrap(f"{verdict}: {answer}{problem}", 64)[:2]]
+    lines = [
+        *textwrap.wrap(_which_picture(len(task.record.images)) + question, 64)[:2],
+        *textwrap.wrap(f"{verdict}: {answer}{problem}", 64)[:2],
+    ]
     font = ImageFont.load_default(12)
     draw.multiline_text((6, PICTURE_HEIGHT + 4), "\n".join(lines), fill=HIT if prediction.hit else MISS, font=font)
     return cell
+
+
+def _which_picture(num_images: int) -> str:
+    """Answers are about the last one."""
+    return f"picture {num_images} of {num_images}: " if num_images > 1 else ""
 
 
 def _view(size: tuple[int, int], prediction: Prediction) -> tuple[float, float, float, float]:

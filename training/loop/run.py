@@ -35,7 +35,7 @@ from training.loop.memory import MemoryPlan, plan_memory
 from training.loop.start_table import print_start_table
 from training.loop.step import SkipCounter, run_step
 from training.model.attention import choose_attention
-from training.model.loading import DTYPES, load_model, load_model_files, prepare_layers
+from training.model.loading import DTYPES, load_model, load_model_files_once, prepare_layers
 from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts, set_learning_rates, trains_vision
 from training.model.supervised import SupervisedModel
@@ -55,9 +55,14 @@ def run(config: Config) -> int:
     folder = Path(config.run.folder) / config.run.name
     stop = StopRequest(folder)
     ranks = join_ranks(config.distributed.timeout_minutes)
+    if not ranks.has_launcher:  # before the folder is touched and the data indexed
+        raise UserError(
+            "training needs a launcher: `python -m launch RECIPE --ranks 1`, "
+            "`deepspeed --module training.train RECIPE` or `torchrun -m training.train RECIPE`"
+        )
     with _set_up(config, ranks, folder):
         try:
-            return _train(RunContext(config, ranks, folder, load_model_files(config.model), stop))
+            return _train(RunContext(config, ranks, folder, load_model_files_once(config.model, ranks), stop))
         except StopAskedError:
             logger.info("rank %d: stopped before the first step; start again to continue", ranks.rank)
             return RESUMABLE
@@ -76,11 +81,6 @@ def _train(context: RunContext) -> int:
     cursor = _cursor(context, feed, continuation)
     evaluations = Evaluations(context, num_steps)
 
-    if not ranks.has_launcher:
-        raise UserError(
-            "training needs a launcher: `python -m launch RECIPE --ranks 1`, "
-            "`deepspeed --module training.train RECIPE` or `torchrun -m training.train RECIPE`"
-        )
     if context.is_stopping():
         raise StopAskedError
     engine, attention, memory = _build(context, teacher_plan)

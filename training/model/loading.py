@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from pixelprune.model_folder import ModelFolder
 from training.config.settings import AUTO, ConfigError, ModelSettings
+from training.distributed.ranks import Ranks
 from training.model.attention import load_pretrained
 from training.model.attention_check import check_attention
 from training.model.compiled import compile_layers
@@ -18,18 +20,39 @@ from training.model.fused import use_fused
 
 logger = logging.getLogger(__name__)
 
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def load_model_files(settings: ModelSettings, key: str = "model.path") -> ModelFolder:
     """The model folder or hub id of a recipe, without its weights. Raises ConfigError naming `key`."""
     path = settings.path
-    if (Path(path).is_absolute() or path.startswith(".") or "/" not in path) and not Path(path).is_dir():
+    if not (Path(path).is_dir() or is_hub_id(path)):
         raise ConfigError(f"{key}: no such model folder: {path}")
     try:
         return ModelFolder.open(path, trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no folder here may be a hub id, OWNER/NAME; others are typos that no network knows."""
+    return _HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
+
+
+def load_model_files_once(settings: ModelSettings, ranks: Ranks, key: str = "model.path") -> ModelFolder:
+    """As `load_model_files`, on every rank; of a hub id one rank asks first, for all that share its cache or its fate.
+
+    Every rank calls this.
+    """
+    if is_hub_id(settings.path):
+
+        def ask() -> None:
+            logger.info("%s: %s is no folder here; asking the hub for it", key, settings.path)
+            load_model_files(settings, key)
+
+        ranks.from_first(ask)
+    return load_model_files(settings, key)
 
 
 def load_model(settings: ModelSettings, *, attention: str, device: torch.device) -> PreTrainedModel:
