@@ -105,6 +105,28 @@ class CostModel:
         )
         return sum(parts.values())
 
+    def prefill_flops(
+        self,
+        *,
+        kept_blocks: Sequence[int],
+        text_tokens: int,
+        full_blocks: Sequence[int] = (),
+        tower_share: float = 0.0,
+    ) -> float:
+        """FLOPs of a prompt up to its first new token.
+
+        full_blocks, tower_share: for blocks that are dropped inside the vision tower (Table 7): of all blocks of each
+        image, and the share of the tower's layers that compute them. The patches of all of them are embedded then; what
+        lies behind the tower sees kept blocks alone.
+        """
+        flops = self.sample_flops(kept_blocks=kept_blocks, text_tokens=text_tokens, supervised_tokens=1, training=False)
+        if tower_share == 0:
+            return flops
+        more_patches = self.patches_per_block * (sum(full_blocks) - sum(kept_blocks))
+        more_squares = self.patch_squares(full_blocks) - self.patch_squares(kept_blocks)
+        flops += (self.patch_embed + tower_share * self.vit_linear) * more_patches
+        return flops + tower_share * self.vit_attention * more_squares
+
     def batch_flops(
         self,
         *,

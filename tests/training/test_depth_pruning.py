@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
+from pixelprune.flops import CostModel
 from pixelprune.hf import encode_images, generate, prepare
 from pixelprune.pack import VisionGeometry, pack_samples, vision_inputs
 from pixelprune.prompter import Prompter
@@ -103,6 +106,28 @@ def test_between_them_it_is_a_loop_over_the_layers(asked):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)  # matrices of other shapes round differently
     before = features_of(encode_pruned_after(model, -1, pruned, whole))
     assert not torch.allclose(got[0], before[0], atol=1e-5), "the depth matters"
+
+
+def test_flops_are_those_that_torch_counts_in_the_tower(asked):
+    model, pruned, whole = asked
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")  # whose products the counter sees
+    costs = CostModel.from_config(model.config)
+    kept = [int(mask.sum()) for mask in keeps(pruned)]
+    full = [mask.numel() for mask in keeps(pruned)]
+    num_layers = len(model.model.visual.blocks)
+    text = costs.breakdown(kept_blocks=kept, text_tokens=9, supervised_tokens=1, training=False)
+    behind = sum(flops for part, flops in text.items() if part.startswith("llm") or part == "head")
+    found = []
+    for k in range(-1, num_layers):
+        with FlopCounterMode(display=False) as counter:
+            encode_pruned_after(model, k, pruned, whole)
+        arguments = {"kept_blocks": kept, "text_tokens": 9, "full_blocks": full}
+        found.append(costs.prefill_flops(**arguments, tower_share=(k + 1) / num_layers) - behind)
+        if k == -1:  # PixelPrune embeds kept patches alone; the hooks embed all and drop the others behind
+            found[-1] += costs.patch_embed * 4 * (sum(full) - sum(kept))
+        assert found[-1] == pytest.approx(counter.get_total_flops(), rel=1e-9), k
+    assert found == sorted(set(found)), "deeper is dearer"
 
 
 def test_answers_are_generated_at_every_depth_and_the_hooks_are_gone(asked):

@@ -82,6 +82,19 @@ def test_every_table_runs_and_holds_the_values_computed_by_hand(name, toy_folder
     assert f"Table {TABLES[name].number}:" in text
     assert f"{100 * docs_macro:.1f}" in text
     assert text in capsys.readouterr().out
+    full = (
+        {key: cell["prefill_flops"] for key, cell in content["rows"]["Full"]["cells"].items()} if FULL in rows else {}
+    )
+    for label, found in content["rows"].items():
+        if full:
+            own = sum(cell["prefill_flops"] for cell in found["cells"].values())
+            assert found["prefill_flops_ratio"] == pytest.approx(own / sum(full.values()))
+            assert (found["prefill_flops_ratio"] < 1) == (label != "Full")
+    if name == "depth":
+        ratios = [found["prefill_flops_ratio"] for found in content["rows"].values()]
+        assert ratios[1] < ratios[2] < ratios[3] < ratios[0] == 1, "the deeper the dearer"
+        assert "| Avg | FLOPs |" in text
+        assert text.count("100.0 (100.0)") == 1, "Full against itself"
     assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
     page = page_data(tmp_path / "out" / f"{name}.html")
     assert page["rows"] == [row.label for row in rows]

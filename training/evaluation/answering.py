@@ -15,6 +15,7 @@ import torch
 import xxhash
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from pixelprune.flops import CostModel
 from pixelprune.hf import PrunedInputs, generate, prepare
 from pixelprune.prompter import Messages, Prompter
 from pixelprune.records.images import read_image
@@ -163,10 +164,13 @@ def _answer(
         task, own = ready[0]
         return [failed(task.id, task.target, failure, **_blocks(own))]
     predictions = []
+    costs, num_layers = CostModel.from_config(model.config), model.config.vision_config.depth
     for (task, own), text, ids in zip(ready, answers.texts, answers.token_ids, strict=True):
         images = own.samples[0].images
         size = images[-1].original_size[::-1] if images else None
         facts = _blocks(own) | {"num_generated": len(ids), "first_token_s": clock.seconds}
+        facts["prefill_flops"] = _flops(costs, own, settings, num_layers)
+        facts["prefill_flops_square"] = _flops(costs.whole_square(), own, settings, num_layers)
         predictions.append(judge(task.id, task.target, text, size, settings.answer_format, **facts))
     return predictions
 
@@ -204,6 +208,19 @@ class _FirstTokenClock(StoppingCriteria):
 
 def _blocks(inputs: PrunedInputs) -> dict[str, int]:
     return {"kept_blocks": inputs.num_kept_blocks, "full_blocks": inputs.num_blocks}
+
+
+def _flops(costs: CostModel, inputs: PrunedInputs, settings: AnswerSettings, num_layers: int) -> float:
+    """Of one prompt up to its first token, with the blocks dropped where they are."""
+    sample = inputs.samples[0]
+    kept = [image.selection.num_kept for image in sample.images]
+    share = 0.0 if settings.depth is None else (settings.depth + 1) / num_layers
+    return costs.prefill_flops(
+        kept_blocks=kept,
+        text_tokens=len(sample) - sum(kept),
+        full_blocks=[image.selection.keep.size for image in sample.images],
+        tower_share=share,
+    )
 
 
 def _fingerprint(record: Record, target: Target, root: Path | None) -> str:

@@ -22,6 +22,8 @@ class Prediction:
     text: the answer as generated, "" when generation failed; error: why it failed, "" otherwise.
     score: 0 to 1 by `scorer`, None where the benchmark brings its own scorer.
     point: absolute pixels, None when not read; problem: why nothing was read (see `pixelprune.answers`).
+    prefill_flops, prefill_flops_square: of the prompt up to the first token; causal attention counted by half, and as
+    the whole square, which is the paper's convention. None where generation failed.
     first_token_s: wall time from the prepared prompt to the first token, of the whole batch the record was in.
     fingerprint: of the record that was answered (see `training.evaluation.answering.Task`).
     source_id: the record's own id, as its benchmark publishes it; `id` names its file and row.
@@ -49,6 +51,8 @@ class Prediction:
     fingerprint: str = ""
     all_of: str = ""
     source_id: str = ""
+    prefill_flops: float | None = None
+    prefill_flops_square: float | None = None
 
     @property
     def hit(self) -> bool:
@@ -97,6 +101,7 @@ def _prediction(record_id: str, target: Target, image_size: tuple[int, int] | No
 class Score:
     """Counts over some predictions.
 
+    num_counted, prefill_flops, prefill_flops_square: predictions whose FLOPs are known, and their sums.
     least: the least score of each question that is asked several times.
     first_tokens_s: one time per prediction that has one; batches weigh as many times as they have records.
     """
@@ -110,6 +115,9 @@ class Score:
     kept_blocks: int = 0
     full_blocks: int = 0
     num_generated: int = 0
+    num_counted: int = 0
+    prefill_flops: float = 0.0
+    prefill_flops_square: float = 0.0
     first_tokens_s: list[float] = field(default_factory=list)
 
     def add(self, prediction: Prediction) -> None:
@@ -125,6 +133,10 @@ class Score:
         self.kept_blocks += prediction.kept_blocks
         self.full_blocks += prediction.full_blocks
         self.num_generated += prediction.num_generated
+        if prediction.prefill_flops is not None and prediction.prefill_flops_square is not None:
+            self.num_counted += 1
+            self.prefill_flops += prediction.prefill_flops
+            self.prefill_flops_square += prediction.prefill_flops_square
         if prediction.first_token_s is not None:
             self.first_tokens_s.append(prediction.first_token_s)
 
@@ -143,6 +155,9 @@ class Score:
             "num_failed": self.num_failed,
             "retain_ratio": self.kept_blocks / self.full_blocks if self.full_blocks else None,
             "tokens_per_answer": self.num_generated / answered if answered else None,
+            # Sums over all records, or nothing: ratios of sums over different records would say nothing.
+            "prefill_flops": self.prefill_flops if self.num_counted == self.num else None,
+            "prefill_flops_square": self.prefill_flops_square if self.num_counted == self.num else None,
             "first_token_s": median(self.first_tokens_s) if self.first_tokens_s else None,
         }
 

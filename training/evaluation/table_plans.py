@@ -27,11 +27,12 @@ class Row:
 
 @dataclass(frozen=True)
 class TablePlan:
-    """One table of the paper: its number there, what it shows, and its rows."""
+    """One table of the paper: its number there, what it shows, its rows, and whether it compares FLOPs."""
 
     number: int
     title: str
     rows: tuple[Row, ...]
+    shows_flops: bool = False
 
     @property
     def roles(self) -> list[str]:
@@ -68,7 +69,7 @@ TABLES = {
             Row("Pred-2D", strategy="pred2d"),
         ),
     ),
-    "depth": TablePlan(7, "Depth at which blocks are dropped", (FULL,)),
+    "depth": TablePlan(7, "Depth at which blocks are dropped", (FULL,), shows_flops=True),
     "thresholds": TablePlan(
         8,
         "Metric and threshold of the omission test",
