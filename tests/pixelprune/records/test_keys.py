@@ -29,12 +29,22 @@ GOOD = [
         "conversations": [{"from": "human", "value": "<image>\nWhich?"}, {"from": "gpt", "value": "The left."}],
         "images": [{"bytes": b"png", "path": "a.png"}],
     },
+    {
+        "messages": [
+            {"role": "user", "content": "<image>Find <ref-object>"},
+            {"role": "assistant", "content": "<bbox>"},
+        ],
+        "images": ["a.png"],
+        "objects": {"ref": ["the menu"], "bbox": [[1, 2, 3, 4]]},
+    },
 ]
 
 
 def objects_of(value, level="record"):
     """(level, object) for every object of a record, of which the test may change any."""
     yield level, value
+    if level == "record" and "objects" in value:
+        yield "object", value["objects"]
     for key in ("messages", "conversations"):
         for turn in value.get(key, []) if level == "record" else []:
             yield from objects_of(turn, "turn")
@@ -66,7 +76,7 @@ UNKNOWN = {
 
 
 def test_there_are_objects_at_every_level():
-    assert Counter(level for _, _, level in PLACES) == {"record": 2, "turn": 4, "part": 3, "image": 3}
+    assert Counter(level for _, _, level in PLACES) == {"record": 3, "turn": 6, "part": 3, "image": 3, "object": 1}
     for good in GOOD:
         parse_record(good)
 
