@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from launch.environment import rank_environment
+from launch.environment import num_gpus, rank_environment
 from launch.hosts import (
     check_ssh_tools,
     hostfile_command,
@@ -22,6 +22,7 @@ from launch.hosts import (
 from launch.local import default_num_ranks, free_port, local_command, run_local
 from launch.restart import RestartPolicy
 from launch.slurm import SlurmSettings, slurm_script, submit
+from pixelprune.command import plain_console
 from training.command import run_command, set_up_logging
 from training.errors import UserError
 
@@ -44,10 +45,19 @@ def _launch(args: argparse.Namespace) -> int:
     if num_ranks < 1:
         raise UserError(f"--ranks: expected at least 1, got {num_ranks}")
     if args.dry_run:
-        print(shlex.join(local_command(args.recipe, args.overrides, num_ranks)))
-        return 0
+        print(shlex.join(local_command(args.recipe, args.overrides, num_ranks)), flush=True)
+        return _check(args, num_ranks, on_gpu=num_gpus() > 0)
     policy = RestartPolicy(args.restarts, args.pause)
     return run_local(args.recipe, args.overrides, num_ranks, restarts=policy, grace_seconds=args.grace)
+
+
+def _check(args: argparse.Namespace, num_ranks: int, *, on_gpu: bool) -> int:
+    """What of a start can be tried without one; said on stderr, so that what was printed can be piped on."""
+    from training.config.recipe import load_recipe
+    from training.loop.dry_run import dry_run
+
+    dry_run(load_recipe(args.recipe, args.overrides), plain_console(stderr=True), num_ranks=num_ranks, on_gpu=on_gpu)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,7 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--accept-changes", action="store_true", help="go on although the recipe changed what is trained"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the exact command (Slurm: script) and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the exact command (Slurm: script), check model, data and memory, and stop",
+    )
     hosts = parser.add_argument_group("several hosts")
     hosts.add_argument("--hostfile", type=Path, help="lines `name slots=8`; starts all of them over ssh")
     hosts.add_argument(
@@ -78,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     slurm.add_argument(
         "--sbatch", action="append", default=[], help="a further option, as in --sbatch=--account=vision"
     )
+    slurm.add_argument(
+        "--setup", action="append", default=[], help="a line of shell before the run, as in --setup 'module load cuda'"
+    )
+    slurm.add_argument(
+        "--srun", action="append", default=[], help="a further option of srun, as in --srun=--container-image=IMAGE"
+    )
+    slurm.add_argument("--python", default=sys.executable, help="the Python of the job, such as the container's own")
     return parser
 
 
@@ -89,12 +110,21 @@ def _slurm(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     run_folder = Path(config.run.folder) / config.run.name
     settings = SlurmSettings(
-        args.nodes, args.gpus_per_node, args.time, args.partition, args.warning, args.restarts, args.sbatch
+        args.nodes,
+        args.gpus_per_node,
+        args.time,
+        args.partition,
+        args.warning,
+        args.restarts,
+        args.sbatch,
+        args.setup,
+        args.srun,
+        args.python,
     )
     script = slurm_script(args.recipe, args.overrides, settings, run_folder=run_folder, grace_seconds=args.grace)
     if args.dry_run:
-        print(script, end="")
-        return 0
+        print(script, end="", flush=True)
+        return _check(args, args.nodes * args.gpus_per_node, on_gpu=args.gpus_per_node > 0)
     return submit(script, run_folder)
 
 
@@ -120,8 +150,8 @@ def _hosts(args: argparse.Namespace) -> int:
         return hostfile_command(args.recipe, args.overrides, args.hostfile, port=free_port())
 
     if args.dry_run:
-        print(shlex.join(make_command()))
-        return 0
+        print(shlex.join(make_command()), flush=True)
+        return _check(args, sum(hosts.values()), on_gpu=num_gpus() > 0)
     if not is_node:
         check_ssh_tools()
     config = load_recipe(args.recipe, args.overrides)

@@ -33,6 +33,12 @@ class SlurmSettings:
     """Times a job that failed is put back into the queue. A job that ran out of time is put back always."""
     options: list[str] = field(default_factory=list)
     """Further #SBATCH options, as in --account=vision."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell before the run, as in `module load cuda`; what they export reaches every node."""
+    srun_options: list[str] = field(default_factory=list)
+    """Further options of srun, such as a container's image and mounts."""
+    python: str = sys.executable
+    """The interpreter on the nodes."""
 
 
 def slurm_script(
@@ -51,15 +57,19 @@ def slurm_script(
         f"--signal=B:USR1@{settings.warning_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={run_folder}/slurm-%j.log",
         *settings.options,
     ]
-    front = [sys.executable, "-m", "launch", str(recipe), *overrides, "--grace", f"{grace_seconds:g}"]
+    has_own_output = any(option.startswith(("--output", "-o")) for option in settings.options)
+    front = [settings.python, "-m", "launch", str(recipe), *overrides, "--grace", f"{grace_seconds:g}"]
     return _TEMPLATE.format(
         options="\n".join(f"#SBATCH {option}" for option in options),
         checkout=shlex.quote(str(Path.cwd())),
         hosts=shlex.quote(f"{run_folder}/hosts-") + '"$SLURM_JOB_ID"',
         slots=settings.gpus_per_node,
+        folder=shlex.quote(str(run_folder)),
+        output="" if has_own_output else _OUTPUT.format(folder=shlex.quote(str(run_folder))),
+        setup="".join(f"{line}\n" for line in settings.setup) or _NO_SETUP,
+        srun_options="".join(f"{shlex.quote(option)} " for option in settings.srun_options),
         front=shlex.join(front),
         resumable=RESUMABLE,
         final=f"{FINISHED}|{USER_ERROR}|{RESUMABLE}",
@@ -73,6 +83,15 @@ def slurm_script(
 # killed: after a crash, ranks on other nodes may wait for it in a collective.
 _WAIT_SECONDS = 900
 
+# Why the script opens its log: Slurm does before the script runs, and ends a job without a word where the folder is not
+# there. What little was said before lies where sbatch was called, as slurm-ID.out.
+_OUTPUT = """\
+exec >> {folder}/slurm-"$SLURM_JOB_ID".log 2>&1 && rm -f "slurm-$SLURM_JOB_ID.out"
+"""
+_NO_SETUP = (
+    "# Lines like `module load ...` belong here: --setup LINE; options of srun, such as a container's: --srun=...\n"
+)
+
 # Why the script asks the step instead of letting Slurm signal it: B: sends the warning to this shell alone, and the
 # shell knows then that a later code 85 means "out of time" and not "somebody cancelled", which must not be requeued.
 _TEMPLATE = """\
@@ -80,12 +99,13 @@ _TEMPLATE = """\
 {options}
 set -u
 cd {checkout} || exit 1  # the packages are found in the working directory, and paths in the recipe start there
-hosts={hosts}
+mkdir -p {folder} || exit 1
+{output}{setup}hosts={hosts}
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={slots}/' > "$hosts"
 master=$(head -n 1 "$hosts" | cut -d ' ' -f 1):$((20000 + SLURM_JOB_ID % 20000))
 
 # Every node: the front process, which hands signals to its ranks. No core binding: ranks and loaders share the node.
-srun --cpu-bind=none --kill-on-bad-exit=0 --wait={wait_seconds} bash -c \\
+srun --cpu-bind=none --kill-on-bad-exit=0 --wait={wait_seconds} {srun_options}bash -c \\
   'exec "$@" --node-rank "$SLURM_NODEID"' front {front} --hostfile "$hosts" --master "$master" &
 step=$!
 

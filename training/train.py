@@ -7,6 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
+from pixelprune.command import plain_console
 from training.command import run_command, set_up_logging
 from training.config.recipe import load_recipe, show
 from training.exit_codes import leave_process
@@ -26,7 +27,11 @@ def main(argv: list[str] | None = None) -> int:
 def _train(args: argparse.Namespace) -> int:
     config = load_recipe(args.recipe, args.overrides)
     if args.show:
+        from training.loop.dry_run import missing_paths
+
         sys.stdout.write(show(config))
+        for line in missing_paths(config):
+            plain_console(stderr=True).print(f"note: {line}", soft_wrap=True)
         return 0
     _quieten()
     from training.distributed.ranks import leave_ranks

@@ -30,12 +30,18 @@ if [ "$1" = show ]; then printf 'node01\\nnode02\\n'; else echo "$@" >> "$LOG.sc
 """
 
 
+@pytest.fixture(autouse=True)
+def _unchecked(monkeypatch):
+    monkeypatch.setattr(
+        "launch.__main__._check", lambda *_, **__: 0
+    )  # what a dry run looks at is tried in test_dry_run
+
+
 @pytest.fixture
 def job(tmp_path, capsys):
     def start(*arguments: str, **variables: str) -> subprocess.Popen:
         run = ["configs/debug.yaml", f"run.folder={tmp_path}", "schedule.max_steps=3"]
         assert main([*run, "--slurm", "--nodes", "2", "--gpus-per-node", "4", *arguments, "--dry-run"]) == 0
-        (tmp_path / "debug").mkdir()
         script = tmp_path / "job.sbatch"
         script.write_text(capsys.readouterr().out)
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -77,6 +83,22 @@ def test_script_asks_for_what_was_said(capsys):
         assert f"#SBATCH {expected}" in lines
 
 
+def test_the_script_has_a_place_for_modules_containers_and_options_of_srun(job, tmp_path):
+    setup = ["--setup", "module() { echo loaded $2; }", "--setup", "module load cuda"]
+    container = ["--srun=--container-image=a b.sqsh", "--python", "/opt/bin/python3"]
+    assert job(*setup, *container, END_AT_ONCE="0").wait(60) == 0
+    assert "--container-image=a b.sqsh" in (tmp_path / "log.options").read_text().splitlines()
+    assert (tmp_path / "log.front").read_text().splitlines()[0] == "/opt/bin/python3"
+    assert (tmp_path / "debug" / "slurm-123456.log").read_text() == "loaded cuda\n", (
+        "its folder is made, its log is there"
+    )
+
+
+def test_an_output_that_was_asked_for_is_left_alone(job, tmp_path):
+    assert job("--sbatch=--output=mine.log", "--setup", "echo said", END_AT_ONCE="0").wait(60) == 0
+    assert not list((tmp_path / "debug").glob("*.log"))
+
+
 def test_every_node_starts_the_front_process_with_the_same_meeting_point(job, tmp_path):
     assert job(END_AT_ONCE="0").wait(60) == 0
     front = (tmp_path / "log.front").read_text().splitlines()
@@ -86,6 +108,7 @@ def test_every_node_starts_the_front_process_with_the_same_meeting_point(job, tm
     assert hosts.read_text() == "node01 slots=4\nnode02 slots=4\n"
     assert front[-4:] == ["--hostfile", str(hosts), "--master", f"node01:{20000 + 123456 % 20000}"]
     assert not (tmp_path / "log.scontrol").exists()
+    assert (tmp_path / "debug" / "slurm-123456.log").exists()
     # Killed as they end with 85, the other nodes would make the step's code 137.
     assert {"--kill-on-bad-exit=0", "--wait=900"} <= set((tmp_path / "log.options").read_text().split())
 

@@ -237,7 +237,7 @@ def plan_memory(context: RunContext, model: Any, attention: str, teacher_plan: T
         available=available,
         world_size=ranks.world_size,
         attention=attention,
-        teacher_weights=_teacher_weights(config, model, teacher_plan, ranks.world_size),
+        teacher_weights=teacher_weights(config, model, teacher_plan, ranks.world_size),
     )
 
 
@@ -296,7 +296,7 @@ def available_memory(ranks: Ranks, loaded: float) -> float:
     return float(ranks.min(torch.tensor(mine, dtype=torch.float64)))
 
 
-def _teacher_weights(config: Config, student: Any, teacher_plan: TeacherPlan | None, world_size: int) -> float:
+def teacher_weights(config: Config, student: Any, teacher_plan: TeacherPlan | None, world_size: int) -> float:
     """Weights that the teacher keeps on a rank: all, its share of them and the head, or the head alone."""
     if teacher_plan is None:
         return 0.0
