@@ -18,12 +18,14 @@ import xxhash
 
 from pixelprune.command import plain_console
 from pixelprune.records.presets import PRESETS
+from pixelprune.settings import ResizeSettings
 from training import evaluate as evaluate_command
 from training.command import run_command, set_up_logging
 from training.distributed.ranks import Ranks, join_ranks, leave_ranks
 from training.errors import UserError
 from training.evaluation.answering import Task
 from training.evaluation.passes import evaluate, load_checkpoint
+from training.evaluation.redundancy import REDUNDANCY, measure_file, write_redundancy_table
 from training.evaluation.results_page import ShownPass, write_results_page
 from training.evaluation.table_files import Cell, cells_of, write_table
 from training.evaluation.table_plans import TABLES, Row, depth_rows
@@ -49,6 +51,9 @@ def make_table(args: argparse.Namespace, more: list[str], ranks: Ranks) -> dict[
 
     Raises UserError for models, rows or data that cannot be used.
     """
+    if args.name == REDUNDANCY:
+        make_redundancy_table(args, more, ranks)
+        return {}
     plan = TABLES[args.name]
     if (args.name == "depth") != bool(args.depths):
         raise UserError("--depths: layers of the vision tower, given for the table 'depth' and for no other")
@@ -92,6 +97,24 @@ def _keep(shown: list[ShownPass], label: str, one: ShownPass) -> None:
 
     same = next((other.tasks for other in shown if asked(other.tasks) == asked(one.tasks)), one.tasks)
     shown.append(dataclasses.replace(one, row=label, tasks=same))
+
+
+def make_redundancy_table(args: argparse.Namespace, more: list[str], ranks: Ranks) -> None:
+    """Table 9: a row per data file. Raises UserError for arguments of other tables and for data without images."""
+    given = {"--model": args.model, "--depths": args.depths, "--only": args.only}
+    if wrong := [name for name, value in given.items() if value]:
+        raise UserError(f"{', '.join(wrong)}: the table '{REDUNDANCY}' asks no model")
+    limits = _limits_parser().parse_args(more)
+    resize = dataclasses.replace(ResizeSettings(), **{name: side for name, side in vars(limits).items() if side})
+    rows = {}
+    for path in args.data:
+        name = Path(path).stem
+        if name in rows:
+            raise UserError(f"--data: two files are called {name}")
+        rows[name] = measure_file(path, resize, args.limit, args.out / "cells", ranks)
+    text = ranks.from_first(lambda: write_redundancy_table(args.out, rows))
+    if ranks.is_first:
+        plain_console(width=10_000).print(text, end="")
 
 
 class _LoadOnce:
@@ -146,6 +169,14 @@ def _cell_arguments(
     return parsed
 
 
+def _limits_parser() -> argparse.ArgumentParser:
+    """The arguments of training.evaluate that the table of redundancy knows."""
+    parser = argparse.ArgumentParser(prog="training.tables redundancy", allow_abbrev=False)
+    for name in ("--min-pixels", "--max-pixels"):
+        parser.add_argument(name, type=int)
+    return parser
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="training.tables",
@@ -153,11 +184,12 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="Other arguments are those of training.evaluate and hold for every cell, such as --batch-size 16.\n\n"
-        + "\n".join(f"  {name:13} Table {plan.number}: {plan.title}" for name, plan in TABLES.items()),
+        + "\n".join(f"  {name:13} Table {plan.number}: {plan.title}" for name, plan in TABLES.items())
+        + f"\n  {REDUNDANCY:13} Table 9: redundancy of the images of each file; asks no model",
     )
     add = parser.add_argument
-    add("name", choices=tuple(TABLES), help="which table")
-    add("--model", nargs="+", required=True, metavar="[ROLE=]FOLDER", help="a model folder per role of the table")
+    add("name", choices=(*TABLES, REDUNDANCY), help="which table")
+    add("--model", nargs="+", default=[], metavar="[ROLE=]FOLDER", help="a model folder per role of the table")
     add("--data", nargs="+", required=True, metavar="[PRESET:]FILE", help="records with targets, a file per benchmark")
     add("--out", type=Path, default=Path("runs/tables"), help="folder of the cells and tables (default runs/tables)")
     add("--max-new-tokens", type=int, default=512, help="as the paper's documents (default 512)")

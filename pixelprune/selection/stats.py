@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pixelprune.images.image import ImageError, decode_image, prune_pixels, resize_image
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
@@ -125,15 +126,20 @@ def count_contents(image: np.ndarray, block: int = BLOCK) -> tuple[int, int]:
     return len(seen), sum(times == 1 for times in seen.values())
 
 
-def measure_image(path: Path, rules: Mapping[str, PruneSettings], resize: ResizeSettings) -> ImageStats:
-    """Decode, resize and measure one file under each of the labelled rules. Raises ImageError if it cannot be used."""
-    picture = decode_image(path, resize)
+def measure_image(
+    source: Path | bytes | Image.Image, rules: Mapping[str, PruneSettings], resize: ResizeSettings, name: str = ""
+) -> ImageStats:
+    """Decode, resize and measure one image under each of the labelled rules. Raises ImageError if it cannot be used.
+
+    name: for `ImageStats.path`, where the source is no path.
+    """
+    picture = decode_image(source, resize)
     image = resize_image(picture, resize)
     original_size = (picture.height, picture.width)
     kept = {label: prune_pixels(image, rule, original_size).selection.num_kept for label, rule in rules.items()}
     height, width = image.shape[:2]
     num_blocks = height * width // BLOCK**2
-    return ImageStats(str(path), original_size, (height, width), num_blocks, *count_contents(image), kept)
+    return ImageStats(name or str(source), original_size, (height, width), num_blocks, *count_contents(image), kept)
 
 
 def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str]]]:
