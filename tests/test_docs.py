@@ -26,6 +26,9 @@ SECTIONS = "|".join(Config.__dataclass_fields__)
 WRITTEN_BY_RUNS = ("config.yaml",)
 NOT_SETTINGS = ("model.generate",)
 OF_OTHERS = (
+    "src/aguvis/dataset.py",
+    "src/aguvis/constants.py",
+    "src/gui_actor/dataset.py",
     "trl/data_utils.py",
     "src/llamafactory/v1/core/rendering/format.py",
     "methods/conncomp.py",

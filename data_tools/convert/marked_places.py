@@ -62,6 +62,8 @@ def rewrite_marked(text: str, image_size: tuple[int, int], system: str, form: st
         return answer
 
     def write(match: re.Match[str]) -> str:
+        if not _NUMBER.search(match.group(2) or match.group(4)):
+            return match.group(0)  # a prompt that explains the form, with words where numbers belong
         is_point = (match.group(1) or match.group(3)) == "point"
         if form == "tool_call":
             raise DropError("words or several places, which a tool call leaves no room for")

@@ -94,7 +94,10 @@ def run_reader(options: argparse.Namespace, files: list[Path], reader: EntryRead
                         yield record
 
     count = write_jsonl(options.out, records())
-    finish(options, {"read": reader.num_read, "written": count}, {"entries": reader.dropped}, subsets)
+    dropped = {"entries": reader.dropped}
+    if parts := getattr(reader, "dropped_parts", None):
+        dropped["parts of kept entries"] = parts
+    finish(options, {"read": reader.num_read, "written": count}, dropped, subsets)
 
 
 def finish(

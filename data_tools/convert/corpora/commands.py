@@ -1,0 +1,79 @@
+"""`python -m data_tools seeclick | showui | aguvis | os-atlas | ...`: training corpora as published -> records."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from data_tools.convert.corpora.conversations import ConversationReader
+from data_tools.convert.corpora.elements import ElementsReader
+from data_tools.convert.corpora.reader import CorpusReader
+from data_tools.convert.image_files import ImageFiles
+from data_tools.convert.output import add_output_options, open_inputs, run_reader
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A command. files: what is published, for the help."""
+
+    title: str
+    files: str
+    read: Callable[[ImageFiles, argparse.Namespace], CorpusReader]
+    has_answer: bool = False
+
+
+CORPORA = {
+    "seeclick": Corpus(
+        "SeeClick's web and mobile grounding, and OS-Atlas's grounding files",
+        "JSON with img_filename and elements (instruction, bbox as fractions), or instruction and bbox in the entry. "
+        "One conversation per screenshot.",
+        lambda images, options: ElementsReader(images, "seeclick", answer=options.answer),
+        True,
+    ),
+    "showui": Corpus(
+        "ShowUI's grounding",
+        "metadata/hf_train.json with img_url and element (instruction, bbox and point as fractions); --images is the "
+        "folder images. One conversation per screenshot.",
+        lambda images, options: ElementsReader(images, "showui", answer=options.answer),
+        True,
+    ),
+    "aguvis": Corpus(
+        "AGUVIS (stages 1 and 2) and GUI-Actor, Wave-UI, UGround and AndroidControl in their form among it",
+        "conversations with recipient and end_turn, places as fractions in calls. Thought and action become one turn; "
+        "calls keep their form, with coordinates relative 0-1000.",
+        lambda images, _: ConversationReader(images, "aguvis", calls=True),
+    ),
+    "os-atlas": Corpus(
+        "OS-Atlas's action data",
+        "conversations with thoughts and actions, places as <point>[[x,y]]</point>, relative 0-1000.",
+        lambda images, _: ConversationReader(images, "os-atlas", calls=False),
+    ),
+}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """One command per corpus."""
+    raw = argparse.RawDescriptionHelpFormatter
+    for name, corpus in CORPORA.items():
+        description = (
+            f"Convert {corpus.title} as published to training records.\n\nRead: {corpus.files}\n"
+            "Images are found under --images by the longest end of their published path.\n"
+            "What is left out is counted under its reason, on the terminal and in OUT.report.json."
+        )
+        parser = commands.add_parser(
+            name, help=f"{corpus.title} -> records", description=description, formatter_class=raw
+        )
+        parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="published file(s) or their folder")
+        add_output_options(parser)
+        if corpus.has_answer:
+            parser.add_argument("--answer", choices=("point", "box"), default="point", help="form of the answers")
+        parser.set_defaults(run=partial(run_corpus, corpus))
+
+
+def run_corpus(corpus: Corpus, options: argparse.Namespace) -> None:
+    """Convert a corpus' files into one JSONL file. Raises ValueError when nothing came out."""
+    files, images = open_inputs(options)
+    run_reader(options, files, corpus.read(images, options))
