@@ -14,7 +14,7 @@ import numpy as np
 from pixelprune.images.image import ImageError, PrunedImage, prune_image
 from pixelprune.model_folder import PRUNE_FILE, ModelFolder, read_model_file, read_prune_file, size_limits
 from pixelprune.records.agents import strings_in
-from pixelprune.records.chat import control_tokens
+from pixelprune.records.chat import control_tokens, would_forge
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, read_keys
 from pixelprune.records.keys import NO_RULES
 from pixelprune.records.record import ImageRef, RecordError
@@ -189,7 +189,7 @@ class Prompter:
             whole = f"<{text}>" if is_structured else text
             forged = next((token for token in self._control_tokens if token in whole), None)
             if forged:
-                raise ValueError(f"{where}: the text contains {forged!r}, which would become a control token")
+                raise ValueError(f"{where}: the text contains {would_forge(forged)}")
 
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from pixelprune.records.record import Message, Record, RecordError
 from pixelprune.records.template import TemplateFacts
 from pixelprune.sample import ChatTokens
 
-__all__ = ["GENERATION_TAG", "SENTINELS", "ChatEncoder", "control_tokens"]
+__all__ = ["GENERATION_TAG", "SENTINELS", "ChatEncoder", "control_tokens", "would_forge"]
 
 Span = tuple[int, int]
 """Characters [start, end) of the rendered conversation."""
@@ -50,6 +50,12 @@ def control_tokens(tokenizer: Any, *, grounding_tokens: bool = False) -> tuple[s
             raise ValueError(f"the tokenizer has no special token {missing[0]} (data.grounding_tokens)")
         special -= set(GROUNDING_TOKENS)
     return tuple(sorted(special, key=len, reverse=True))
+
+
+def would_forge(token: str) -> str:
+    """Why a text with this token is refused, and the way out where there is one."""
+    advice = "; data.grounding_tokens=true takes it for what it is" if token in GROUNDING_TOKENS else ""
+    return f"{token!r}, which would become a control token{advice}"
 
 
 class ChatEncoder:
@@ -277,9 +283,7 @@ class ChatEncoder:
         for text in texts:
             forged = self._forged.search(f"<{text}>" if is_structured else text)
             if forged:
-                raise RecordError(
-                    "special_token", f"{where} contains {forged.group()!r}, which would become a control token"
-                )
+                raise RecordError("special_token", f"{where} contains {would_forge(forged.group())}")
             try:
                 text.encode()
             except UnicodeEncodeError as error:

@@ -30,6 +30,8 @@ UNITS = {"real": 0, "pixel": 0, "norm1": 1, "norm1000": RELATIVE}
 """What `bbox_type` says of the numbers: pixels of the original image (0), or shares of its sides out of this."""
 
 _KEYS = ("ref", "bbox", "bbox_type", "image_id")
+_TARGETS = ("bbox", "bboxes", "polygon", "refusal", "scorer", "point")
+"""Keys of metadata that say what a right answer is."""
 _MARK = re.compile(r"<(ref-object|bbox)>")
 
 
@@ -122,8 +124,9 @@ def _corners(box: Any) -> tuple[float, ...]:
 
 
 def written(record: Record, size_of: Callable[[ImageRef], tuple[int, int, int]], style: ObjectStyle) -> Record:
-    """The record with its marks as text.
+    """The record with its marks as text, and in its metadata the box that its last answer gives, if it gives one alone.
 
+    The box is what evaluation compares an answer with, unless the metadata says otherwise.
     size_of: (width, height) of an image when upright, and its EXIF orientation (1-8); asked where a place needs it.
     Raises RecordError (bad_objects), and what `size_of` raises.
     """
@@ -148,7 +151,22 @@ def written(record: Record, size_of: Callable[[ImageRef], tuple[int, int, int]],
         return _place_text(part, size(part.image), style, is_answer=role == "assistant")
 
     messages = [replace(m, parts=_joined([text_of(part, m.role) for part in m.parts])) for m in record.messages]
-    return replace(record, messages=tuple(messages))
+    return replace(record, messages=tuple(messages), metadata=_target(record, size) | record.metadata)
+
+
+def _target(record: Record, size: Callable[[int], tuple[int, int]]) -> dict[str, Any]:
+    """`bbox`, pixels of the last image, where that is what the last answer names and nothing else is asked for."""
+    if record.messages[-1].role != "assistant" or any(key in record.metadata for key in _TARGETS):
+        return {}
+    places = [part for part in record.messages[-1].parts if isinstance(part, ObjectMark) and part.place]
+    if len(places) != 1 or len(places[0].place) != 4 or places[0].image != len(record.images) - 1:
+        return {}
+    return {"bbox": _pixels(places[0], size(places[0].image))}
+
+
+def _pixels(mark: ObjectMark, image_size: tuple[int, int]) -> list[float]:
+    unit = UNITS[mark.unit]
+    return [n * image_size[i % 2] / unit if unit else n for i, n in enumerate(mark.place)]
 
 
 def _place_text(mark: ObjectMark, image_size: tuple[int, int], style: ObjectStyle, *, is_answer: bool) -> str:
@@ -160,8 +178,8 @@ def _place_text(mark: ObjectMark, image_size: tuple[int, int], style: ObjectStyl
             f"objects.bbox {list(mark.place)} ({mark.unit}) lies outside the image of "
             f"{image_size[0]}x{image_size[1]} pixels; say in bbox_type what the numbers are ({', '.join(UNITS)})",
         )
-    place = [n * image_size[i % 2] / unit if unit else n for i, n in enumerate(mark.place)]
     try:
+        place = _pixels(mark, image_size)
         return format_place(place, image_size, format=style.format, tokens=style.tokens, is_answer=is_answer)
     except ValueError as error:
         raise RecordError("bad_objects", f"objects.bbox: {error}") from error

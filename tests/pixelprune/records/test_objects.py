@@ -228,7 +228,7 @@ def test_the_tokens_are_refused_in_texts_by_default_and_where_the_tokenizer_has_
 ):
     row = row_of("<image>Where?", "<|box_start|>(1,2),(3,4)<|box_end|>")
     plain = PrepareSettings(str(grounding_folder), PruneSettings(), ResizeSettings()).build()
-    with pytest.raises(RecordError, match="would become a control token") as caught:
+    with pytest.raises(RecordError, match=r"control token; data.grounding_tokens=true") as caught:
         plain.prepare(row, folder)
     assert caught.value.reason == "special_token"
     with pytest.raises(ValueError, match=r"no special token <\|object_ref_start\|> \(data.grounding_tokens\)"):
@@ -257,6 +257,18 @@ def test_recipe_and_evaluation_write_objects_alike(folder, grounding_folder):
     assert trained.record.messages == task.record.messages
     asked = prepare_task(task, Prompter.load(str(grounding_folder), grounding_tokens=True), {})
     assert "What is at <|box_start|>(73,41),(173,77)<|box_end|>?" in asked.texts[0]
+
+
+def test_the_box_that_an_answer_gives_is_what_evaluation_compares_with(folder):
+    path = write_jsonl(folder / "targets.jsonl", [CASES[i][0] for i in (0, 1, 2, 4)])
+    tasks, refused = read_tasks([SourceSettings(path=str(path))])
+    boxes = [(73, 41, 173, 77), pytest.approx((192, 129.6, 288, 168)), (73, 41, 173, 77)]
+    assert [task.target.box for task in tasks] == boxes
+    assert list(refused) == ["targets:1"], "two boxes"
+    stated = with_objects_written(parse_record(CASES[0][0] | {"bbox": [1, 2, 3, 4]}), folder, ObjectStyle())
+    assert stated.metadata["bbox"] == [1, 2, 3, 4]
+    for row in (CASES[3][0], CASES[5][0], row_of("<image>What is at <bbox>?", "A tile.", bbox=[FIRST])):
+        assert "bbox" not in with_objects_written(parse_record(row), folder, ObjectStyle()).metadata
 
 
 def test_conversion_writes_objects_as_the_trainer_would(folder):
