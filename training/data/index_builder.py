@@ -3,32 +3,33 @@
 Each source is cut into chunks of rows. A rank takes every world_size-th chunk, its processes write one Parquet part per
 chunk under a temporary name and rename it, so that a part is either whole or absent. After a barrier rank 0 joins the
 parts into `index.parquet`. A run that was killed finds its parts again. In an index that is reused, rank 0 measures
-again what was quarantined for an image file: the file may have been fixed since.
+again what was quarantined for an image file: the file may have been fixed since. A record has a time limit.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
 from pixelprune.command import ProgressLine
 from pixelprune.files import whole_file
+from pixelprune.images.image import prune_image
 from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import RecordError
 from training.data.columns import refuse_unread_columns
 from training.data.index import SCHEMA, Index, read_index
 from training.data.index_folder import IndexFolder, open_folder
+from training.data.measuring import TOO_SLOW, UNEXPECTED, Chunk, MeasuringPool, too_slow
 from training.data.quarantine import write_quarantine
 from training.data.settings import SourceSettings
 from training.data.sources import Source, open_sources
@@ -42,16 +43,6 @@ REPAIRABLE = (
     "truncated_image", "unsupported_mode", "decompression_bomb", "aspect_ratio",
 )  # fmt: skip
 """Reasons that lie in an image file, which may be fixed while the data file and so the index folder stay the same."""
-UNEXPECTED = "unexpected"
-"""The reason that lies in the program, or in a shortage of memory: another start may know better."""
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    source: int
-    rows: Sequence[int]
-    part: Path | None = None
-    """The file that takes what was measured; without one it is handed back."""
 
 
 def build_index(
@@ -67,12 +58,14 @@ def build_index(
     recheck: bool = True,
     is_stopped: Callable[[], bool] = lambda: False,
     any_rank: Callable[[bool], bool] = bool,
+    max_seconds: float = 0.0,
 ) -> Index:
     """The index of all sources, built where it is missing. Every rank calls this and gets the same index.
 
     num_workers: processes of this rank; 0 measures in this process. barrier: waits for all ranks; called twice.
     recheck: measure again what an index that is reused has quarantined for an image file.
     is_stopped: asked after every chunk. any_rank: whether a flag is set on any rank; called once by every rank.
+    max_seconds: that one record may take, 0 for any time; it takes processes of our own to keep it.
     Raises ValueError for unusable sources, columns of a table that are not read, an index_dir that cannot be written,
     or one that is not shared by all ranks.
     """
@@ -91,7 +84,7 @@ def build_index(
         if i % world_size == rank and not (chunk.part and chunk.part.exists())
     ]
     logger.info("index: %d of %d sources to measure, %d chunks on this rank", len(missing), len(opened), len(mine))
-    pool = _Pool(opened, prepare, preparer, num_workers, show_progress and rank == 0, is_stopped)
+    pool = _Pool(opened, prepare, preparer, num_workers, max_seconds, show_progress and rank == 0, is_stopped)
     pool.measure(mine)
     barrier()
     if any_rank(is_stopped()):
@@ -115,15 +108,6 @@ def build_index(
 
 def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
     """One row of the index; a record that cannot be used comes back with its reason."""
-    empty = {
-        "content_hash": 0,
-        "text_tokens": 0,
-        "num_supervised": 0,
-        "loss_weight": 0.0,
-        "weight": 0.0,
-        "kept_blocks": [],
-        "full_blocks": [],
-    }
     try:
         prepared = preparer.prepare(
             source.rows[row],
@@ -132,9 +116,7 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
             preset=source.settings.preset(),
         )
     except RecordError as error:
-        # A name that is no Unicode is shown with its bytes escaped: Parquet takes no other text.
-        detail = str(error).encode("utf-8", "backslashreplace").decode()
-        return {"row": row, "reason": error.reason, "detail": detail} | empty
+        return _unmeasured(row, error.reason, str(error))
     except UserError:
         raise
     except Exception as error:
@@ -156,9 +138,25 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
     }
 
 
-def _chunks(number: int, source: Source, folder: IndexFolder) -> Iterator[_Chunk]:
+def _unmeasured(row: int, reason: str, detail: str) -> dict:
+    return {
+        "row": row,
+        "reason": reason,
+        # A name that is no Unicode is shown with its bytes escaped: Parquet takes no other text.
+        "detail": detail.encode("utf-8", "backslashreplace").decode(),
+        "content_hash": 0,
+        "text_tokens": 0,
+        "num_supervised": 0,
+        "loss_weight": 0.0,
+        "weight": 0.0,
+        "kept_blocks": [],
+        "full_blocks": [],
+    }
+
+
+def _chunks(number: int, source: Source, folder: IndexFolder) -> Iterator[Chunk]:
     for start in range(0, len(source), CHUNK_ROWS):
-        yield _Chunk(number, range(start, min(start + CHUNK_ROWS, len(source))), folder.part(start))
+        yield Chunk(number, range(start, min(start + CHUNK_ROWS, len(source))), folder.part(start))
 
 
 @dataclass(frozen=True)
@@ -169,54 +167,55 @@ class _Pool:
     prepare: PrepareSettings
     preparer: Preparer
     num_workers: int
+    max_seconds: float
     show_progress: bool
     is_stopped: Callable[[], bool]
 
-    def measure(self, chunks: list[_Chunk]) -> list[dict]:
+    @property
+    def limits_time(self) -> bool:
+        return bool(self.max_seconds and self.num_workers)
+
+    def measure(self, chunks: list[Chunk]) -> list[dict]:
         """Write the parts; returns the rows, in order, of the chunks that have none. Ends early when stopped."""
-        rows = []
+        handed_back: dict[int, list[dict]] = {}
+        if chunks and self.max_seconds and not self.num_workers:
+            logger.warning(
+                "records are measured in this process, which cannot end one that takes longer than "
+                "data.max_seconds_per_record=%g",
+                self.max_seconds,
+            )
         with ProgressLine("index", sum(len(chunk.rows) for chunk in chunks), is_shown=self.show_progress) as progress:
-            for chunk, measured in zip(chunks, self._results(chunks), strict=True):
-                rows += measured
-                progress.advance(len(chunk.rows))
+            for number, rows in self._results(chunks):
+                handed_back[number] = rows
+                progress.advance(len(chunks[number].rows))
                 if self.is_stopped():
                     break
-        return rows
+        # Stopped early, chunks behind one that is missing are done again.
+        in_order = itertools.takewhile(handed_back.__contains__, range(len(chunks)))
+        return [row for number in in_order for row in handed_back[number]]
 
-    def _results(self, chunks: list[_Chunk]) -> Iterator[list[dict]]:
+    def _results(self, chunks: list[Chunk]) -> Iterator[tuple[int, list[dict]]]:
         num_workers = min(self.num_workers, len(chunks))
-        if num_workers <= 1:
+        if num_workers <= 1 and not (num_workers and self.max_seconds):
             # A process more would cost its start (seconds) and save nothing.
-            yield from (_measure_chunk(chunk, self.sources, self.preparer) for chunk in chunks)
+            for number, chunk in enumerate(chunks):
+                source = self.sources[chunk.source]
+                yield number, _finish_chunk(chunk, [measure_row(self.preparer, source, row) for row in chunk.rows])
             return
-        # Spawned, not forked: the parent has threads (tokenizers, numba, CUDA) that a fork would leave locked.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(num_workers, context, _start_worker, (self.sources, self.prepare)) as pool:
-            try:
-                yield from pool.map(_work, chunks)
-            except BrokenProcessPool as error:
-                raise ValueError(
-                    "a process that measures records died, most likely for lack of memory: "
-                    f"use fewer than data.index_workers={num_workers}"
-                ) from error
+        start = partial(_start_worker, self.sources, self.prepare, measure_row)
+        yield from MeasuringPool(start, _unmeasured, num_workers, self.max_seconds, self.is_stopped).measure(chunks)
 
 
-_worker: tuple[list[Source], Preparer] | None = None
+def _start_worker(
+    sources: list[Source], prepare: PrepareSettings, measure: Callable[[Preparer, Source, int], dict]
+) -> tuple[Callable[[Chunk, int], dict], Callable[[Chunk, list[dict]], list[dict]]]:
+    preparer = prepare.build()
+    # The kernels are compiled, or read from their cache, with the first picture, which is no record's fault.
+    prune_image(Image.new("RGB", (70, 70)), prepare.prune, prepare.resize)
+    return lambda chunk, row: measure(preparer, sources[chunk.source], row), _finish_chunk
 
 
-def _start_worker(sources: list[Source], prepare: PrepareSettings) -> None:
-    global _worker
-    _worker = sources, prepare.build()
-
-
-def _work(chunk: _Chunk) -> list[dict]:
-    assert _worker is not None, "worker not started"
-    return _measure_chunk(chunk, *_worker)
-
-
-def _measure_chunk(chunk: _Chunk, sources: list[Source], preparer: Preparer) -> list[dict]:
-    source = sources[chunk.source]
-    rows = [measure_row(preparer, source, row) for row in chunk.rows]
+def _finish_chunk(chunk: Chunk, rows: list[dict]) -> list[dict]:
     if chunk.part is None:
         return rows
     _write_table(chunk.part, pa.Table.from_pylist(rows, schema=SCHEMA))
@@ -237,20 +236,24 @@ def _join_parts(source: Source, folder: IndexFolder) -> None:
 
 
 def _recheck(numbers: Sequence[int], folders: list[IndexFolder], pool: _Pool) -> None:
-    """Rank 0: measure again what these sources' indexes refuse for an image file, or for an error that nobody expected;
-    replace the rows that changed."""
+    """Rank 0: measure again what these sources' indexes refuse for an image file, for an error that nobody expected, or
+    for another time limit than today's; replace the rows that changed."""
     before: dict[int, dict[int, tuple[str, str]]] = {}
     for number in numbers:
-        again = pc.field("reason").isin((*REPAIRABLE, UNEXPECTED))
+        again = pc.field("reason").isin((*REPAIRABLE, UNEXPECTED, TOO_SLOW))
         entries = pq.read_table(folders[number].table, columns=["row", "reason", "detail"], filters=again).to_pylist()
         source = pool.sources[number]
         before[number] = {
             e["row"]: (e["reason"], e["detail"])
             for e in entries
-            if e["reason"] == UNEXPECTED or _reads_files(source, e["row"], pool.preparer)
+            if (
+                pool.limits_time and e["detail"] != too_slow(pool.max_seconds)
+                if e["reason"] == TOO_SLOW
+                else e["reason"] == UNEXPECTED or _reads_files(source, e["row"], pool.preparer)
+            )
         }
     chunks = [
-        _Chunk(number, rows[start : start + CHUNK_ROWS])
+        Chunk(number, rows[start : start + CHUNK_ROWS])
         for number, known in before.items()
         for rows in [sorted(known)]
         for start in range(0, len(rows), CHUNK_ROWS)

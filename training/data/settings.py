@@ -85,6 +85,9 @@ class DataSettings:
     """Most turns of one record."""
     max_images: int = 256
     """Most images of one record."""
+    max_seconds_per_record: float = 120.0
+    """Seconds that reading, decoding and templating one record may take when it is indexed, 0 for any time; a record
+    that takes longer is quarantined, and measured again under another limit."""
     index_dir: str = ""
     """Where indexes are kept, on a file system that all ranks share; by default beside each data file."""
     index_workers: int = 0
@@ -107,6 +110,7 @@ class DataSettings:
             max_text_chars=at_least(1),
             max_turns=at_least(1),
             max_images=at_least(0),
+            max_seconds_per_record=at_least(0),
             index_workers=at_least(0),
             num_workers=at_least(0),
             prefetch_packs=at_least(0),

@@ -116,6 +116,7 @@ def build_feed(
             recheck=not complete_checkpoints(folder / "checkpoints"),
             is_stopped=lambda: context.is_asked_to_stop,
             any_rank=ranks.any,
+            max_seconds=data.max_seconds_per_record,
         )
         report = folder / f"quarantine{'' if shuffle else '_eval'}.jsonl"
         index = index.checked(data, report, with_teacher=teacher_plan is not None, write_report=ranks.is_first)
@@ -206,6 +207,11 @@ def validation_loader(context: RunContext, feed: Feed) -> PackLoader:
 
 def _loader_settings(context: RunContext, report: str, *, dummy_image: bool) -> LoaderSettings:
     data = context.config.data
+    if not data.num_workers and data.max_seconds_per_record and context.ranks.is_first:
+        logger.warning(
+            "data.num_workers=0: records are prepared in the training process, which cannot end one that hangs "
+            "(data.max_seconds_per_record holds for the index alone)"
+        )
     return LoaderSettings(
         num_workers=data.num_workers,
         prefetch_packs=data.prefetch_packs,

@@ -1,0 +1,215 @@
+"""Processes of our own that measure records, each record under a time limit: one that hangs or dies is replaced.
+
+A signal does not end a decoder that runs in C, and a thread cannot be ended at all: what takes too long is ended with
+its process. The record that it was at is known, because a process tells of every record that it has measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+__all__ = ["TOO_SLOW", "UNEXPECTED", "Chunk", "MeasuringPool", "too_slow"]
+
+logger = logging.getLogger(__name__)
+
+UNEXPECTED = "unexpected"
+"""The reason that lies in the program, or in a shortage of memory: another start may know better."""
+TOO_SLOW = "too_slow"
+
+POLL_SECONDS = 0.5
+DEATHS_PER_RECORD = 2
+"""A process that dies may have been ended for what others did (memory): its record is tried once more."""
+_PR_SET_PDEATHSIG = 1
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of a source, by its number. part: the file that takes what was measured; without one it is handed back."""
+
+    source: int
+    rows: Sequence[int]
+    part: Path | None = None
+
+
+def too_slow(max_seconds: float) -> str:
+    """What is said of a record that takes longer."""
+    return f"took longer than data.max_seconds_per_record={max_seconds:g}"
+
+
+@dataclass
+class _Worker:
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    is_ready: bool = False
+    number: int | None = None
+    """Of the chunk that it measures."""
+    known: dict[int, Row] = field(default_factory=dict)
+    since: float = 0.0
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+@dataclass
+class MeasuringPool:
+    """start: called in each process; returns what measures one row of a chunk, and what is done with a whole chunk.
+    quarantined: the row of the index for a record that has no measure, from (row, reason, detail).
+    max_seconds: for one record, 0 for any time.
+    """
+
+    start: Callable[[], tuple[Callable[[Chunk, int], Row], Callable[[Chunk, list[Row]], list[Row]]]]
+    quarantined: Callable[[int, str, str], Row]
+    num_workers: int
+    max_seconds: float
+    is_stopped: Callable[[], bool] = lambda: False
+
+    def measure(self, chunks: Sequence[Chunk]) -> Iterator[tuple[int, list[Row]]]:
+        """(number of the chunk, what it hands back) as they are done; ends early when stopped.
+
+        Raises ValueError for processes that cannot be started, and whatever a chunk's own work raises.
+        """
+        self._chunks, self._left = chunks, deque(range(len(chunks)))
+        self._deaths: Counter[tuple[int, int]] = Counter()
+        self._workers: list[_Worker] = [self._started() for _ in range(min(self.num_workers, len(chunks)))]
+        num_done = 0
+        try:
+            while num_done < len(chunks) and not self.is_stopped():
+                told = wait([worker.connection for worker in self._workers], POLL_SECONDS)
+                for worker in list(self._workers):
+                    if worker.connection in told:
+                        done = self._hear(worker)
+                        if done is not None:
+                            num_done += 1
+                            yield done
+                    elif self._is_overdue(worker):
+                        self._give_up_record(worker, TOO_SLOW, too_slow(self.max_seconds))
+        finally:
+            for worker in self._workers:
+                worker.end()
+
+    def _started(self, number: int | None = None, known: dict[int, Row] | None = None) -> _Worker:
+        # Spawned, not forked: the parent has threads (tokenizers, numba, CUDA) that a fork would leave locked.
+        context = multiprocessing.get_context("spawn")
+        mine, others = context.Pipe()
+        process = context.Process(target=_serve, args=(others, self.start), daemon=True)
+        process.start()
+        others.close()
+        return _Worker(process, mine, number=number, known=known or {}, since=_now())
+
+    def _hear(self, worker: _Worker) -> tuple[int, list[Row]] | None:
+        try:
+            kind, value = worker.connection.recv()
+        except (EOFError, OSError):  # OSError: in the midst of a message
+            self._replace_dead(worker)
+            return None
+        worker.since = _now()
+        if kind == "error":
+            raise value
+        if kind == "row":
+            worker.known[value["row"]] = value
+            return None
+        done = None
+        if kind == "done":
+            assert worker.number is not None
+            done, worker.number, worker.known = (worker.number, value), None, {}
+        worker.is_ready = True
+        self._assign(worker)
+        return done
+
+    def _assign(self, worker: _Worker) -> None:
+        if worker.number is None:
+            if not self._left:
+                return
+            worker.number = self._left.popleft()
+        try:
+            worker.connection.send((self._chunks[worker.number], list(worker.known.values())))
+        except OSError:
+            self._replace_dead(worker)
+
+    def _is_overdue(self, worker: _Worker) -> bool:
+        is_at_a_record = worker.is_ready and self._record_of(worker) is not None
+        return is_at_a_record and 0 < self.max_seconds < _now() - worker.since
+
+    def _record_of(self, worker: _Worker) -> int | None:
+        if worker.number is None:
+            return None
+        return next((row for row in self._chunks[worker.number].rows if row not in worker.known), None)
+
+    def _give_up_record(self, worker: _Worker, reason: str, detail: str) -> None:
+        """Go on without the record that the process is at, in a new process."""
+        row = self._record_of(worker)
+        assert row is not None, "at no record"
+        logger.warning("a record is left out, and its process replaced: row %d %s", row, detail)
+        worker.known[row] = self.quarantined(row, reason, detail)
+        self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.end()
+        self._workers[self._workers.index(worker)] = self._started(worker.number, worker.known)
+
+    def _replace_dead(self, worker: _Worker) -> None:
+        worker.process.join()
+        how = _ending(worker.process.exitcode)
+        if not worker.is_ready:
+            raise ValueError(
+                f"a process that measures records could not start: {how}; most likely memory is short: use fewer than "
+                f"data.index_workers={self.num_workers}"
+            )
+        number, row = worker.number, self._record_of(worker)
+        if number is None:
+            self._replace(worker)
+            return
+        self._deaths[number, -1 if row is None else row] += 1
+        if self._deaths[number, -1 if row is None else row] < DEATHS_PER_RECORD:
+            logger.warning("a process that measures records died (%s) and is replaced", how)
+            self._replace(worker)
+        elif row is None:
+            raise ValueError(f"processes that write the index die ({how})")
+        else:
+            self._give_up_record(worker, UNEXPECTED, f"the process that measures it dies: {how}")
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"signal {-code} ({signal.Signals(-code).name})"
+    return f"exit code {code}"
+
+
+def _serve(connection: Connection, start: Callable[[], tuple[Callable, Callable]]) -> None:
+    """What a process does: chunks in, rows out, one by one, then what the chunk hands back."""
+    # A decoder that hangs never reads that the parent is gone; Ctrl-C is the parent's to answer.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        measure, finish = start()
+        connection.send(("ready", None))
+        while True:
+            chunk, known = connection.recv()
+            rows = {row["row"]: row for row in known}
+            for row in chunk.rows:
+                if row not in rows:
+                    rows[row] = measure(chunk, row)
+                    connection.send(("row", rows[row]))
+            connection.send(("done", finish(chunk, [rows[row] for row in chunk.rows])))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception as error:  # noqa: BLE001 - it is raised where the records are waited for
+        connection.send(("error", error))
