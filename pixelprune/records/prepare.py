@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from pixelprune.selection.registry import is_recoverable
 from pixelprune.settings import PruneSettings, ResizeSettings
 
 __all__ = [
+    "PictureMemo",
     "PrepareSettings",
     "PreparedRecord",
     "Preparer",
@@ -37,6 +37,9 @@ __all__ = [
     "unpruned_without_pixels",
     "with_objects_written",
 ]
+
+PictureMemo = dict[tuple[bytes, SizeWish], tuple[PrunedImage, PrunedImage | None]]
+"""Pictures prepared before, pruned and (`with_full`) on all blocks, by the hash of their bytes and the wished size."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +143,13 @@ class Preparer:
         preset: Preset = AS_RECORDED,
         record_id: str = "",
         expected_hash: int = -1,
+        memo: PictureMemo | None = None,
     ) -> PreparedRecord:
         """Parse, check, read, decode, resize, prune.
 
         row: a mapping in any supported format, or a `Record`. preset: the prompt written around its questions.
         expected_hash: refuse a record whose content is another.
+        memo: of the records of a pack, so that a picture of several is decoded, resized and selected once.
         Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
         """
         record = row if isinstance(row, Record) else parse_record(row, record_format, self.rules)
@@ -162,30 +167,40 @@ class Preparer:
                 "image_count", f"the chat template wrote {num_placeholders} placeholders for {len(pictures)} images"
             )
         try:
-            images, full_images = self._pruned_and_full(pictures, [ref.wish for ref in record.images])
+            prepared = [
+                self._picture(picture, ref.wish, {} if memo is None else memo)
+                for picture, ref in zip(pictures, record.images, strict=True)
+            ]
         except ImageError as error:
             raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
+        images = [image for image, _ in prepared]
         sample = build_sample(chat, images, image_token_id=self.image_token_id, record_id=record_id)
         full = None
         if self.with_full:
+            full_images = [full_image for _, full_image in prepared if full_image is not None]
             full = build_sample(chat, full_images, image_token_id=self.image_token_id, record_id=record_id)
         return PreparedRecord(record, sample, content_hash, full)
 
-    def _pruned_and_full(
-        self, pictures: list[bytes | Image.Image], wishes: list[SizeWish]
-    ) -> tuple[list[PrunedImage], list[PrunedImage]]:
-        """Every picture pruned and, `with_full`, unpruned; decoded once."""
+    def _picture(
+        self, picture: bytes | Image.Image, wish: SizeWish, memo: PictureMemo
+    ) -> tuple[PrunedImage, PrunedImage | None]:
+        """One picture pruned and, `with_full`, unpruned; taken from the memo where its bytes came before."""
+        if not isinstance(picture, bytes):
+            return self._pruned_and_full(picture, wish)
+        key = xxhash.xxh3_128_digest(picture), wish
+        if key not in memo:
+            memo[key] = self._pruned_and_full(picture, wish)
+        return memo[key]
 
-        def prune_all(prune: PruneSettings, sources: Sequence[bytes | Image.Image]) -> list[PrunedImage]:
-            return [prune_image(s, prune, self.resize, wish) for s, wish in zip(sources, wishes, strict=True)]
-
+    def _pruned_and_full(self, picture: bytes | Image.Image, wish: SizeWish) -> tuple[PrunedImage, PrunedImage | None]:
+        """Decoded once."""
         if not self.with_full:
-            return prune_all(self.prune, pictures), []
-        decoded = [decode_image(picture, self.resize) for picture in pictures]
-        images = prune_all(self.prune, decoded)
+            return prune_image(picture, self.prune, self.resize, wish), None
+        decoded = decode_image(picture, self.resize)
+        image = prune_image(decoded, self.prune, self.resize, wish)
         if is_recoverable(self.prune):
-            return images, [unpruned_without_pixels(image) for image in images]
-        return images, prune_all(PruneSettings(strategy="none"), decoded)
+            return image, unpruned_without_pixels(image)
+        return image, prune_image(decoded, PruneSettings(strategy="none"), self.resize, wish)
 
 
 def with_objects_written(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pixelprune.attention.prefixes import find_groups
 from pixelprune.pack import pack_samples
 from pixelprune.records.collator import dummy_sample
 from tests.conftest import screen
@@ -35,12 +36,14 @@ ANSWERS = [
 ]
 
 
-def make_samples(tokenizer, *, some_without_image: bool) -> list:
+def make_samples(tokenizer, *, some_without_image: bool, num_screens: int = len(ANSWERS)) -> list:
     """Eight samples of uneven length and supervised count; with `some_without_image`, the first four are text only."""
     return [
         make_sample(
             tokenizer,
-            [] if some_without_image and number < 4 else [screen(3 + number % 3, 4, number)],
+            []
+            if some_without_image and number < 4
+            else [screen(3 + number % num_screens % 3, 4, number % num_screens)],
             "Where is Save?",
             answer,
             name=str(number),
@@ -66,15 +69,24 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
         # A part of the layer: the layer's own hooks stay outside of the recomputation.
         next(layers[0].children()).register_forward_pre_hook(lambda *_: calls.append(1))
     meter = StepMeter(ranks)
-    samples = make_samples(files.tokenizer, some_without_image=packing == "text beside images")
+    num_screens = 2 if packing.startswith("two screenshots") else len(ANSWERS)
+    some_without_image = packing == "text beside images"
+    samples = make_samples(files.tokenizer, some_without_image=some_without_image, num_screens=num_screens)
     num_supervised = sum(sample.num_supervised for sample in samples)
     if packing == "text beside images":
         # The rank with text-only samples has the dummy, which keeps ViT and merger in its backward.
         packs = [[*samples[:4], dummy_sample(files.geometry.image_token_id)], samples[4:]]
     else:
-        size = 8 if packing == "one pack" else 2
+        size = {"one pack": 8, "four packs": 2}.get(packing, 4)
         packs = [samples[start : start + size] for start in range(0, 8, size)]
-    mine = [pack_samples(pack, files.geometry) for pack in packs[ranks.rank :: ranks.world_size]]
+    mine = [
+        pack_samples(
+            pack,
+            files.geometry,
+            find_groups(pack, files.geometry.image_token_id) if packing == "two screenshots, shared" else None,
+        )
+        for pack in packs[ranks.rank :: ranks.world_size]
+    ]
     steps = []
     for step in range(3):
         batches = [
@@ -94,7 +106,7 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
         run_step(engine, batches, meter)
         metrics = meter.finish()
         steps.append({"loss": metrics["loss"], "grad_norm": float(engine.get_global_grad_norm())})
-    counts = {name: metrics[name] for name in ("num_samples", "num_supervised")}
+    counts = {name: metrics[name] for name in ("num_samples", "num_supervised", "shared_prefix")}
     return {"steps": steps, **counts, "layer_calls_per_pack": len(calls) / (3 * 2 * len(mine))}
 
 
@@ -102,7 +114,8 @@ def main() -> None:
     out, model_path = without_launcher_arguments(sys.argv[1:])
     torch.set_num_threads(1)
     ranks = join_ranks()
-    packings = ["four packs", "text beside images"] + (["one pack"] if ranks.world_size == 1 else [])
+    packings = ["four packs", "text beside images", "two screenshots, shared"]
+    packings += ["one pack", "two screenshots"] if ranks.world_size == 1 else []
     results = {packing: train_three_steps(packing, model_path, ranks) for packing in packings}
     if ranks.is_first:
         Path(out).write_text(json.dumps(results))

@@ -148,6 +148,17 @@ def test_numbers_in_scientific_notation_are_numbers(recipe):
     assert load_recipe(recipe).optim.lr == 1e-5
 
 
+def test_off_is_a_word_where_a_field_has_it(recipe):
+    """YAML reads it as false."""
+    recipe.write_text(MINIMAL.replace("{sources", "{share_prefix: off, sources"))
+    assert load_recipe(recipe).data.share_prefix == "off"
+    for word in ("off", "step"):
+        assert load_recipe(recipe, [f"data.share_prefix={word}"]).data.share_prefix == word
+        assert load_recipe(recipe, [f"data={{share_prefix: {word}}}"]).data.share_prefix == word
+    with pytest.raises(ConfigError, match="expected one of off, step"):
+        load_recipe(recipe, ["data.share_prefix=false_friend"])
+
+
 def test_kd_recovery_and_its_debug_twin_learn_alike():
     paper, debug = load_recipe("configs/kd_recovery.yaml"), load_recipe("configs/kd_recovery_debug.yaml")
     assert (paper.loss, paper.kd, paper.prune) == (debug.loss, debug.kd, debug.prune)

@@ -30,8 +30,8 @@ TWENTY_STEPS = "schedule.max_steps=20"
 pytestmark = pytest.mark.ranks
 
 
-def make_run(folder: Path, name: str) -> Run:
-    return Run(folder, name, TWENTY_STEPS, environment=os.environ | SAME_EVERYWHERE)
+def make_run(folder: Path, name: str, *overrides: str) -> Run:
+    return Run(folder, name, TWENTY_STEPS, *overrides, environment=os.environ | SAME_EVERYWHERE)
 
 
 def finished_reference(folder: Path) -> Run:
@@ -67,6 +67,16 @@ def test_a_rank_killed_while_saving_costs_nothing(reference):
     assert kill.resumed_from >= kill.after_step - 1
     run.finish(2)
     assert has_equal_bits(run, reference)
+
+
+def test_shared_prefixes_give_the_same_curve_and_a_kill_costs_them_nothing(reference):
+    shared, killed = (make_run(reference.folder.parent, name, "data.share_prefix=step") for name in ("shared", "cut"))
+    shared.finish(2)
+    assert max(row["shared_prefix"] for row in read_metrics(shared.folder) if "shared_prefix" in row) > 0
+    assert largest_difference(shared, reference) < 1e-5
+    killed.kill(Kill("one rank"), random.Random(3))
+    killed.finish(2)
+    assert has_equal_bits(killed, shared)
 
 
 def test_stopped_runs_continue_on_another_number_of_ranks(reference):

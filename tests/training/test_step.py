@@ -38,6 +38,14 @@ def test_a_rank_without_an_image_trains_beside_one_that_has(results):
     assert_same(results[2]["text beside images"], results[1]["text beside images"])
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_shared_prefixes_train_as_rows_apart(results, num_ranks):
+    shared = results[num_ranks]["two screenshots, shared"]
+    assert_same(shared, results[1]["two screenshots"])
+    assert shared["shared_prefix"] > 0.2
+    assert results[1]["two screenshots"]["shared_prefix"] == 0
+
+
 def test_the_steps_learn(results):
     losses = [step["loss"] for step in results[1]["four packs"]["steps"]]
     assert losses == sorted(losses, reverse=True)

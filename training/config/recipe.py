@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -140,7 +140,7 @@ def _with_override(tree: DictConfig, override: str) -> DictConfig:
     except ConfigError as error:
         raise ConfigError(f"override {override!r}: not a valid value: {error}") from error
     _refuse_interpolation({key: value}, "command line")
-    _check_path(key, tree)
+    value = _as_word(value, _check_path(key, tree))
     parts = key.split(".")
     if isinstance(value, (dict, list)) and not any(part.isdigit() for part in parts):
         # A whole section or list, as a recipe would state it.
@@ -158,8 +158,8 @@ def _with_override(tree: DictConfig, override: str) -> DictConfig:
     return tree
 
 
-def _check_path(dotted: str, tree: DictConfig) -> None:
-    """Walk a dotted key through the dataclasses, so that a typo is answered with the nearest field."""
+def _check_path(dotted: str, tree: DictConfig) -> Any:
+    """The type of a dotted key, walked to through the dataclasses: a typo is answered with the nearest field."""
     kind: Any = Config
     walked = ""
     for part in dotted.split("."):
@@ -175,6 +175,12 @@ def _check_path(dotted: str, tree: DictConfig) -> None:
         elif get_origin(kind) is not dict and kind is not dict:
             raise ConfigError(f"command line: {walked} has no fields, got {dotted!r}")
         walked = f"{walked}.{part}" if walked else part
+    return kind
+
+
+def _as_word(value: Any, kind: Any) -> Any:
+    """YAML reads off as false: the word again, where it is one of a field's choices."""
+    return "off" if value is False and get_origin(kind) is Literal and "off" in get_args(kind) else value
 
 
 def _no_such_entry(dotted: str, walked: str, num_entries: int) -> str:
@@ -190,6 +196,7 @@ def _check_keys(content: Any, kind: Any, *, prefix: str, source: str) -> None:
     if dataclasses.is_dataclass(kind) and isinstance(content, dict):
         for key, value in content.items():
             inner = _field_type(kind, str(key), prefix, source)
+            content[key] = value = _as_word(value, inner)
             _check_keys(value, inner, prefix=f"{prefix}.{key}" if prefix else str(key), source=source)
     elif get_origin(kind) is list and isinstance(content, list):
         for position, item in enumerate(content):

@@ -48,7 +48,7 @@ class MicroBatch:
     num_supervised, loss_weight (the sum of their weights), num_samples: of the whole optimizer step over all ranks,
     without what was lost.
     cursor: where to continue once this batch is consumed. is_dummy: nothing in here but the dummy.
-    flops: planned cost of the pack.
+    flops: planned cost of the pack, less what it shares.
     """
 
     pack: Pack
@@ -75,13 +75,15 @@ class LoaderSettings:
     """How packs are prepared.
 
     device: packs arrive there when it is CUDA (pinned memory, copied in the background). num_workers 0: in-process.
-    dummy_image: see `PixelPruneCollator`. max_quarantined_share: of all records, lost within one epoch.
+    dummy_image: see `PixelPruneCollator`. share_prefix: see `PackDataset`. max_quarantined_share: of all records, lost
+    within one epoch.
     report: JSONL file for records that went bad while running (one file per rank).
     """
 
     num_workers: int = 0
     prefetch_packs: int = 2
     dummy_image: bool = True
+    share_prefix: bool = False
     device: torch.device = CPU
     max_quarantined_share: float = 0.01
     report: Path | None = None
@@ -112,18 +114,23 @@ class PackLoader:
         first_step: int | None = None,
         sum_over_ranks: SumOverRanks = torch.clone,
         targets: TargetReader | None = None,
+        saved_flops: Callable[[Pack], float] | None = None,
     ):
         """`num_steps` counts from the start of the run, not from the cursor; by default the cursor's epoch is ended.
 
         first_step: steps done before the cursor; by default those that this plan has before it.
         targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead.
+        saved_flops: what a pack with a shared prefix costs less than planned.
         """
+        self.saved_flops = saved_flops
         self.index, self.inputs, self.plan_settings, self.settings = index, inputs, plan_settings, settings
         self.rank, self.world_size, self.start = rank, world_size, Cursor(*cursor)
         self.sum_over_ranks = sum_over_ranks
         self.first_step = self._global_step(self.start) if first_step is None else first_step
         self.last_step = num_steps if num_steps is not None else self._global_step(Cursor(self.start.epoch + 1, 0))
-        self._dataset = PackDataset(index.sources, prepare, geometry, settings.dummy_image, targets)
+        self._dataset = PackDataset(
+            index.sources, prepare, geometry, settings.dummy_image, targets, share_prefix=settings.share_prefix
+        )
         self._lost_in_epoch = [self.start.epoch, 0]
         self._data_loader: DataLoader | None = None
         self._plans: dict[int, EpochPlan] = {}
@@ -168,7 +175,7 @@ class PackLoader:
                 num_samples,
                 planned.after if is_boundary else planned.cursor,
                 result.is_dummy,
-                float(plan.cost[micro_step, self.rank]),
+                float(plan.cost[micro_step, self.rank]) - (self.saved_flops(pack) if self.saved_flops else 0.0),
             )
 
     def _without_lost(

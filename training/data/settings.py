@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pixelprune.answers import FORMATS
 from pixelprune.records.keys import STRUCTURE
@@ -72,6 +73,9 @@ class DataSettings:
     """Most ViT patches (four per kept block) in one pack."""
     paired: bool = False
     """Use only records that fit unpruned too, so that a Full and a PixelPrune run see the same samples per step."""
+    share_prefix: Literal["off", "step"] = "off"
+    """off or step: what samples of a pack have in common at their beginning (a screenshot that many records ask about)
+    is computed for each, or once. Same order and steps, equal results up to rounding (docs/sharing.md)."""
     shuffle: bool = True
     """A new order every epoch from (seed, epoch); otherwise the order of the files."""
     max_quarantined_share: float = 0.01

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from pixelprune.attention.prefixes import find_groups
 from pixelprune.pack import Pack, VisionGeometry, pack_samples
 from pixelprune.records.collator import PixelPruneCollator
-from pixelprune.records.prepare import PreparedRecord, PrepareSettings
+from pixelprune.records.prepare import PictureMemo, PreparedRecord, PrepareSettings
 from pixelprune.records.record import RecordError
 from pixelprune.selection.registry import is_recoverable
 from training.data.distillation import with_cached_targets, with_full_rows
@@ -60,10 +61,15 @@ class PackDataset(torch.utils.data.Dataset):
         geometry: VisionGeometry,
         dummy_image: bool,
         targets: TargetReader | None = None,
+        *,
+        share_prefix: bool = False,
     ):
-        """targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead."""
+        """targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead.
+
+        share_prefix: what samples of a pack begin with alike stands in its row once.
+        """
         self.sources, self.prepare, self.geometry, self.dummy_image = sources, prepare, geometry, dummy_image
-        self.targets = targets
+        self.targets, self.share_prefix = targets, share_prefix
         self._collator: PixelPruneCollator | None = None
 
     def __getstate__(self) -> dict:
@@ -73,6 +79,7 @@ class PackDataset(torch.utils.data.Dataset):
         if self._collator is None:
             self._collator = PixelPruneCollator(self.prepare.build(), self.geometry, dummy_image=self.dummy_image)
         records, lost, num_lost_supervised, lost_loss_weight = [], [], 0, 0.0
+        memo: PictureMemo = {}
         for number, row, content_hash, num_supervised, loss_weight in task.records:
             source = self.sources[number]
             try:
@@ -83,6 +90,7 @@ class PackDataset(torch.utils.data.Dataset):
                     preset=source.settings.preset(),
                     record_id=source.record_id(row),
                     expected_hash=content_hash,
+                    memo=memo,
                 )
                 records.append(record)
             except UserError as error:
@@ -99,14 +107,15 @@ class PackDataset(torch.utils.data.Dataset):
 
     def _pack(self, collator: PixelPruneCollator, records: list[PreparedRecord]) -> Pack:
         samples = collator.with_dummy([record.sample for record in records])
-        pack = pack_samples(samples, self.geometry)
+        groups = find_groups(samples, self.geometry.image_token_id) if self.share_prefix else None
+        pack = pack_samples(samples, self.geometry, groups)
         if self.targets is not None:
             return with_cached_targets(pack, records, self.targets)
         if self.prepare.with_full:
             full_samples = [record.full for record in records if record.full is not None]
             full_samples += samples[len(records) :]  # the dummy
             decode = is_recoverable(self.prepare.prune)
-            return with_full_rows(pack, samples, full_samples, self.geometry, decode=decode)
+            return with_full_rows(pack, samples, full_samples, self.geometry, decode=decode, groups=groups)
         return pack
 
 

@@ -25,6 +25,7 @@ from training.data.targets import BUILD_ADVICE, TargetReader
 from training.distributed.ranks import PATIENCE_MINUTES
 from training.errors import UserError
 from training.loop.context import RunContext
+from training.model.sharing import SavedFlops
 from training.teacher.files import TeacherPlan, outdated_caches
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Feed:
     plan_input: PlanInput
     plan_settings: PlanSettings
     targets: TargetReader | None = None
+    saved_flops: SavedFlops | None = None
 
     def num_steps(self, schedule: ScheduleSettings) -> int:
         """Optimizer steps of the whole run: schedule.max_steps, or the epochs' steps."""
@@ -131,14 +133,15 @@ def build_feed(
         seed=config.run.seed,
     )
     if teacher_plan is None:
-        return Feed(index, prepare, index.plan_input(cost), plan_settings)
+        return Feed(index, prepare, index.plan_input(cost), plan_settings, saved_flops=SavedFlops(cost))
     if teacher_plan.targets is not None:
         _require_targets(index, teacher_plan.targets)
-        return Feed(index, prepare, index.plan_input(cost), plan_settings, teacher_plan.targets)
-    plan_input = index.plan_input(
-        cost, with_teacher=True, teacher_cost=CostModel.from_config(teacher_plan.files.config)
-    )
-    return Feed(index, dataclasses.replace(prepare, with_full=True), plan_input, plan_settings)
+        plan_input = index.plan_input(cost)
+        return Feed(index, prepare, plan_input, plan_settings, teacher_plan.targets, SavedFlops(cost))
+    teacher_cost = CostModel.from_config(teacher_plan.files.config)
+    plan_input = index.plan_input(cost, with_teacher=True, teacher_cost=teacher_cost)
+    prepare = dataclasses.replace(prepare, with_full=True)
+    return Feed(index, prepare, plan_input, plan_settings, saved_flops=SavedFlops(cost, teacher_cost))
 
 
 def prepare_settings(config: Config, files: ModelFolder) -> PrepareSettings:
@@ -186,6 +189,7 @@ def training_loader(
         first_step=first_step,
         sum_over_ranks=context.ranks.sum,
         targets=feed.targets,
+        saved_flops=feed.saved_flops,
     )
 
 
@@ -216,6 +220,7 @@ def _loader_settings(context: RunContext, report: str, *, dummy_image: bool) -> 
         num_workers=data.num_workers,
         prefetch_packs=data.prefetch_packs,
         dummy_image=dummy_image,
+        share_prefix=data.share_prefix != "off",
         device=context.ranks.device,
         max_quarantined_share=data.max_quarantined_share,
         report=context.folder / f"{report}_rank{context.ranks.rank}.jsonl",

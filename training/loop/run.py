@@ -38,6 +38,7 @@ from training.model.attention import choose_attention
 from training.model.loading import DTYPES, load_model, load_model_files_once, prepare_layers
 from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts, set_learning_rates, trains_vision
+from training.model.sharing import check_sharing
 from training.model.supervised import SupervisedModel
 from training.teacher.files import TeacherPlan, plan_teacher
 from training.teacher.teachers import build_teacher
@@ -149,12 +150,13 @@ def _build(context: RunContext, teacher_plan: TeacherPlan | None) -> tuple[Engin
     """The model as it is trained, in its engine; the attention that was chosen; what of memory is planned."""
     config, ranks = context.config, context.ranks
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
+    check_sharing(config.data.share_prefix, context.files.config, attention)
     model = load_model(config.model, attention=attention, device=ranks.device)
     freeze_parts(model, config.optim)
     add_adapters(model, config.lora)
     memory = plan_memory(context, model, attention, teacher_plan)
     prepare_layers(model, memory.applied_to(config.model), ranks.device)
-    teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, attention)
+    teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, attention, config.data.share_prefix)
     module = SupervisedModel(model, context.files.geometry, config.loss, teacher)
     return build_engine(module, ranks, config.distributed, config.optim, config.model.dtype), attention, memory
 

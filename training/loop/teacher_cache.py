@@ -76,7 +76,9 @@ def build_cache(config: Config, ranks: Ranks) -> Path:
         todo = feed.index.subset(missing, [])
         _check_space(context, todo, teacher_files, console)
         attention = choose_attention(config.model.attention, ranks.device, teacher_dtype(config.kd, config.model))
-        teacher = build_online_teacher(config.kd, config.model, teacher_files, ranks, attention)
+        teacher = build_online_teacher(
+            config.kd, config.model, teacher_files, ranks, attention, config.data.share_prefix
+        )
         _compute(context, todo, feed, teacher, console)
     ranks.barrier(PATIENCE_MINUTES)
     if ranks.is_first:

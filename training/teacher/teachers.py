@@ -25,27 +25,42 @@ from training.data.distillation import DistillationPack
 from training.distributed.ranks import Ranks
 from training.model.attention import attention_for
 from training.model.loading import load_model
+from training.model.sharing import check_sharing
 from training.model.supervised import Teacher
 from training.teacher.files import TeacherPlan, load_head, teacher_dtype
 
 
 def build_teacher(
-    kd: TeacherSettings, model: ModelSettings, plan: TeacherPlan | None, ranks: Ranks, attention: str
+    kd: TeacherSettings,
+    model: ModelSettings,
+    plan: TeacherPlan | None,
+    ranks: Ranks,
+    attention: str,
+    share_prefix: str = "off",
 ) -> Teacher | None:
-    """The teacher that the recipe asks for, on this rank's device; None without distillation. Every rank calls this."""
+    """The teacher that the recipe asks for, on this rank's device; None without distillation. Every rank calls this.
+
+    share_prefix: of the packs that it will be given. Raises UserError where it could not compute them.
+    """
     if plan is None:
         return None
     if plan.targets is not None:
         head = None if kd.top_k else load_head(plan.files, teacher_dtype(kd, model), ranks.device)
         return CachedTeacher(head)
-    return build_online_teacher(kd, model, plan.files, ranks, attention)
+    return build_online_teacher(kd, model, plan.files, ranks, attention, share_prefix)
 
 
 def build_online_teacher(
-    kd: TeacherSettings, model: ModelSettings, files: ModelFolder, ranks: Ranks, attention: str
+    kd: TeacherSettings,
+    model: ModelSettings,
+    files: ModelFolder,
+    ranks: Ranks,
+    attention: str,
+    share_prefix: str = "off",
 ) -> OnlineTeacher:
-    """The teacher's weights, frozen; kd.sharding says how the ranks hold them."""
+    """The teacher's weights, frozen; kd.sharding says how the ranks hold them. share_prefix: as in `build_teacher`."""
     attention = attention_for(teacher_dtype(kd, model), ranks.device, attention)
+    check_sharing(share_prefix, files.config, attention)
     if kd.sharding == "zero3" and ranks.world_size > 1:
         return _build_sharded(kd, model, files, ranks, attention)
     teacher = _load_frozen(kd, model, files, ranks.device, attention)

@@ -15,7 +15,7 @@ from training.distributed.ranks import Ranks
 from training.loss.supervised import LossSums
 from training.tracking.hardware import host_memory_gb, peak_flops, peak_memory_gb
 
-_COUNTS = ("num_samples", "num_supervised", "kept_tokens", "full_tokens", "kept_blocks", "full_blocks")
+_COUNTS = ("num_samples", "num_supervised", "kept_tokens", "full_tokens", "shared_tokens", "kept_blocks", "full_blocks")
 _TIMES = ("data_wait", "forward", "backward", "optimizer")
 
 
@@ -27,6 +27,7 @@ class RunTotals:
     num_supervised: int = 0
     kept_tokens: int = 0
     full_tokens: int = 0
+    shared_tokens: int = 0
     kept_blocks: int = 0
     full_blocks: int = 0
 
@@ -67,6 +68,7 @@ class StepMeter:
         self._counts["num_supervised"] += pack.num_supervised
         self._counts["kept_tokens"] += pack.num_tokens - has_dummy * DUMMY_TOKENS
         self._counts["full_tokens"] += pack.num_full_tokens - has_dummy * DUMMY_TOKENS
+        self._counts["shared_tokens"] += pack.num_shared_tokens
         self._counts["kept_blocks"] += pack.num_kept_blocks - has_dummy
         self._counts["full_blocks"] += pack.num_full_blocks - has_dummy
 
@@ -119,6 +121,8 @@ class StepMeter:
             "kept_tokens_per_s": sums["kept_tokens"] / step_seconds,
             "full_tokens_per_s": sums["full_tokens"] / step_seconds,
             "retain_ratio": self.retain_ratio,
+            # Of the records' kept tokens, those that a shared prefix left to be computed by another record.
+            "shared_prefix": sums["shared_tokens"] / max(1.0, sums["kept_tokens"] + sums["shared_tokens"]),
             "step_s": step_seconds,
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
             "host_memory_gb": host_memory_gb(),

@@ -55,6 +55,7 @@ METRICS = (
     Metric("kept_tokens_per_s", "kept tokens/s", "{:,.0f} kept tok/s", {"kept tokens/s": _median}, "speed"),
     Metric("mfu", "MFU on kept tokens", picture="speed"),
     Metric("retain_ratio", "retain ratio", "retain {:.1%}", {"retain ratio": _last}),
+    Metric("shared_prefix", "share of kept tokens that shared prefixes save"),
     Metric("step_s", "seconds of a step", summary={"step s": _median}),
     Metric("data_wait_share", "share of the step that waits for data", summary={"data wait share": _median}),
     Metric("peak_memory_gb", _DEVICE_MEMORY, summary={"peak memory GB": max}, picture="memory"),

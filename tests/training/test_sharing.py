@@ -1,0 +1,82 @@
+"""Training on shared prefixes: loss, distillation and gradients as of rows apart, whatever of the model is trained."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from pixelprune.attention.prefixes import find_groups
+from pixelprune.attention.segments import use_borders
+from pixelprune.pack import pack_samples
+from tests.conftest import screen
+from tests.pixelprune.reference import make_sample
+from tests.pixelprune.test_borders import assert_equal_gradients
+from tests.pixelprune.test_prefixes import QUESTIONS
+from training.config.settings import GroupSettings, OptimSettings
+from training.data.distillation import DistillationPack, with_full_rows
+from training.loss.supervised import LossSettings
+from training.model.lora import LoraSettings, add_adapters
+from training.model.parameters import freeze_parts
+from training.model.supervised import SupervisedModel
+from training.teacher.teachers import OnlineTeacher
+
+
+def pack_of(tokenizer, geometry, pictures: list[int], *, share: bool) -> DistillationPack:
+    """Questions about each picture, interleaved, with the teacher's row beside them."""
+    wanted = [(number, texts) for texts in QUESTIONS[:4] for number in pictures]
+    samples, fulls = (
+        [make_sample(tokenizer, [screen(4, 5, number)], *texts, strategy=strategy) for number, texts in wanted]
+        for strategy in ("pred2d", "none")
+    )
+    groups = find_groups(samples, geometry.image_token_id) if share else None
+    pack = pack_samples(samples, geometry, groups)
+    return with_full_rows(pack, samples, fulls, geometry, decode=True, groups=groups)
+
+
+def sums_and_gradients(module: SupervisedModel, pack: DistillationPack):
+    module.zero_grad(set_to_none=True)
+    sums = module(pack)
+    sums.total.backward()
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return [part.item() for part in sums], gradients
+
+
+@pytest.fixture
+def student(toy_model):
+    model = copy.deepcopy(toy_model).train()
+    use_borders(model)
+    return model
+
+
+@pytest.mark.parametrize("trained", ["all", "language model", "vision tower", "adapters"])
+def test_distillation_on_a_shared_row_equals_rows_apart(student, toy_model, toy_tokenizer, geometry, trained):
+    teacher_model = copy.deepcopy(toy_model).eval().requires_grad_(False)
+    use_borders(teacher_model)
+    with torch.no_grad():
+        for parameter in student.parameters():  # a student that is not the teacher
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.01)
+    if trained == "adapters":
+        add_adapters(student, LoraSettings(rank=4, vit=True))
+        for name, parameter in student.named_parameters():
+            if ".lora_B" in name:  # zero at the start, which would leave A without a gradient
+                torch.nn.init.normal_(parameter, std=0.02)
+    elif trained != "all":
+        is_vision, frozen = trained == "vision tower", GroupSettings(freeze=True)
+        freeze_parts(student, OptimSettings(llm=frozen) if is_vision else OptimSettings(vit=frozen, merger=frozen))
+    module = SupervisedModel(
+        student,
+        geometry,
+        LossSettings(ce_weight=0.5, kd_weight=1.0, temperature=2.0),
+        OnlineTeacher(teacher_model, teacher_model.lm_head, geometry),
+    )
+    apart, shared = (pack_of(toy_tokenizer, geometry, [0, 1], share=share) for share in (False, True))
+    assert shared.num_tokens < apart.num_tokens
+    assert shared.full.num_tokens < apart.full.num_tokens
+    expected_sums, expected = sums_and_gradients(module, apart)
+    sums, gradients = sums_and_gradients(module, shared)
+    assert sums[:2] == pytest.approx(expected_sums[:2], rel=1e-6), "total, cross-entropy"
+    assert sums[2] == pytest.approx(expected_sums[2], abs=1e-5), "divergence"
+    assert expected_sums[2] > 0
+    assert_equal_gradients(gradients, expected)
