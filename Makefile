@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean vllm-env test-vllm
+.PHONY: install demo test lint bench api clean vllm-env test-vllm
 
 install: $(STAMP)
 
@@ -33,6 +33,11 @@ lint: install
 
 bench: install
 	for name in $(BENCH); do $(BIN)/python -m benchmarks.$$name || exit 1; done
+
+# The API reference, from the docstrings, into build/api (not kept in the repository).
+api: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pdoc --no-show-source -o build/api pixelprune '!pixelprune.vllm' training launch data_tools
 
 # Serving on a CPU, in an environment of its own: vLLM pins another torch, transformers and numba (docs/serving.md).
 VLLM_VENV := .venv-vllm

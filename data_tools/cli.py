@@ -1,4 +1,4 @@
-"""The command line of data_tools: one parser per command, each explaining itself."""
+"""Data brought in: screenshots rendered, corpora and benchmarks converted, sheets of records drawn."""
 
 from __future__ import annotations
 

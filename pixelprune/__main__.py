@@ -1,4 +1,7 @@
-"""Command line: `python -m pixelprune stats PATH...`, `show IMAGE -o OUT.png`, `parity FOLDER IMAGE...`."""
+"""What pruning does to images, and parity with vLLM: `python -m pixelprune COMMAND`.
+
+`stats PATH...`, `show IMAGE -o OUT.png`, `parity FOLDER IMAGE...`.
+"""
 
 from __future__ import annotations
 

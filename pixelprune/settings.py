@@ -19,8 +19,11 @@ class PruneSettings:
     """Which blocks are omitted (see `pixelprune.select`). `strategy="none"` keeps all: the Full model."""
 
     strategy: str = "pred2d"
+    """Which rule omits blocks: pred2d, a scan order, or a baseline (docs/selection.md names them)."""
     metric: str = "max"
+    """Distance of two blocks: max (largest difference of any value) or mae (mean of all)."""
     threshold: float = 0.0
+    """Distance, 0 to 1, up to which a block counts as predicted; 0 omits only equal blocks and loses nothing."""
     seed: int = 0
     """Used by the random baselines only."""
 
@@ -30,7 +33,9 @@ class ResizeSettings:
     """The Hugging Face processor's size limits (pixels after resizing) and our limit on what is decoded at all."""
 
     min_pixels: int = 256 * 256
+    """Smaller images are enlarged to this many pixels."""
     max_pixels: int = 4096 * 4096
+    """Larger images are shrunk to this many pixels."""
     max_decoded_pixels: int = 100_000_000
     """Images with more pixels than this are refused before decoding (decompression bombs). WebP and TIFF files of more
     than 178,956,970 pixels are refused by Pillow in any case."""

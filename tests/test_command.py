@@ -17,6 +17,7 @@ from training import command
 from training.errors import RankError, UserError
 
 WRONG = {
+    "training.__main__": ["no/[such]"],
     "training.train": ["no/[such].yaml"],
     "training.doctor": ["--json", "no/[such]/found.json"],
     "training.inspect": ["no/[such].yaml"],

@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import pixelprune
 from tests.ranks import ROOT
+from training.__main__ import commands
 from training.config.recipe import _check_path
+from training.config.reference import markdown, sections
 from training.config.settings import Config
 
-DOCS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FILES = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
 OURS = "pixelprune|training|data_tools|launch|benchmarks"
 SECTIONS = "|".join(Config.__dataclass_fields__)
@@ -76,9 +79,59 @@ def test_there_are_documents():
 
 
 def test_links_lead_somewhere(doc):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", doc.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)[^)]*\)", doc.read_text()):
         if not target.startswith("http"):
-            assert (doc.parent / target).exists(), f"{doc.name}: {target}"
+            name, _, section = target.partition("#")
+            other = doc.parent / name if name else doc
+            assert other.exists(), f"{doc.name}: {target}"
+            assert not section or section in anchors(other), f"{doc.name}: {target}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page in links."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def test_every_page_has_a_place_in_the_order_of_pages():
+    for order in (ROOT / "README.md", ROOT / "docs" / "README.md"):
+        text = order.read_text()
+        linked = {(order.parent / target).resolve() for target in re.findall(r"\]\(([^)#\s]+\.md)", text)}
+        missing = {page.name for page in DOCS if page not in linked and page.name != "README.md"}
+        assert not missing, f"{order}: {missing}"
+
+
+def test_the_reference_of_settings_is_the_codes():
+    remedy = "write it anew: python -m training --settings > docs/settings.md"
+    assert (ROOT / "docs" / "settings.md").read_text() == markdown(), remedy
+
+
+def test_every_setting_says_what_it_means():
+    assert [setting.key for section in sections() for setting in section.settings if not setting.meaning] == []
+
+
+def test_every_section_of_a_recipe_is_in_a_guide():
+    guides = "".join(page.read_text() for page in DOCS if page.name != "settings.md")
+    keys = {section.key for section in sections()} - {"run"}
+    assert {key for key in keys if f"{key.replace('.N', '')}" not in guides} == set()
+    assert "lora.rank" in guides
+
+
+def test_the_table_of_commands_is_complete():
+    """Every file that can be run behind `python -m`, but what a run starts by itself and what `make` does."""
+    inner = {"launch.guard", "launch.prebuild", "launch.demo", "training", "pixelprune.vllm.answers"}
+    inner |= {"pixelprune.vllm.torchvision_operators"}
+    files = [name for name in FILES if re.match(r"(pixelprune|training|launch|data_tools)/.*\.py$", name)]
+    found = {name for name in files if 'if __name__ == "__main__"' in (ROOT / name).read_text()}
+    modules = {name.removesuffix(".py").replace("/", ".").removesuffix(".__main__") for name in found} - inner
+    assert modules == set(commands())
+    readme = (ROOT / "README.md").read_text()
+    assert {module for module in modules if f"`python -m {module}" not in readme} == set()
+    assert all(len(what) > 10 for what in commands().values())
+
+
+def test_the_changelog_has_the_version():
+    assert f"\n## {pixelprune.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_files_it_names_exist(doc):

@@ -33,12 +33,21 @@ FOLDER_NAME = Range(
 )
 
 
+_ranges: dict[type, dict[str, Range]] = {}
+
+
+def ranges_of(kind: type) -> dict[str, Range]:
+    """Field -> what it is held to; known once an object of this kind was made."""
+    return _ranges.get(kind, {})
+
+
 def check_fields(settings: Any, **ranges: Range) -> None:
     """Raises ValueError "field: expected ..., got ..." for the first field out of its range.
 
     None, where a field's type allows it, is always allowed. Fields of a Literal type need no range: the recipe's reader
     holds them to it.
     """
+    _ranges[type(settings)] = ranges
     for name, allowed in ranges.items():
         value = getattr(settings, name)
         if value is not None and not allowed.holds(value):

@@ -158,6 +158,16 @@ def _with_override(tree: DictConfig, override: str) -> DictConfig:
     return tree
 
 
+def unknown_key(dotted: str) -> ConfigError:
+    """What a key that no recipe may hold is answered with."""
+    tree = OmegaConf.structured(Config)
+    try:
+        _check_path(dotted, tree)
+    except ConfigError as error:
+        return error
+    return ConfigError(f"unknown key {dotted!r}")
+
+
 def _check_path(dotted: str, tree: DictConfig) -> Any:
     """The type of a dotted key, walked to through the dataclasses: a typo is answered with the nearest field."""
     kind: Any = Config

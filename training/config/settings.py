@@ -94,8 +94,11 @@ class OptimSettings:
     weight_decay: float = 0.1
     """Decoupled weight decay; never on norms, biases and embeddings."""
     beta1: float = 0.9
+    """Decay of Adam's first moment (mean of gradients) from step to step."""
     beta2: float = 0.95
+    """Decay of Adam's second moment (mean of their squares)."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     max_skipped_in_a_row: int = 5
     """Steps with a non-finite loss or gradient are skipped and counted; so many in a row end the run."""
     max_grad_norm: float = 1.0
@@ -206,8 +209,11 @@ class TrackingSettings:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto (online when logged in, else offline), online, offline or disabled."""
     project: str = "pixelprune"
+    """wandb's project."""
     group: str = ""
+    """wandb's group of runs, such as one experiment."""
     tags: list[str] = field(default_factory=list)
+    """wandb's tags of the run."""
     log_every: int = 1
     """Steps between two rows of metrics."""
 
@@ -232,6 +238,7 @@ class EvalSettings:
     grounding_batch_size: int = 8
     """Conversations generated together on a rank."""
     grounding_max_new_tokens: int = 64
+    """Longest answer, tokens."""
 
     def __post_init__(self) -> None:
         check_fields(
