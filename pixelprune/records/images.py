@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
 from pixelprune.images.image_file import MAX_FILE_BYTES, ImageError, read_image_file
 from pixelprune.records.record import ImageRef, RecordError
 
-__all__ = ["read_image"]
+__all__ = ["ImageRoot", "Root", "read_image"]
 
 
-def read_image(ref: ImageRef, root: Path | None, max_bytes: int = MAX_FILE_BYTES) -> bytes | Image.Image:
+class ImageRoot(Protocol):
+    """A folder of images that is no local one."""
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        """The encoded bytes of an image inside the folder. Raises RecordError as `read_image` does."""
+
+
+Root = Path | ImageRoot
+"""What image paths are relative to."""
+
+
+def read_image(ref: ImageRef, root: Root | None, max_bytes: int = MAX_FILE_BYTES) -> bytes | Image.Image:
     """The encoded bytes of an image, at most max_bytes (or the picture, if it came decoded).
 
     Paths are taken relative to `root` and may not lead out of it, neither by `..`, nor as absolute paths, nor through
@@ -30,6 +42,8 @@ def read_image(ref: ImageRef, root: Path | None, max_bytes: int = MAX_FILE_BYTES
         return ref.source
     if root is None:
         raise RecordError("no_root", f"image {ref.source!r} is a path, but the source has no root (sources[].root)")
+    if not isinstance(root, Path):
+        return root.read(ref.source, max_bytes)
     try:
         path = (root / ref.source).resolve()
         if not path.is_relative_to(root.resolve()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from pixelprune.images.image_file import MAX_FILE_BYTES
 from pixelprune.images.sizing import SizeWish
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.chat import ChatEncoder
-from pixelprune.records.images import read_image
+from pixelprune.records.images import Root, read_image
 from pixelprune.records.keys import NO_RULES, KeyRules
 from pixelprune.records.limits import DEFAULT_LIMITS, RecordLimits
 from pixelprune.records.objects import PLAIN_STYLE, ObjectStyle, written
@@ -137,7 +136,7 @@ class Preparer:
     def prepare(
         self,
         row: Any,
-        root: Path | None,
+        root: Root | None,
         *,
         record_format: str = "auto",
         preset: Preset = AS_RECORDED,
@@ -204,7 +203,7 @@ class Preparer:
 
 
 def with_objects_written(
-    record: Record, root: Path | None, style: ObjectStyle, max_bytes: int = MAX_FILE_BYTES
+    record: Record, root: Root | None, style: ObjectStyle, max_bytes: int = MAX_FILE_BYTES
 ) -> Record:
     """The record with its `objects` as text. Raises RecordError, also for images that cannot be read."""
 

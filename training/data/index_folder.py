@@ -10,7 +10,8 @@ import xxhash
 
 from pixelprune.files import write_whole
 from pixelprune.records.presets import AS_RECORDED
-from training.data.files.unpacked import side_folder
+from training.data.files.address import is_remote
+from training.data.files.unpacked import home_of_index, side_folder
 from training.data.sources import Source
 
 INDEX_VERSION = 5
@@ -53,8 +54,9 @@ def open_folder(source: Source, fingerprint: dict, index_dir: str) -> IndexFolde
     else:
         # A folder for many sources: two data files of one name, size and time may have other images beside them.
         content["path"] = str(path.resolve()) if path.exists() else settings.path
-        content["root"] = str(Path(settings.root).resolve()) if settings.root else ""
-        parent = side_folder(path, index_dir) if index_dir else Path.home() / ".cache" / "pixelprune" / "index"
+        is_local = settings.root and not is_remote(settings.root)
+        content["root"] = str(Path(settings.root).resolve()) if is_local else settings.root
+        parent = home_of_index(path, index_dir)
     text = json.dumps(content, indent=2, sort_keys=True)
     folder = IndexFolder(parent / xxhash.xxh3_64(text.encode()).hexdigest())
     if folder.table.exists():  # it may lie on a read-only file system

@@ -9,6 +9,7 @@ from pixelprune.answers import FORMATS
 from pixelprune.records.keys import STRUCTURE
 from pixelprune.records.presets import Preset, get_preset
 from training.config.ranges import SHARE, Range, at_least, check_fields
+from training.data.files.address import check_address, is_remote
 
 
 @dataclass
@@ -17,11 +18,12 @@ class SourceSettings:
 
     path: str
     """A .jsonl, .ndjson or .json file (also .gz or .zst), .csv, .parquet, .arrow or a WebDataset .tar, a folder of
-    one kind of them, a folder written by `datasets`, or hf://datasets/OWNER/NAME from the hub."""
+    one kind of them, a folder written by `datasets`, or hf://datasets/OWNER/NAME from the hub.
+    Files and folders may be remote: s3://, gs://, az:// or hf:// addresses, without credentials."""
     name: str = ""
     """Name in reports and record ids; the file's stem by default. Must be unique in a recipe."""
     root: str = ""
-    """Folder that image paths are relative to and may not leave; by default the folder of the file."""
+    """Folder, local or remote, that image paths are relative to and may not leave; by default that of the file."""
     format: str = "auto"
     """auto (detected per record), sharegpt or messages."""
     split: str = "train"
@@ -37,6 +39,9 @@ class SourceSettings:
 
     def __post_init__(self) -> None:
         self.preset()
+        for key, value in (("path", self.path), ("root", self.root)):
+            if is_remote(value):
+                check_address(value, f"sources[].{key}")
 
     def preset(self) -> Preset:
         """The prompt of this source. Raises ValueError for a name or a template that is none."""

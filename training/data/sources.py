@@ -11,16 +11,18 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from training.data.files.address import is_remote
 from training.data.files.csv_rows import CsvRows
 from training.data.files.json_rows import JsonRows
-from training.data.files.layout import SUFFIXES, files_of_folder, kind_of, stem_of
+from training.data.files.layout import SUFFIXES, chosen_files, files_of_folder, kind_of, stem_of
+from training.data.files.remote import RemoteFolder, list_remote
 from training.data.files.table_rows import ArrowFileRows, ArrowRows
 from training.data.files.tar_rows import TarRows
-from training.data.files.unpacked import COMPRESSIONS, side_folder, unpacked
+from training.data.files.unpacked import COMPRESSIONS, home_of_index, side_folder, unpacked
 from training.data.settings import SourceSettings
 
 HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
@@ -65,8 +67,7 @@ class Source:
         self.fingerprint = fingerprint
         path = Path(settings.path)
         self.name = settings.name or stem_of(path)
-        folder = path if path.is_dir() else path.parent if path.exists() else None
-        self.root = Path(settings.root) if settings.root else folder
+        self.root: Path | RemoteFolder | None = _root_of(settings)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,19 +99,51 @@ def open_source(settings: SourceSettings, index_dir: str = "") -> Source:
     """
     if not 0 <= settings.weight < 1e6:
         raise ValueError(f"source {settings.path}: weight {settings.weight}, expected 0 to 1e6 (sources[].weight)")
-    if settings.root and not Path(settings.root).is_dir():
+    if settings.root and not is_remote(settings.root) and not Path(settings.root).is_dir():
         raise ValueError(f"source {settings.path}: root {settings.root} is not a folder (sources[].root)")
     path = Path(settings.path)
     if path.is_file():
-        source = _open_files(settings, [path], index_dir)
+        source = _open_files(settings, [path], side_folder(path, index_dir))
     elif path.is_dir():
         source = _open_folder(settings, path, index_dir)
     elif hub := HUB.fullmatch(settings.path):
         source = _open_hub(settings, hub.group(1))
+    elif is_remote(settings.path):
+        source = _open_remote(settings, index_dir)
     else:
         raise ValueError(f"source {settings.path}: {_what_is_missing(path)} (sources[].path)")
     if len(source) == 0:
         raise ValueError(f"source {settings.path} holds no records (sources[].path)")
+    return source
+
+
+def _root_of(settings: SourceSettings) -> Path | RemoteFolder | None:
+    """What image paths are relative to: as stated, or the folder of the data. None for a data set of the hub."""
+    if settings.root:
+        return RemoteFolder(settings.root) if is_remote(settings.root) else Path(settings.root)
+    if is_remote(settings.path):
+        is_file = kind_of(PurePosixPath(settings.path)) is not None
+        return (
+            None
+            if HUB.fullmatch(settings.path)
+            else RemoteFolder(settings.path.rpartition("/")[0] if is_file else settings.path)
+        )
+    path = Path(settings.path)
+    return path if path.is_dir() else path.parent if path.exists() else None
+
+
+def _open_remote(settings: SourceSettings, index_dir: str) -> Source:
+    """Data files on a remote file system, by their copies beside the index."""
+    is_folder, files = list_remote(settings.path)
+    path = PurePosixPath(settings.path)
+    if is_folder:
+        by_path = {PurePosixPath(file.address): file for file in files}
+        files = [by_path[place] for place in chosen_files(list(by_path), path, settings.split, settings.path)]
+    elif kind_of(path) is None:
+        raise ValueError(f"source {settings.path}: {path.suffix or 'no'} suffix, expected {SUFFIXES} (sources[].path)")
+    side = home_of_index(path, index_dir)
+    source = _open_files(settings, [file.copied(side) for file in files], side, [file.address for file in files])
+    source.fingerprint = repr([(file.address, file.num_bytes, file.version) for file in files])
     return source
 
 
@@ -141,7 +174,7 @@ def _what_is_missing(path: Path) -> str:
 
 def _open_folder(settings: SourceSettings, folder: Path, index_dir: str) -> Source:
     if not ((folder / "state.json").exists() or (folder / "dataset_dict.json").exists()):
-        return _open_files(settings, files_of_folder(folder, settings.split), index_dir)
+        return _open_files(settings, files_of_folder(folder, settings.split), side_folder(folder, index_dir))
     import datasets
 
     dataset = datasets.load_from_disk(str(folder))
@@ -152,8 +185,9 @@ def _open_folder(settings: SourceSettings, folder: Path, index_dir: str) -> Sour
     return Source(settings, ArrowRows(dataset, str(folder)), dataset._fingerprint)
 
 
-def _open_files(settings: SourceSettings, files: list[Path], index_dir: str) -> Source:
-    """Files of one kind as one source."""
+def _open_files(settings: SourceSettings, files: list[Path], side: Path, names: Sequence[str] = ()) -> Source:
+    """Files of one kind as one source. side: where what is made of them goes. names: what the user knows them by."""
+    names = names or [str(file) for file in files]
     kind = kind_of(files[0])
     fingerprint = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     if kind is None:
@@ -166,15 +200,15 @@ def _open_files(settings: SourceSettings, files: list[Path], index_dir: str) -> 
         return Source(settings, ArrowRows(dataset, settings.path), fingerprint)
     if kind == "Arrow":
         return Source(settings, ArrowFileRows(files, settings.path), fingerprint)
-    folder = side_folder(Path(settings.path), index_dir)
-    parts = [TarRows(file) if kind == "WebDataset" else _text_rows(file, folder) for file in files]
+    named = zip(files, names, strict=True)
+    parts = [TarRows(file, name) if kind == "WebDataset" else _text_rows(file, side, name) for file, name in named]
     parts = [part for part in parts if len(part)]
     return Source(settings, parts[0] if len(parts) == 1 else ChainedRows(parts), fingerprint)
 
 
-def _text_rows(file: Path, folder: Path) -> TextRows:
+def _text_rows(file: Path, side: Path, name: str) -> TextRows:
     plain = file
     if file.suffix.lower() in COMPRESSIONS:
         has_lines = Path(file.stem).suffix.lower() in (".jsonl", ".ndjson")
-        plain = unpacked(file, folder, has_lines=has_lines)
-    return (CsvRows if kind_of(file) == "CSV" else JsonRows)(plain, str(file))
+        plain = unpacked(file, side, has_lines=has_lines)
+    return (CsvRows if kind_of(file) == "CSV" else JsonRows)(plain, name)

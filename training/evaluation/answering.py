@@ -25,6 +25,7 @@ from pixelprune.records.prepare import hash_content, with_objects_written
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import ImageRef, Record, RecordError
 from pixelprune.settings import PruneSettings
+from training.data.files.remote import RemoteFolder
 from training.data.settings import SourceSettings
 from training.data.sources import open_sources
 from training.errors import UserError
@@ -44,7 +45,7 @@ class Task:
     id: str
     record: Record
     target: Target
-    root: Path | None
+    root: Path | RemoteFolder | None
     fingerprint: str
 
 
@@ -223,13 +224,15 @@ def _flops(costs: CostModel, inputs: PrunedInputs, settings: AnswerSettings, num
     )
 
 
-def _fingerprint(record: Record, target: Target, root: Path | None) -> str:
+def _fingerprint(record: Record, target: Target, root: Path | RemoteFolder | None) -> str:
     sources = (image.source for image in record.images)
     images = [_describe_file(source, root) if isinstance(source, str) else source for source in sources]
     return f"{hash_content(record, images):016x}{xxhash.xxh3_64(repr(target).encode()).hexdigest()}"
 
 
-def _describe_file(name: str, root: Path | None) -> bytes:
+def _describe_file(name: str, root: Path | RemoteFolder | None) -> bytes:
+    if isinstance(root, RemoteFolder):
+        return root.describe(name).encode(errors="replace")
     try:
         stat = ((root or Path()) / name).stat()
     except (OSError, ValueError):  # answering the record will say what is wrong

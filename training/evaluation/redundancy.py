@@ -18,6 +18,7 @@ from pixelprune.records.reader import parse_record
 from pixelprune.records.record import ImageRef, RecordError
 from pixelprune.selection.stats import DatasetStats, ImageStats, measure_image
 from pixelprune.settings import PruneSettings, ResizeSettings
+from training.data.files.remote import RemoteFolder
 from training.data.settings import SourceSettings
 from training.data.sources import open_sources
 from training.distributed.ranks import PATIENCE_MINUTES, Ranks
@@ -53,13 +54,13 @@ def measure_file(path: str, resize: ResizeSettings, limit: int, cells: Path, ran
     return ranks.from_first(lambda: _row(_rows(folder), list(images), num_refused))
 
 
-def _images_of(path: str, limit: int) -> tuple[dict[str, tuple[ImageRef, Path | None]], int]:
+def _images_of(path: str, limit: int) -> tuple[dict[str, tuple[ImageRef, Path | RemoteFolder | None]], int]:
     """Images of the records, each once under a name that changes with its file, and how many records were refused."""
     try:
         (source,) = open_sources([SourceSettings(path)])
     except ValueError as error:
         raise UserError(str(error)) from error
-    images: dict[str, tuple[ImageRef, Path | None]] = {}
+    images: dict[str, tuple[ImageRef, Path | RemoteFolder | None]] = {}
     num_refused = 0
     for row in range(min(len(source), limit or len(source))):
         try:
@@ -72,11 +73,13 @@ def _images_of(path: str, limit: int) -> tuple[dict[str, tuple[ImageRef, Path | 
     return images, num_refused
 
 
-def _name(ref: ImageRef, root: Path | None, place: str) -> str:
+def _name(ref: ImageRef, root: Path | RemoteFolder | None, place: str) -> str:
     if isinstance(ref.source, bytes):
         return xxhash.xxh3_128(ref.source).hexdigest()
     if not isinstance(ref.source, str):
         return place
+    if isinstance(root, RemoteFolder):
+        return root.describe(ref.source)
     try:
         stat = ((root or Path()) / ref.source).stat()
     except (OSError, ValueError):  # measuring it will say what is wrong
@@ -84,7 +87,7 @@ def _name(ref: ImageRef, root: Path | None, place: str) -> str:
     return f"{ref.source} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def _measured(ref: ImageRef, root: Path | None, resize: ResizeSettings) -> dict[str, Any]:
+def _measured(ref: ImageRef, root: Path | RemoteFolder | None, resize: ResizeSettings) -> dict[str, Any]:
     """`ImageStats` as JSON takes it, or {"unreadable": reason}."""
     try:
         return dataclasses.asdict(measure_image(read_image(ref, root), RULES, resize, name="image"))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import TypeVar
 
 from training.data.files.unpacked import COMPRESSIONS
 
-__all__ = ["KINDS", "SUFFIXES", "files_of_folder", "kind_of", "stem_of"]
+__all__ = ["KINDS", "SUFFIXES", "chosen_files", "files_of_folder", "kind_of", "stem_of"]
+
+P = TypeVar("P", bound=PurePath)
 
 KINDS = {
     ".jsonl": "JSON",
@@ -33,7 +37,7 @@ _SHARD = re.compile(r"([\w.]+?)-\d{5}-of-\d{5}")
 _WORD = re.compile(rf"({'|'.join(_SPLITS)})(?![^\W\d_])", re.IGNORECASE)
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: PurePath) -> str | None:
     """A value of KINDS, None for what is not read."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     is_packed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
@@ -42,44 +46,47 @@ def kind_of(path: Path) -> str | None:
     return None if is_packed and kind not in _TEXT else kind
 
 
-def stem_of(path: Path) -> str:
+def stem_of(path: PurePath) -> str:
     """The name without the suffixes of its format."""
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
 def files_of_folder(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder, in name order; of one that has none, those of its folder `data`.
+    """The data files of a local folder, as `chosen_files`."""
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    return chosen_files([path for place in places for path in place.iterdir() if path.is_file()], folder, split)
 
-    Where names begin with a split (`train-00000-of-00004.parquet`, as on the hub), those of `split` alone.
+
+def chosen_files(files: Sequence[P], folder: PurePath, split: str, name: str = "") -> list[P]:
+    """The data files among these, in name order; where none lies in `folder` itself, those of its folder `data`.
+
+    Where names begin with a split (`train-00000-of-00004.parquet`, as on the hub), those of `split` alone. name: the
+    folder's, for messages.
     Raises ValueError when there is none, for several kinds, and where names leave open what belongs to the split.
     """
-    files = _data_files(folder) or _data_files(folder / "data")
-    if not files:
-        raise ValueError(f"source {folder}: no {SUFFIXES} file or saved data set in this folder (sources[].path)")
-    kinds = sorted({str(kind_of(path)) for path in files})
+    name = name or str(folder)
+    data = sorted(path for path in files if _is_data(path))
+    data = [path for path in data if path.parent == folder] or data
+    if not data:
+        raise ValueError(f"source {name}: no {SUFFIXES} file or saved data set in this folder (sources[].path)")
+    kinds = sorted({str(kind_of(path)) for path in data})
     if len(kinds) > 1:
         raise ValueError(
-            f"source {folder}: holds {' and '.join(kinds)} files, expected one kind; "
+            f"source {name}: holds {' and '.join(kinds)} files, expected one kind; "
             "give one of the files, or keep them in folders of their own (sources[].path)"
         )
-    return _of_split(folder, files, split)
+    return _of_split(name, data, split)
 
 
-def _data_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_file() and _is_data(path))
-
-
-def _is_data(path: Path) -> bool:
+def _is_data(path: PurePath) -> bool:
     # data_tools writes beside the records: report.json, NAME.report.json, NAME.dropped.jsonl; `datasets` and the hub:
     # dataset_infos.json.
     is_report = path.name in ("report.json", "dataset_infos.json")
     return kind_of(path) is not None and not is_report and not path.name.endswith((".report.json", ".dropped.jsonl"))
 
 
-def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
-    by_split: dict[str, list[Path]] = {}
+def _of_split(folder: str, files: list[P], split: str) -> list[P]:
+    by_split: dict[str, list[P]] = {}
     for path in files:
         by_split.setdefault(_split_of(path), []).append(path)
     unnamed = by_split.pop("", [])
@@ -98,7 +105,7 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
     return sorted([*by_split[wanted], *unnamed])
 
 
-def _split_of(path: Path) -> str:
+def _split_of(path: PurePath) -> str:
     """The split that a file's name begins with, "" where it names none."""
     shard, word = _SHARD.match(path.name), _WORD.match(path.name)
     name = shard.group(1) if shard else word.group(1) if word else ""

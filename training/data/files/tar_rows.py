@@ -33,10 +33,12 @@ class TarRows:
     is asked for. Raises ValueError for a file that is no whole, uncompressed archive.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, name: str = ""):
+        """path, name: as in `JsonRows`."""
         self.path = path
+        self.name = name or str(path)
         # Of M members, those of record i at starts[i] to starts[i + 1]. offset -1: no regular file.
-        self._names, self._offsets, self._sizes, self._starts = _scan(path)
+        self._names, self._offsets, self._sizes, self._starts = _scan(path, self.name)
         self._bytes: mmap.mmap | None = None
 
     def __len__(self) -> int:
@@ -59,7 +61,7 @@ class TarRows:
         return self._with_images(record, images)
 
     def where(self, row: int) -> str:
-        return f"{self.path}, {_split(self._names[int(self._starts[row])].as_py())[0]}"
+        return f"{self.name}, {_split(self._names[int(self._starts[row])].as_py())[0]}"
 
     def _members(self, row: int) -> dict[str, tuple[str, int, int]]:
         """Extension -> (name, offset, size) of a record's members."""
@@ -131,7 +133,7 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, kind.lower()
 
 
-def _scan(path: Path) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
+def _scan(path: Path, shown: str) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
     """Names, offsets, sizes (M,) of the members, grouped by record, and where each record's begin (n + 1,)."""
     records: dict[str, list[tuple[str, int, int]]] = {}
     try:
@@ -146,7 +148,7 @@ def _scan(path: Path) -> tuple[pa.Array, np.ndarray, np.ndarray, np.ndarray]:
                 place = (name, member.offset_data if is_plain else -1, member.size)
                 records.setdefault(_split(name)[0], []).append(place)
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise ValueError(f"source {path}: damaged, or no uncompressed .tar: {error} (sources[].path)") from error
+        raise ValueError(f"source {shown}: damaged, or no uncompressed .tar: {error} (sources[].path)") from error
     members = [place for group in records.values() for place in group]
     starts = np.concatenate([[0], np.cumsum([len(group) for group in records.values()])]).astype(np.int64)
     names = pa.array([name for name, _, _ in members], pa.large_string())

@@ -10,7 +10,7 @@ import contextlib
 import fcntl
 import logging
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ import xxhash
 from pixelprune.files import whole_file
 from training.data.files.json_rows import MAX_RECORD_BYTES
 
-__all__ = ["COMPRESSIONS", "side_folder", "unpacked"]
+__all__ = ["COMPRESSIONS", "home_of_index", "one_at_a_time", "side_folder", "unpacked"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,11 @@ CHUNK_BYTES = 1 << 20
 def side_folder(path: Path, index_dir: str) -> Path:
     """Where what is made of a data file or folder is kept: its indexes, and what was unpacked of it."""
     return Path(index_dir) / path.name if index_dir else path.parent / f"{path.name}.index"
+
+
+def home_of_index(path: PurePath, index_dir: str) -> Path:
+    """The same for what is no local file: below `index_dir`, or the user's cache."""
+    return Path(index_dir) / path.name if index_dir else Path.home() / ".cache" / "pixelprune" / "index"
 
 
 def unpacked(path: Path, folder: Path, *, has_lines: bool) -> Path:
@@ -47,7 +52,7 @@ def unpacked(path: Path, folder: Path, *, has_lines: bool) -> Path:
         return made
     try:
         made.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(made.with_suffix(".lock")):
+        with one_at_a_time(made.with_suffix(".lock")):
             if not made.exists():
                 logger.info("unpacking %s to %s", path, made)
                 with whole_file(made, is_shared=True) as partial, partial.open("wb") as out:
@@ -99,7 +104,8 @@ def _lines(chunk: bytes) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """One process in here at a time, of all that name the same lock file; the others wait."""
     with lock.open("wb") as file:
         # A file system without locks: every process unpacks for itself, and the last one's file stays.
         with contextlib.suppress(OSError):
