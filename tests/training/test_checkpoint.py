@@ -6,12 +6,15 @@ import errno
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import ROOT
 from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.files import checkpoint_folder, complete_checkpoints
 from training.config.settings import CheckpointSettings
@@ -99,3 +102,32 @@ def test_parts_that_others_have_written_need_no_more_space(tmp_path, monkeypatch
     checkpointer = Checkpointer(tmp_path, CheckpointSettings(), Ranks(3, 8, 3, CPU), {})
     save(checkpointer, 1, num_elements=25_000_000)
     assert checkpointer.finish()
+
+
+CRASH = """
+import torch
+from pathlib import Path
+from training.checkpoint import checkpointer as module
+from training.config.settings import CheckpointSettings
+from training.distributed.ranks import Ranks
+
+module._CRASH_SECONDS = 0.5
+module.own_fragments = lambda engine: []
+module.num_adam_steps = lambda engine: 1
+# The other rank is gone and never writes its part.
+one = module.Checkpointer(Path("run"), CheckpointSettings(), Ranks(0, 2, 0, torch.device("cpu")), {})
+one.save(None, module.RunState(step=1))
+raise RuntimeError("the other host is gone")
+"""
+
+
+def test_a_crash_does_not_wait_for_ranks_that_are_gone(tmp_path):
+    """Not the 30 minutes of checkpoint.save_timeout_minutes: the launcher of other hosts has nobody to kill it."""
+    done = subprocess.run(
+        [sys.executable, "-c", CRASH], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the other host is gone" in done.stderr
+    assert "a save is under way: it has 0 s to become complete" in done.stderr
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []

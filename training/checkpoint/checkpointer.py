@@ -8,6 +8,7 @@ system that all ranks share.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import logging
@@ -45,6 +46,8 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 _MARGIN_BYTES = 64 << 20
 _POLL_SECONDS = 0.2
+_CRASH_SECONDS = 60.0
+"""How long a process that ends with a save under way waits for it: the other ranks may never write their part."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class Checkpointer:
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
         self._verified: Path | None = None
+        atexit.register(self._leave)
 
     def latest(self) -> Path | None:
         """The newest checkpoint that is whole by its hashes, the same on all ranks; None where there is none at all.
@@ -170,7 +174,9 @@ class Checkpointer:
             _random_state(self.ranks.device),
             content,
         )
-        self._writer = threading.Thread(target=self._write_or_keep_error, args=arguments, name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write_or_keep_error, args=arguments, name="checkpoint", daemon=True
+        )
         self._writer.start()
         if wait:
             self.finish()
@@ -185,6 +191,12 @@ class Checkpointer:
         if self._writer is not None:
             self._writer.join()
             self._writer = None
+
+    def _leave(self) -> None:
+        """As the process ends. After a crash the save under way gets a moment, not the time that training gives it."""
+        if self._writer is not None and self._writer.is_alive():
+            logger.warning("a save is under way: it has %.0f s to become complete", _CRASH_SECONDS)
+            self._writer.join(_CRASH_SECONDS)
 
     def finish(self) -> bool:
         """Wait for the save under way and tell whether all went well; earlier checkpoints are intact if not.
