@@ -22,13 +22,15 @@ def prebuild() -> None:
 
 
 def main() -> int:
+    import pixelprune.selection.kernels
+    import pixelprune.sessions.kernels
     from pixelprune.command import plain_console
-    from pixelprune.selection.kernels import compile_all
 
     console = plain_console()
     console.print("building DeepSpeed's extension and the selection kernels (once)")
     prebuild()
-    compile_all()
+    pixelprune.selection.kernels.compile_all()
+    pixelprune.sessions.kernels.compile_all()
     console.print("ready")
     return 0
 
