@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -75,6 +76,25 @@ def test_young_lock_without_a_process_is_given_time(lock, monkeypatch):
     build_lock.clear_stale_lock()
     assert not lock.exists()
     assert time.time() > began + 2.0
+
+
+def test_ranks_that_anyone_starts_do_not_wait_for_a_stale_lock(tmp_path):
+    """By torchrun, the deepspeed launcher, Slurm or alone: the lock goes as the ranks join."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    built = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    shutil.copytree(built, tmp_path / built.name)
+    lock = tmp_path / built.name / "lock"
+    lock.touch()
+    _make_old(lock, 1000)
+    code = "from training.distributed.ranks import join_ranks; join_ranks()"
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not lock.exists()
+    assert "removing a build lock left" in done.stderr
 
 
 def test_the_cpu_extension_is_built_on_gpu_machines_too(monkeypatch):

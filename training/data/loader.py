@@ -3,10 +3,18 @@
 Every micro-step of an optimizer step is prepared before the first one is handed out. Only then is it known whether a
 record went bad since the index was built; its supervised tokens are subtracted from the step's count on all ranks by
 one sum of three integers over the ranks per optimizer step, and losses stay exact sums over an exact global count.
+
+torch's DataLoader cannot replace a worker that was killed. Its tasks follow from the plan, so what was not handed out
+yet is prepared again by a fresh set of workers, and the run gets the same packs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import logging
+import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +33,11 @@ from training.data.targets import TargetReader
 from training.data.upload import upload_ahead
 from training.data.worker import PackDataset, PackFailure, PackResult, PackTask, start_worker
 from training.errors import RankError, UserError
+
+logger = logging.getLogger(__name__)
+
+MAX_DEATHS = 3
+"""Sets of workers that may die over one pack: then it is the pack that ends them, or memory is short."""
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
 """Sums a few numbers over all ranks (`Ranks.sum`); called once per optimizer step by every rank."""
@@ -133,6 +146,7 @@ class PackLoader:
         )
         self._lost_in_epoch = [self.start.epoch, 0]
         self._data_loader: DataLoader | None = None
+        self._num_handed_out = 0
         self._plans: dict[int, EpochPlan] = {}
 
     def __iter__(self) -> Iterator[MicroBatch]:
@@ -141,10 +155,7 @@ class PackLoader:
 
     def steps(self) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
         """(optimizer step since the start of the run, its micro-batches); waiting happens in the inner iterator."""
-        # The worker processes stay for the next iteration (validation runs the same loader again and again).
-        if self._data_loader is None:
-            self._data_loader = self._results()
-        results = iter(self._data_loader)
+        results = self._results()
         self._lost_in_epoch = [self.start.epoch, 0]
         for step, planned in enumerate(self._planned_steps(), start=self.first_step):
             batches = self._micro_batches(step, planned, results)
@@ -212,15 +223,70 @@ class PackLoader:
     def _report(self, entry: Quarantined) -> None:
         append_quarantine(self.settings.report, entry)
 
-    def _results(self) -> DataLoader:
-        """Results in plan order; DataLoader keeps the order of its sampler whatever worker is first."""
-        workers = self.settings.num_workers
+    def _results(self) -> Iterator[PackResult | PackFailure]:
+        """Results in plan order, the same ones whether or not workers die meanwhile. Raises RankError when they die
+        over one pack again and again."""
+        self._num_handed_out = num_deaths = 0
+        is_careful = False
+        results = self._prepared(is_careful)
+        while True:
+            died = ""
+            try:
+                result = next(results)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                died = str(error)
+                if not died.startswith("DataLoader worker (pid"):  # one that a worker raised, or torch itself
+                    raise
+            if died:
+                num_deaths += 1
+                self._refuse_deaths(num_deaths, died)
+            else:
+                self._num_handed_out += 1
+                yield result
+                num_deaths = 0
+            if died or is_careful:
+                # The old ones go before the new ones come: memory may be what is short.
+                self._data_loader = None
+                del results
+                is_careful = num_deaths == MAX_DEATHS - 1
+                results = self._prepared(is_careful)
+
+    def _refuse_deaths(self, num_deaths: int, died: str) -> None:
+        """Say that workers died; RankError after MAX_DEATHS sets of them over the pack that is waited for."""
+        if num_deaths < MAX_DEATHS:
+            logger.warning("rank %d: loader workers died, new ones prepare what is still to come: %s", self.rank, died)
+            return
+        where = [self.index.sources[number].rows.where(row) for number, row, *_ in next(self._tasks_left()).records]
+        raise RankError(
+            f"rank {self.rank}: {num_deaths} sets of loader workers died over one pack ({', '.join(where[:8])}"
+            f"{', ...' if len(where) > 8 else ''}): {died}; most likely memory is short: use fewer than "
+            f"data.num_workers={self.settings.num_workers}, or smaller packs (data.pack_tokens)"
+        )
+
+    def _prepared(self, is_careful: bool) -> Iterator[PackResult | PackFailure]:
+        """is_careful: one worker with one pack at a time: the pack that is waited for is then the one that ends it."""
+        # The worker processes stay for the next iteration (validation runs the same loader again and again).
+        if self._data_loader is None:
+            self._data_loader = self._new_data_loader(is_careful)
+        with _own_child_signal():
+            return iter(self._data_loader)
+
+    def _tasks_left(self) -> Iterator[PackTask]:
+        """This rank's tasks in order, without those whose results were handed out."""
+        tasks = (m[self.rank] for planned in self._planned_steps() for m in planned.plan.micro_steps)
+        return (self.task(rows) for rows in itertools.islice(tasks, self._num_handed_out, None))
+
+    def _new_data_loader(self, is_careful: bool) -> DataLoader:
+        """DataLoader keeps the order of its sampler whatever worker is first."""
+        workers = 1 if is_careful else self.settings.num_workers
         options: dict = {}
         if workers:
             # A whole optimizer step is prepared ahead while the one before it is trained on.
             ahead = max(self.settings.prefetch_packs, -(-self._first_num_micro_steps() // workers) + 1)
             options = {
-                "prefetch_factor": ahead,
+                "prefetch_factor": 1 if is_careful else ahead,
                 "multiprocessing_context": "spawn",
                 "worker_init_fn": start_worker,
                 "persistent_workers": True,
@@ -284,6 +350,19 @@ class _Tasks:
         self.loader = weakref.proxy(loader)
 
     def __iter__(self) -> Iterator[PackTask]:
-        for planned in self.loader._planned_steps():
-            for micro_step in planned.plan.micro_steps:
-                yield self.loader.task(micro_step[self.loader.rank])
+        yield from self.loader._tasks_left()
+
+
+@contextlib.contextmanager
+def _own_child_signal() -> Iterator[None]:
+    """The process's own answer to SIGCHLD, instead of torch's: an error out of whatever runs as a worker dies, the
+    middle of a backward pass included. Without it the death is noticed where the worker's result is waited for."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: one that Python cannot put back
+            signal.signal(signal.SIGCHLD, before)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -31,20 +34,30 @@ def clear_stale_lock() -> None:
     lock = build_lock()
     has_told = False
     while True:
-        try:
-            age = time.time() - lock.stat().st_mtime
-        except FileNotFoundError:
-            return
-        owner = owner_of(lock)
-        if owner is None and age > _STALE_AFTER_SECONDS:
-            logger.warning("removing a build lock left %.0f seconds ago by a killed process: %s", age, lock)
-            lock.unlink(missing_ok=True)
-            return
+        with _one_at_a_time(lock):
+            try:
+                age = time.time() - lock.stat().st_mtime
+            except FileNotFoundError:
+                return
+            owner = owner_of(lock)
+            if owner is None and age > _STALE_AFTER_SECONDS:
+                logger.warning("removing a build lock left %.0f seconds ago by a killed process: %s", age, lock)
+                lock.unlink(missing_ok=True)
+                return
         if not has_told:
             who = f"process {owner} builds" if owner else "another machine builds, or a killed process left,"
             logger.warning("%s DeepSpeed's extension; waiting for its lock %s", who, lock)
             has_told = True
         time.sleep(0.5)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Among ranks that look at once: where one removed a stale lock, the next could remove a builder's new one."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a folder that is read-only, a file system without locks
+            fcntl.flock(stack.enter_context(lock.with_name("looked_at.lock").open("wb")), fcntl.LOCK_EX)
+        yield
 
 
 def owner_of(path: Path) -> int | None:

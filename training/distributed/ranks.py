@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from training.distributed.build_lock import clear_stale_lock
 from training.distributed.cores import usable_core_numbers, usable_cores
 from training.errors import RankError, UserError
 
@@ -167,6 +168,8 @@ def join_ranks(timeout_minutes: float = TIMEOUT_MINUTES) -> Ranks:
             accelerator.communication_backend_name(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     has_launcher, local_rank = local_rank != alone, max(0, local_rank)
+    if accelerator.device_name() == "cpu":
+        clear_stale_lock()  # whoever started the ranks: what they load next would wait for it for ever
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
     world_size = dist.get_world_size()
