@@ -6,6 +6,7 @@ thoughts. Places between tags or under keys of JSON: data_tools/convert/marked_p
 
 from __future__ import annotations
 
+import math
 import re
 
 from data_tools.convert.dropped import DropError
@@ -46,7 +47,7 @@ def rewrite_calls(text: str, image_size: tuple[int, int], system: str) -> tuple[
             share = float(number) / {"absolute": side, "relative": 1000, "fraction": 1}[system]
             if not 0 <= share <= 1:
                 raise DropError("coordinates outside the image")
-            pieces += [text[cut:start], str(round(share * 1000))]
+            pieces += [text[cut:start], str(math.floor(share * 1000 + 0.5))]
             cut = end
             place.append(round(share * side, 3))
         places.append(place)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from data_tools.convert.corpora.android_control import AndroidControlReader
 from data_tools.convert.corpora.conversations import ConversationReader
 from data_tools.convert.corpora.elements import ElementsReader
 from data_tools.convert.corpora.reader import CorpusReader
@@ -23,6 +24,8 @@ class Corpus:
     files: str
     read: Callable[[ImageFiles, argparse.Namespace], CorpusReader]
     has_answer: bool = False
+    writes_images: bool = False
+    """Pictures come in the files: they are written to --images, beside --out by default."""
 
 
 CORPORA = {
@@ -51,6 +54,15 @@ CORPORA = {
         "conversations with thoughts and actions, places as <point>[[x,y]]</point>, relative 0-1000.",
         lambda images, _: ConversationReader(images, "os-atlas", calls=False),
     ),
+    "android-control": Corpus(
+        "AndroidControl",
+        "its TFRecord files (android_control-00000-of-00020, ...). One conversation per episode, cut every --max-steps "
+        "steps: screenshot and action in turns. Pictures are written to --images, beside --out by default.",
+        lambda images, options: AndroidControlReader(
+            images, max_steps=options.max_steps, with_instructions=options.with_instructions
+        ),
+        writes_images=True,
+    ),
 }
 
 
@@ -70,10 +82,18 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         add_output_options(parser)
         if corpus.has_answer:
             parser.add_argument("--answer", choices=("point", "box"), default="point", help="form of the answers")
+        if name == "android-control":
+            parser.add_argument("--max-steps", type=int, default=8, help="steps in one record (%(default)s)")
+            low_level = "give every step's own instruction (the low-level task), not the goal alone"
+            parser.add_argument("--with-instructions", action="store_true", help=low_level)
         parser.set_defaults(run=partial(run_corpus, corpus))
 
 
 def run_corpus(corpus: Corpus, options: argparse.Namespace) -> None:
     """Convert a corpus' files into one JSONL file. Raises ValueError when nothing came out."""
-    files, images = open_inputs(options)
+    if corpus.writes_images and options.images is None:
+        options.images = options.out.parent / "images"
+        options.images.mkdir(parents=True, exist_ok=True)
+    # AndroidControl's files have no suffix.
+    files, images = open_inputs(options, ("",)) if corpus.writes_images else open_inputs(options)
     run_reader(options, files, corpus.read(images, options))
