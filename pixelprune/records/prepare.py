@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pixelprune.images.image import ImageError, PrunedImage, decode_image, prune_image, read_size
 from pixelprune.images.image_file import MAX_FILE_BYTES
@@ -234,7 +234,8 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
         for part in message.parts:
             # Lengths go in before contents, so that no two records share one stream of bytes.
             assert not isinstance(part, ObjectMark), "written before"
-            text = part.encode() if isinstance(part, str) else b""
+            # Halves of a character pass: what refuses them names the record, and evaluation hashes before it asks.
+            text = part.encode(errors="surrogatepass") if isinstance(part, str) else b""
             digest.update(f"\x00{'text' if isinstance(part, str) else 'image'}{len(text)}\x00".encode())
             digest.update(text)
         if message.template_fields:
@@ -244,7 +245,13 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
     for ref, picture in zip(record.images, pictures, strict=True):
         if ref.wish.stated:
             digest.update(b"\x00size" + _json_bytes(ref.wish.stated))
-        data = picture if isinstance(picture, bytes) else picture.tobytes()
+        if isinstance(picture, bytes):
+            data = picture
+        else:
+            data = picture.tobytes()
+            orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation)
+            form = picture.mode, picture.size, picture.getpalette(), picture.info.get("transparency"), orientation
+            digest.update(f"\x00picture{form!r}".encode())
         digest.update(f"\x00{len(data)}\x00".encode())
         digest.update(data)
     return digest.intdigest() >> 1

@@ -354,7 +354,7 @@ def test_an_error_of_one_rank_is_said_and_ends_all(toy_folder, eval_path, tmp_pa
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode != 0
         assert said in done.stderr
-        assert done.stderr.count("no/such.jsonl: no such file") == 1
+        assert done.stderr.count("source no/such.jsonl: there is no ") == 1
 
 
 @pytest.mark.parametrize(

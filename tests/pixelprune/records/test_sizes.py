@@ -208,3 +208,19 @@ def test_a_wish_changes_nothing_where_it_says_nothing():
     for size in ((480, 640), (30, 5), (4000, 6000)):
         resize = ResizeSettings()
         assert wished_size(*size, resize) == smart_resize(*size, 32, resize.min_pixels, resize.max_pixels)
+
+
+def test_decoded_pictures_of_the_same_bytes_have_hashes_of_their_own():
+    """A picture that comes decoded is its bytes and what they mean: shape, palette, transparency, orientation."""
+    wide, high = (Image.fromarray(np.zeros(shape, np.uint8)) for shape in ((32, 64, 3), (64, 32, 3)))
+    dark, light = Image.new("P", (64, 32)), Image.new("P", (64, 32))
+    light.putpalette([255] * 768)
+    clear = dark.copy()
+    clear.info["transparency"] = 0
+    turned = wide.copy()
+    turned.getexif()[0x0112] = 6
+    grey = Image.new("L", (64, 32))
+    pictures = [wide, high, dark, light, clear, turned, grey]
+    hashes = [hash_content(parse_record(row_of()), [picture]) for picture in pictures]
+    assert len(set(hashes)) == len(pictures)
+    assert hash_content(parse_record(row_of()), [wide.copy()]) == hashes[0]
