@@ -6,13 +6,21 @@ import json
 import logging
 import math
 import resource
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from wandb.proto.wandb_internal_pb2 import Record
 
+from training.config.recipe import config_to_dict, load_recipe
 from training.config.settings import TrackingSettings
 from training.errors import RankError
 from training.tracking import wandb_mirror
+from training.tracking.metrics import METRICS
 from training.tracking.tracker import Tracker, read_metrics
+from training.tracking.wandb_mirror import sectioned
 
 DISABLED = TrackingSettings(wandb="disabled")
 
@@ -55,6 +63,70 @@ def test_wandb_without_its_server_costs_no_row(tmp_path, monkeypatch, caplog, mo
     assert "wandb: offline" in caplog.text
     assert len(read_metrics(tmp_path)) == 3
     assert list((tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb"))
+
+
+def records_of(path: Path) -> Iterator[Record]:
+    """A .wandb file: wandb's own messages in the frames of a LevelDB log (blocks of 32 KiB; checksum, length, kind)."""
+    data, position, whole = path.read_bytes(), 7, b""
+    assert data.startswith(b":W&B")
+    while position + 7 < len(data):
+        if (left := -position % 32768) and left < 7:
+            position += left
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def test_an_offline_run_read_back_has_sections_axes_summaries_and_settings(tmp_path, caplog):
+    config = config_to_dict(load_recipe("configs/debug.yaml", ["prune.threshold=0.25", "resize.max_pixels=131072"]))
+    with caplog.at_level(logging.INFO):
+        tracker = Tracker(tmp_path, TrackingSettings(wandb="offline"), "run", config, run_id="abc")
+        for step, loss in enumerate((3.0, 1.0, 2.0), 1):
+            tracker.log(step, {"loss": loss, "samples_per_s": 9.0, "data_wait_share": 0.1, "lr_vit": 1e-3})
+        tracker.log(3, {"eval_loss": 1.5, "eval_accuracy": 0.5})
+        tracker.close()
+    (path,) = (tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb")
+    assert f"upload it with: wandb sync {path.parent}" in caplog.text.splitlines()[-1]
+    records, deadline = list(records_of(path)), time.monotonic() + 60
+    while not any(
+        record.HasField("exit") for record in records
+    ):  # wandb's service writes the last of it in its own time
+        assert time.monotonic() < deadline, "the run was never written whole"
+        time.sleep(0.05)
+        records = list(records_of(path))
+    settings = {}
+    for record in records:
+        for update in (*record.run.config.update, *record.config.update):
+            settings[update.key] = json.loads(update.value_json)
+    assert settings["prune"]["threshold"] == 0.25
+    assert settings["resize"]["max_pixels"] == 131072
+    rows = []
+    for record in records:
+        if record.HasField("history"):
+            items = record.history.item
+            rows.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == [3.0, 1.0, 2.0]
+    last = {key: value for row in rows for key, value in row.items()}
+    assert (last["step"], last["eval/accuracy"], last["optim/lr_vit"]) == (3, 0.5, 1e-3)
+    assert (last["speed/samples_per_s"], last["speed/data_wait_share"]) == (9.0, 0.1)
+    metrics = [record.metric for record in records if record.HasField("metric")]
+    axes = {metric.name or metric.glob_name: metric.step_metric for metric in metrics}
+    assert {axes[f"{section}/*"] for section in ("train", "eval", "speed", "memory", "data", "optim")} == {"step"}
+    best = {metric.name: metric.summary for metric in metrics if metric.name}
+    assert best["eval/accuracy"].max
+    assert best["train/loss"].last
+    assert best["eval/loss"].min
+
+
+def test_every_metric_of_a_run_has_its_section():
+    sections = {"train", "eval", "speed", "memory", "data", "optim"}
+    assert {sectioned(metric.name).partition("/")[0] for metric in METRICS} <= sections
+    assert sectioned("eval_token_accuracy") == "eval/token_accuracy"
+    assert sectioned("kl") == "train/kl"
+    assert sectioned("peak_memory_gb") == "memory/peak_memory_gb"
 
 
 @pytest.fixture

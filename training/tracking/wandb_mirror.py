@@ -16,6 +16,30 @@ _INIT_SECONDS = 20
 _CLOSE_SECONDS = 60
 _CLOSE = object()
 
+STEP = "step"
+"""The x axis of every chart: optimizer steps done."""
+_PARTS = {
+    "speed": ("samples_per_s", "kept_tokens_per_s", "full_tokens_per_s", "step_s", "mfu", "rank_imbalance"),
+    "memory": ("peak_memory_gb", "host_memory_gb"),
+    "data": ("retain_ratio", "num_samples", "num_supervised", "shared_prefix"),
+    "optim": ("grad_norm", "num_skipped"),
+}
+_BEGINNINGS = {"eval_": "eval", "lr_": "optim"}
+_SECTIONS = ("train", "eval", *_PARTS)
+_SUMMARIES = {"train/loss": "last,min", "eval/loss": "last,min", "eval/accuracy": "last,max"}
+"""What the table of runs shows of a curve; of others the last value."""
+
+
+def sectioned(metric: str) -> str:
+    """A metric's name in wandb, which groups charts by what stands before the slash."""
+    for section, names in _PARTS.items():
+        if metric in names:
+            return f"{section}/{metric}"
+    for beginning, section in _BEGINNINGS.items():
+        if metric.startswith(beginning):
+            return f"{section}/{metric if section == 'optim' else metric.removeprefix(beginning)}"
+    return f"{'speed' if metric.endswith('_share') else 'train'}/{metric}"
+
 
 class WandbMirror:
     """Takes rows without waiting; its thread starts wandb (falling back to offline) and sends them."""
@@ -28,6 +52,7 @@ class WandbMirror:
             config,
             run_id,
         )
+        self._offline_folder: Path | None = None
         self._rows: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self._thread.start()
@@ -41,13 +66,16 @@ class WandbMirror:
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             logger.warning("wandb did not finish within %d s; metrics.jsonl is complete", _CLOSE_SECONDS)
+        if self._offline_folder:
+            logger.info("wandb: this run is on this machine only; upload it with: wandb sync %s", self._offline_folder)
 
     def _serve(self) -> None:
         try:
             run = self._start()
+            _define_charts(run)
             while (item := self._rows.get()) is not _CLOSE:
                 step, metrics = item
-                run.log(metrics, step=step)
+                run.log({STEP: step} | {sectioned(name): value for name, value in metrics.items()}, step=step)
             run.finish()
         except Exception:
             # A tracker is no reason to lose a run of days; every row is in metrics.jsonl.
@@ -66,7 +94,8 @@ class WandbMirror:
                 logger.warning("wandb: online mode failed (%s); continuing offline", str(error).splitlines()[0])
                 wandb.teardown()  # its service still holds the run's id, and would refuse it
         run = self._init(wandb, "offline")
-        logger.info("wandb: offline; upload later with `wandb sync %s`", Path(run.dir).parent)
+        self._offline_folder = Path(run.dir).parent
+        logger.info("wandb: offline, in %s", self._offline_folder)
         return run
 
     def _init(self, wandb, mode: str):
@@ -82,3 +111,11 @@ class WandbMirror:
             resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=True, init_timeout=_INIT_SECONDS),
         )
+
+
+def _define_charts(run: Any) -> None:
+    run.define_metric(STEP, hidden=True)
+    for section in _SECTIONS:
+        run.define_metric(f"{section}/*", step_metric=STEP)
+    for name, summary in _SUMMARIES.items():
+        run.define_metric(name, step_metric=STEP, summary=summary)
