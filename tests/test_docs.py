@@ -29,6 +29,7 @@ SECTIONS = "|".join(Config.__dataclass_fields__)
 WRITTEN_BY_RUNS = ("config.yaml",)
 NOT_SETTINGS = ("model.generate",)
 OF_OTHERS = (
+    "data/format_converter.py",
     "src/aguvis/dataset.py",
     "src/aguvis/constants.py",
     "src/gui_actor/dataset.py",

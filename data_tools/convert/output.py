@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -83,11 +84,13 @@ def run_reader(options: argparse.Namespace, files: list[Path], reader: EntryRead
     subsets: Counter[str] = Counter()
 
     def records() -> Iterator[dict[str, Any]]:
-        for path in files:
-            with progress_of(path) as progress:
+        sizes = [path.stat().st_size for path in files]
+        what = files[0].name if len(files) == 1 else f"{len(files)} files"
+        with ProgressLine(what, sum(sizes), in_percent=True) as progress:
+            for path, before in zip(files, itertools.accumulate(sizes, initial=0), strict=False):
                 for number, (entry, position) in enumerate(reader.entries(path)):
                     record = reader.record(entry, path, number)
-                    progress.update(position, f"{reader.num_read} entries")
+                    progress.update(before + position, f"{reader.num_read} entries")
                     if record is not None:
                         groups = (record["metadata"].get(key) for key in ("subset", "element"))
                         subsets[", ".join(filter(None, groups))] += 1

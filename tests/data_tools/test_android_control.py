@@ -132,7 +132,7 @@ def test_an_episode_is_a_conversation_with_its_history(tmp_path):
     ]
     assert all(message.supervised for message in record.messages if message.role == "assistant")
     assert [(tmp_path / image.source).read_bytes() for image in record.images] == [screenshot(i) for i in range(3)]
-    assert row["metadata"]["episode_id"] == -7
+    assert row["metadata"]["episode_id"] == "-7"
     assert report["read"] == report["written"] == 1
 
 

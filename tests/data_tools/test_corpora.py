@@ -205,3 +205,65 @@ def test_what_is_no_pointer_call_is_text():
     assert rewrite_calls(select, SIZE, "fraction")[0] == select.replace("0.5", "500").replace("0.4", "400")
     tuples = "mobile.swipe(from_coord=(0.5, 0.7), to_coord=(0.5, 0.25))"
     assert rewrite_calls(tuples, SIZE, "fraction")[0] == "mobile.swipe(from_coord=(500, 700), to_coord=(500, 250))"
+
+
+def odyssey(name: str, *steps: tuple, **more) -> dict:
+    return {
+        "episode_id": name,
+        "task_info": {"instruction": "Look it up and share it.", "category": "Multi_Apps"},
+        "step_length": len(steps),
+        "steps": [
+            {"step": i, "screenshot": f"{'ab'[i % 2]}.png", "action": action, "info": info, "ps": "",
+             "low_level_instruction": f"do {action.lower()}"}
+            for i, (action, info) in enumerate(steps)
+        ],
+    } | more  # fmt: skip
+
+
+def test_gui_odyssey_episodes_as_its_own_converter_writes_them(tmp_path):
+    folder = tmp_path / "annotations"
+    folder.mkdir()
+    (tmp_path / "shots").mkdir()
+    for name in "ab":
+        Image.new("RGB", SIZE, "white").save(tmp_path / "shots" / f"{name}.png")
+    steps = (
+        ("CLICK", [[683, 321]]),
+        ("CLICK", "KEY_HOME"),
+        ("SCROLL", [[500, 700], [480, 300]]),
+        ("SCROLL", [[100, 300], [480, 300]]),
+        ("TEXT", "news"),
+        ("LONG_PRESS", [[1000, 0]]),
+        ("COMPLETE", ""),
+    )
+    files = {
+        "1.json": odyssey("1", *steps),
+        "2.json": odyssey("2", ("CLICK", [[1001, 3]])),
+        "3.json": odyssey("3", ("CLICK", [[1, 3]]), ("WINK", ""), ("COMPLETE", "")),
+        "4.json": odyssey("4", ("INCOMPLETE", ""), task_info=None),
+        "5.json": [1],
+        "6.json": odyssey("6", ("COMPLETE", "")),
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=4))
+    (tmp_path / "split.json").write_text(json.dumps({"train": list(files)[:5], "test": ["6.json"]}))
+    out = tmp_path / "out.jsonl"
+    command = ["gui-odyssey", str(folder), "--images", str(tmp_path / "shots"), "--out", str(out), "--sheet", "0"]
+    assert main([*command, "--split-file", str(tmp_path / "split.json"), "--max-steps", "4"]) == 0
+    first, second, cut = map(json.loads, out.read_text().splitlines())
+    assert answers(first) == ["CLICK: (683, 321)", "PRESS_HOME", "SCROLL: UP", "SCROLL: RIGHT"]
+    assert answers(second) == ["TYPE: news", "LONG_PRESS: (1000, 0)", "COMPLETE"]
+    asked_first = parse_record(second).messages[0].text
+    assert asked_first == (
+        "Task: Look it up and share it.\nSteps done:\n1. do click\n2. do click\n3. do scroll\n4. do scroll"
+    )
+    assert [image.source for image in parse_record(first).images] == [f"shots/{name}.png" for name in "abab"]
+    assert answers(cut) == ["CLICK: (1, 3)"]
+    report = json.loads(out.with_suffix(".report.json").read_text())
+    assert report["dropped"] == {
+        "entries": {
+            "coordinates outside the image": 1, "instruction is no text": 1, "steps is no list of objects": 1,
+        },
+        "parts of kept entries": {"an action of another kind (with the steps behind it)": 1},
+    }  # fmt: skip
+    (tmp_path / "other.json").write_text(json.dumps({"train": ["none.json"]}))
+    assert main([*command, "--split-file", str(tmp_path / "other.json"), "--overwrite"]) == 2

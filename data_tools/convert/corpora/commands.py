@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from data_tools.convert.corpora.android_control import AndroidControlReader
 from data_tools.convert.corpora.conversations import ConversationReader
 from data_tools.convert.corpora.elements import ElementsReader
+from data_tools.convert.corpora.gui_odyssey import GUIOdysseyReader
 from data_tools.convert.corpora.reader import CorpusReader
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.output import add_output_options, open_inputs, run_reader
@@ -24,6 +26,7 @@ class Corpus:
     files: str
     read: Callable[[ImageFiles, argparse.Namespace], CorpusReader]
     has_answer: bool = False
+    has_steps: bool = False
     writes_images: bool = False
     """Pictures come in the files: they are written to --images, beside --out by default."""
 
@@ -61,7 +64,17 @@ CORPORA = {
         lambda images, options: AndroidControlReader(
             images, max_steps=options.max_steps, with_instructions=options.with_instructions
         ),
+        has_steps=True,
         writes_images=True,
+    ),
+    "gui-odyssey": Corpus(
+        "GUI-Odyssey",
+        "its folder annotations, one JSON file per episode; --images is the folder screenshots. One conversation per "
+        "episode, cut every --max-steps steps. --split-file names the episodes to train on.",
+        lambda images, options: GUIOdysseyReader(
+            images, max_steps=options.max_steps, with_instructions=options.with_instructions
+        ),
+        has_steps=True,
     ),
 }
 
@@ -82,7 +95,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         add_output_options(parser)
         if corpus.has_answer:
             parser.add_argument("--answer", choices=("point", "box"), default="point", help="form of the answers")
-        if name == "android-control":
+        if name == "gui-odyssey":
+            split = "splits/random_split.json or its like: only the episodes that it lists as `train`"
+            parser.add_argument("--split-file", type=Path, default=None, help=split)
+        if corpus.has_steps:
             parser.add_argument("--max-steps", type=int, default=8, help="steps in one record (%(default)s)")
             low_level = "give every step's own instruction (the low-level task), not the goal alone"
             parser.add_argument("--with-instructions", action="store_true", help=low_level)
@@ -96,4 +112,18 @@ def run_corpus(corpus: Corpus, options: argparse.Namespace) -> None:
         options.images.mkdir(parents=True, exist_ok=True)
     # AndroidControl's files have no suffix.
     files, images = open_inputs(options, ("",)) if corpus.writes_images else open_inputs(options)
+    if getattr(options, "split_file", None):
+        files = _of_the_split(files, options.split_file)
     run_reader(options, files, corpus.read(images, options))
+
+
+def _of_the_split(files: list[Path], split_file: Path) -> list[Path]:
+    """The files that a split lists as `train`. Raises ValueError for a file of another form, and when none is left."""
+    try:
+        names = set(json.loads(split_file.read_bytes())["train"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--split-file {split_file}: expected JSON with a list `train` of file names") from error
+    chosen = [file for file in files if file.name in names]
+    if not chosen:
+        raise ValueError(f"--split-file {split_file}: lists none of the {len(files)} files as `train`")
+    return chosen
