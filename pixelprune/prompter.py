@@ -190,6 +190,10 @@ class Prompter:
             forged = next((token for token in self._control_tokens if token in whole), None)
             if forged:
                 raise ValueError(f"{where}: the text contains {would_forge(forged)}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{where}: the text is not valid Unicode: {error}") from error
 
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:

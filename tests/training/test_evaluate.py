@@ -22,6 +22,7 @@ from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen
 from tests.kernels import needs_plain_layers
 from tests.ranks import ROOT
+from tests.samples import write_jsonl
 from tests.training.test_qwen3_5 import REASONING_TEMPLATE
 from training import evaluate
 from training.composition.toy import CHAT_TEMPLATE, build_toy_model
@@ -368,3 +369,14 @@ def test_mistakes_end_with_one_line(arguments, message, toy_folder, eval_path, t
     arguments = [str(toy_folder) if argument == "TOY" else argument for argument in arguments]
     assert evaluate.main([*arguments, "--data", str(eval_path), "--out", str(tmp_path), *SMALL]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_half_a_character_fails_its_record_alone(toy_folder, tmp_path):
+    """JSON may hold the half of a surrogate pair, which no tokenizer takes."""
+    turns = [{"role": "user", "content": "a\ud800"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": turns, "metadata": {"scorer": "exact", "answers": ["b"]}}
+    path = write_jsonl(tmp_path / "halves.jsonl", [row])
+    tasks, refused = read_tasks([SourceSettings(str(path))])
+    assert refused == {}
+    (made,) = predict(None, Prompter.load(str(toy_folder)), tasks, AnswerSettings())
+    assert "not valid Unicode" in made[0].error
