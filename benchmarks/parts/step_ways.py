@@ -105,9 +105,12 @@ class Bench:
         self.cost = CostModel.from_config(self.files.config)
         self.recomputed = recomputed_shares(self.model)
 
-    def way(self, name: str, *, pack_samples: int, packs: int, num_steps: int) -> Way:
-        """The packs of a way: `packs` of `pack_samples` samples in every step, the same samples for all ways."""
-        config = self._config(name, f"data.samples_per_step={pack_samples * packs}")
+    def way(self, name: str, *more: str, pack_samples: int, packs: int, num_steps: int) -> Way:
+        """The packs of a way: `packs` of `pack_samples` samples in every step, the same samples for all ways.
+
+        more: fields of the recipe that this way sets beyond those of its name.
+        """
+        config = self._config(name, f"data.samples_per_step={pack_samples * packs}", *more)
         context = RunContext(config, self.ranks, self.folder, self.files)
         teacher_plan: TeacherPlan | None = None
         if name in WITH_TEACHER:

@@ -28,6 +28,7 @@ __all__ = [
     "find_groups",
     "groups_apart",
     "groups_of_full",
+    "picture_prefix",
     "pieces_of",
     "row_borders",
 ]
@@ -155,6 +156,22 @@ def row_borders(pieces: Sequence[Piece]) -> Borders:
         ],
         is_causal=True,
     )
+
+
+def picture_prefix(sample: Sample, image_token_id: int) -> tuple[int, int]:
+    """What stands up to the end of a sample's first image: its hash (63 bits, above 0) and its number of text tokens.
+
+    Samples of one hash share at least that prefix. (0, 0) for a sample without an image, or with one that cannot be
+    shared.
+    """
+    if not sample.images:
+        return 0, 0
+    kept, sequence = sample.images[0].selection.num_kept, _sequence(sample, image_token_id, {})
+    end = int(np.flatnonzero(sample.input_ids == image_token_id)[kept - 1]) + 1
+    if end > len(sequence):
+        return 0, 0
+    key = xxhash.xxh3_64(np.ascontiguousarray(sequence[:end]).data).intdigest() >> 1
+    return max(key, 1), end - kept
 
 
 def _sequence(sample: Sample, image_token_id: int, keys: dict[int, int]) -> np.ndarray:

@@ -14,7 +14,7 @@ from tests.training.debug_run import call, overrides, write_records
 from training.config.settings import Config, GroupSettings, OptimSettings
 from training.data.index_builder import build_index
 from training.data.loader import Cursor
-from training.data.plan import PlanSettings, epoch_order
+from training.data.plan import PlanSettings, epoch_order, order_of
 from training.data.settings import DataSettings, SourceSettings
 from training.errors import UserError
 from training.loop.feed import Feed, cost_model
@@ -56,15 +56,18 @@ def test_what_changes_the_order_changes_its_facts(records, toy_folder):
         "samples per step": make_feed(records, toy_folder, samples_per_step=6),
         "seed": make_feed(records, toy_folder, seed=1),
         "no shuffling": make_feed(records, toy_folder, shuffle=False),
+        "over screenshots": make_feed(records, toy_folder, max_shared=4),
     }
-    orders = [epoch_order(f.plan_input, seed=f.plan_settings.seed, epoch=0, shuffle=f.plan_settings.shuffle).tolist()
-              for f in others.values()]  # fmt: skip
+    orders = [order_of(f.plan_input, f.plan_settings, 0).tolist() for f in others.values()]
     mine = epoch_order(feed.plan_input, seed=0, epoch=0).tolist()
-    assert sum(order != mine for order in orders) == 4, "all but the step's size assign other samples"
+    assert order_of(feed.plan_input, feed.plan_settings, 0).tolist() == mine
+    assert sum(order != mine for order in orders) == 5, "all but the step's size assign other samples"
     for name, other in others.items():
         assert other.order != feed.order, name
         with pytest.raises(UserError, match=r"not the checkpoint's any more .*checkpoint\.on_changed_data"):
             other.continued(Cursor(0, 1), feed.order, "stop")
+        with pytest.raises(UserError, match="the order of samples is not the checkpoint's any more"):
+            feed.continued(Cursor(0, 1), other.order, "stop")
 
 
 def test_records_that_changed_places_are_noticed(records, toy_folder):

@@ -152,10 +152,10 @@ def test_off_is_a_word_where_a_field_has_it(recipe):
     """YAML reads it as false."""
     recipe.write_text(MINIMAL.replace("{sources", "{share_prefix: off, sources"))
     assert load_recipe(recipe).data.share_prefix == "off"
-    for word in ("off", "step"):
+    for word in ("off", "step", "group"):
         assert load_recipe(recipe, [f"data.share_prefix={word}"]).data.share_prefix == word
         assert load_recipe(recipe, [f"data={{share_prefix: {word}}}"]).data.share_prefix == word
-    with pytest.raises(ConfigError, match="expected one of off, step"):
+    with pytest.raises(ConfigError, match="expected one of off, step, group"):
         load_recipe(recipe, ["data.share_prefix=false_friend"])
 
 

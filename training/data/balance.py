@@ -15,13 +15,41 @@ cost. Packs are bins with two caps (tokens, patches) and a target height (cost);
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numba
 import numpy as np
+
+from pixelprune.attention.prefixes import LEAST_SAVING
 
 NO_BIN = -1
 SLACK = 1e-9
 EVEN_ENOUGH = 2e-3
 """Improvement stops when the highest pack of a micro-step is this close to their mean."""
+
+
+class Caps(NamedTuple):
+    """Ranks, and what a pack may hold at most."""
+
+    world_size: int
+    max_tokens: int
+    max_patches: int
+
+
+class PrefixColumns(NamedTuple):
+    """Which samples begin alike, one row per sample, and what all but one of those in a pack do not compute.
+
+    group: int64 (S,), equal numbers share a prefix; tokens, patches: int64 (S,) and cost: float64 (S,), of the prefix.
+    """
+
+    group: np.ndarray
+    tokens: np.ndarray
+    patches: np.ndarray
+    cost: np.ndarray
+
+    def of(self, rows: np.ndarray) -> PrefixColumns:
+        return PrefixColumns(*(column[rows] for column in self))
 
 
 def pack_step(
@@ -44,6 +72,72 @@ def pack_step(
         if bins[0] != NO_BIN:
             return bins, num_micro
         num_micro += 1
+
+
+def pack_groups(
+    tokens: np.ndarray, patches: np.ndarray, cost: np.ndarray, prefixes: PrefixColumns, caps: Caps
+) -> tuple[np.ndarray, int, np.ndarray]:
+    """As `pack_step` for samples of which those of one group compute their prefix once in a pack.
+
+    Also returns the packs' costs, float64 (micro-steps, ranks). A group is cut into pieces, each paying its prefix:
+    into one, into as many as its cost holds shares of a rank's mean, and finer, down to single samples; what takes the
+    least time is taken, so that it is never longer than with samples apart.
+    """
+    group, prefix_tokens, prefix_patches, prefix_cost = prefixes
+    members = [np.flatnonzero(group == number) for number in dict.fromkeys(group.tolist())]
+
+    def weigh(piece: np.ndarray) -> tuple[int, int, float]:
+        """Tokens, patches and cost of a piece, shared where the pack will share it."""
+        n, first = len(piece) - 1, piece[0]
+        whole = int(tokens[piece].sum())
+        if n * prefix_tokens[first] < LEAST_SAVING * whole:
+            n = 0
+        return (
+            whole - n * int(prefix_tokens[first]),
+            int(patches[piece].sum()) - n * int(prefix_patches[first]),
+            float(cost[piece].sum()) - n * float(prefix_cost[first]),
+        )
+
+    weighed = [weigh(rows) for rows in members]
+    mean = sum(one for *_, one in weighed) / caps.world_size
+    best: tuple[float, np.ndarray, int, np.ndarray] | None = None
+    for target in (np.inf, mean, mean / 2, mean / 4, 0.0):
+        pieces = [
+            piece
+            for rows, sums in zip(members, weighed, strict=True)
+            for piece in _pieces(rows, sums, weigh, target, caps)
+        ]
+        columns = [np.array(column) for column in zip(*map(weigh, pieces), strict=True)]
+        bins, num_micro = pack_step(*columns, **caps._asdict())
+        loads = np.bincount(bins, weights=columns[2], minlength=num_micro * caps.world_size).reshape(num_micro, -1)
+        height = float(loads.max(axis=1).sum())
+        if best is None or height < best[0] * (1 - SLACK):
+            of_sample = np.empty(len(tokens), dtype=np.int32)
+            for piece, number in zip(pieces, bins, strict=True):
+                of_sample[piece] = number
+            best = height, of_sample, num_micro, loads
+    assert best is not None
+    return best[1:]
+
+
+def _pieces(
+    rows: np.ndarray,
+    sums: tuple[int, int, float],
+    weigh: Callable[[np.ndarray], tuple[int, int, float]],
+    target: float,
+    caps: Caps,
+) -> list[np.ndarray]:
+    """A group in as few even pieces as are below the target cost and the caps, or as single samples."""
+    for num in range(1, len(rows)):
+        if target and sums[2] > num * target:  # pieces pay their prefix, so that there are at least so many
+            continue
+        if not target:
+            break
+        pieces = np.array_split(rows, num)
+        weights = [weigh(piece) for piece in pieces]
+        if all(t <= caps.max_tokens and p <= caps.max_patches and (c <= target or num > 1) for t, p, c in weights):
+            return pieces
+    return [rows[i : i + 1] for i in range(len(rows))]
 
 
 def waste_bound(cost: np.ndarray, world_size: int) -> float:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pixelprune.flops import CostModel
 from pixelprune.settings import MERGE
+from training.data.balance import PrefixColumns
 from training.data.plan import PlanInput
 from training.data.quarantine import Quarantined, count_reasons, refuse_above, write_quarantine
 from training.data.settings import DataSettings
@@ -29,6 +30,8 @@ SCHEMA = pa.schema(
         ("weight", pa.float64()),
         ("kept_blocks", pa.list_(pa.int32())),  # per image
         ("full_blocks", pa.list_(pa.int32())),
+        ("prefix_hash", pa.int64()),  # of everything up to the end of the first image; 0: none that could be shared
+        ("prefix_text", pa.int32()),  # tokens of it that are not the image's
     ]
 )
 
@@ -41,6 +44,8 @@ class Index:
     loss_weight: float64 (n,), sum of the supervised tokens' weights. weight: float64 (n,), the record's own.
     kept_blocks, full_blocks: int64 (I,), blocks of all images in order; those of record i are at image_starts[i] to
     image_starts[i + 1] (int64 (n + 1,)).
+    prefix_hash, prefix_text: int64 (n,), equal for records that begin alike up to their first image
+    (`pixelprune.attention.prefixes.picture_prefix`).
     """
 
     sources: list[Source]
@@ -54,6 +59,8 @@ class Index:
     image_starts: np.ndarray
     kept_blocks: np.ndarray
     full_blocks: np.ndarray
+    prefix_hash: np.ndarray
+    prefix_text: np.ndarray
     quarantined: list[Quarantined] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     """The Parquet sidecar of each source."""
@@ -184,7 +191,35 @@ class Index:
             loss_weight=self.loss_weight,
             copies=source_weight * self.weight,
             source=self.source,
+            prefixes=self._prefixes(cost, teacher_cost or cost, with_teacher=with_teacher),
         )
+
+    def _prefixes(self, cost: CostModel, teacher_cost: CostModel, *, with_teacher: bool) -> PrefixColumns:
+        """Which records can share their first image, and what one of them then does not compute."""
+        has_prefix = self.prefix_hash > 0
+        first = np.minimum(self.image_starts[:-1], max(len(self.kept_blocks) - 1, 0))
+
+        def first_blocks(per_image: np.ndarray) -> np.ndarray:
+            return np.where(has_prefix, per_image[first] if len(per_image) else 0, 0)
+
+        def flops(model: CostModel, blocks: np.ndarray, *, training: bool) -> np.ndarray:
+            return model.batch_flops(
+                image_tokens=blocks,
+                patch_squares=(MERGE * MERGE * blocks) ** 2,
+                text_tokens=self.prefix_text,
+                supervised_tokens=np.zeros(len(self), dtype=np.int64),
+                training=training,
+            )
+
+        blocks = first_blocks(self.kept_blocks)
+        prefix_cost = flops(cost, blocks, training=True)
+        if with_teacher:
+            blocks = first_blocks(self.full_blocks)
+            prefix_cost = prefix_cost + flops(teacher_cost, blocks, training=False)
+        numbers = np.unique(self.prefix_hash, return_inverse=True)[1].reshape(-1)
+        # A record without a prefix is alone: numbers of its own behind those of the others.
+        group = np.where(has_prefix, numbers, len(self) + np.arange(len(self)))
+        return PrefixColumns(group, self.prefix_text + blocks, MERGE * MERGE * blocks, prefix_cost)
 
     def _flops(self, cost: CostModel, blocks: np.ndarray, *, training: bool) -> np.ndarray:
         """FLOPs per record when its images have these blocks: float64 (n,)."""
@@ -197,7 +232,10 @@ class Index:
         )
 
 
-COLUMNS = ("source", "row", "content_hash", "text_tokens", "num_supervised", "loss_weight", "weight")
+COLUMNS = (
+    "source", "row", "content_hash", "text_tokens", "num_supervised", "loss_weight", "weight", "prefix_hash",
+    "prefix_text",
+)  # fmt: skip
 
 
 def read_index(sources: list[Source], files: list[Path]) -> Index:

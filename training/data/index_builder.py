@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pixelprune.attention.prefixes import picture_prefix
 from pixelprune.command import ProgressLine
 from pixelprune.files import whole_file
 from pixelprune.images.image import prune_image
@@ -124,6 +125,7 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
         raise
     sample = prepared.sample
     kept = [image.selection.num_kept for image in sample.images]
+    prefix_hash, prefix_text = picture_prefix(sample, preparer.image_token_id)
     return {
         "row": row,
         "reason": "",
@@ -135,6 +137,8 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
         "weight": prepared.record.weight,
         "kept_blocks": kept,
         "full_blocks": [image.num_full_blocks for image in sample.images],
+        "prefix_hash": prefix_hash,
+        "prefix_text": prefix_text,
     }
 
 
@@ -151,6 +155,8 @@ def _unmeasured(row: int, reason: str, detail: str) -> dict:
         "weight": 0.0,
         "kept_blocks": [],
         "full_blocks": [],
+        "prefix_hash": 0,
+        "prefix_text": 0,
     }
 
 

@@ -186,7 +186,7 @@ class PackLoader:
                 num_samples,
                 planned.after if is_boundary else planned.cursor,
                 result.is_dummy,
-                float(plan.cost[micro_step, self.rank]) - (self.saved_flops(pack) if self.saved_flops else 0.0),
+                float(plan.apart_cost[micro_step, self.rank]) - (self.saved_flops(pack) if self.saved_flops else 0.0),
             )
 
     def _without_lost(

@@ -8,6 +8,7 @@ number of ranks with exactly the samples it has not seen.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from training.data.balance import pack_step
+from training.data.balance import Caps, PrefixColumns, pack_groups, pack_step
 
 FINEST_SHARE = 1 << 24
 """A source's fractional weight is read as the nearest a / b with b up to this: 0.3333 written for 1/3 stays 0.3333."""
@@ -28,7 +29,7 @@ class PlanInput:
 
     tokens, patches: int64 (n,), what counts against the caps; cost: float64 (n,), FLOPs of one pass over the sample.
     num_supervised: int64 (n,). loss_weight: float64 (n,), sum of the weights of these tokens. copies: float64 (n,),
-    uses per epoch. source: int (n,), which source a record is of.
+    uses per epoch. source: int (n,), which source a record is of. prefixes: needed by plans that share them.
     """
 
     tokens: np.ndarray
@@ -38,6 +39,7 @@ class PlanInput:
     loss_weight: np.ndarray
     copies: np.ndarray
     source: np.ndarray
+    prefixes: PrefixColumns | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -52,6 +54,8 @@ class PlanSettings:
     pack_patches: int
     shuffle: bool = True
     seed: int = 0
+    max_shared: int = 0
+    """Records of one screenshot that meet in a step; 0: the order is drawn over records, whatever they share."""
 
     def __post_init__(self):
         for name in ("samples_per_step", "pack_tokens", "pack_patches"):
@@ -75,6 +79,8 @@ class StepPlan:
     """Sum of the weights of the step's supervised tokens: what the loss is divided by."""
     cost: np.ndarray
     """FLOPs (micro-steps, ranks)."""
+    apart_cost: np.ndarray
+    """The same if every sample was computed for itself: equal to `cost` where the plan shares nothing."""
 
     @property
     def num_samples(self) -> int:
@@ -94,7 +100,7 @@ class EpochPlan:
 
     def __init__(self, inputs: PlanInput, settings: PlanSettings, epoch: int, world_size: int):
         self.inputs, self.settings, self.epoch, self.world_size = inputs, settings, epoch, world_size
-        self.order = epoch_order(inputs, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
+        self.order = order_of(inputs, settings, epoch)
         # The loader asks for a step twice: when it hands out tasks and, a few steps later, when they are done.
         self._step = lru_cache(maxsize=32)(self._pack)
 
@@ -118,22 +124,23 @@ class EpochPlan:
         return self._step(step)
 
     def _pack(self, step: int) -> StepPlan:
-        rows = self.rows_of_step(step)
-        cost = self.inputs.cost[rows]
-        bins, num_micro = pack_step(
-            self.inputs.tokens[rows],
-            self.inputs.patches[rows],
-            cost,
-            world_size=self.world_size,
-            max_tokens=self.settings.pack_tokens,
-            max_patches=self.settings.pack_patches,
-        )
-        loads = np.bincount(bins, weights=cost, minlength=num_micro * self.world_size)
+        rows, settings, prefixes = self.rows_of_step(step), self.settings, self.inputs.prefixes
+        tokens, patches, cost = (column[rows] for column in (self.inputs.tokens, self.inputs.patches, self.inputs.cost))
+        caps = Caps(self.world_size, settings.pack_tokens, settings.pack_patches)
+        if settings.max_shared:
+            assert prefixes is not None, "a plan that shares prefixes needs to know them"
+            bins, num_micro, loads = pack_groups(tokens, patches, cost, prefixes.of(rows), caps)
+            apart = self._loads(cost, bins, num_micro)
+        else:
+            bins, num_micro = pack_step(tokens, patches, cost, **caps._asdict())
+            apart = loads = self._loads(cost, bins, num_micro)
         num_supervised = int(self.inputs.num_supervised[rows].sum())
         loss_weight = float(self.inputs.loss_weight[rows].sum())
-        return StepPlan(
-            rows, bins, num_micro, self.world_size, num_supervised, loss_weight, loads.reshape(num_micro, -1)
-        )
+        return StepPlan(rows, bins, num_micro, self.world_size, num_supervised, loss_weight, loads, apart)
+
+    def _loads(self, cost: np.ndarray, bins: np.ndarray, num_micro: int) -> np.ndarray:
+        """Sums of the packs' costs: float64 (micro-steps, ranks)."""
+        return np.bincount(bins, weights=cost, minlength=num_micro * self.world_size).reshape(num_micro, -1)
 
 
 def plan_epoch(inputs: PlanInput, settings: PlanSettings, *, epoch: int, world_size: int) -> EpochPlan:
@@ -142,6 +149,65 @@ def plan_epoch(inputs: PlanInput, settings: PlanSettings, *, epoch: int, world_s
     if not len(plan):
         raise ValueError(f"epoch {epoch} holds no sample: {len(inputs)} usable records, weights too small (weight)")
     return plan
+
+
+def order_of(inputs: PlanInput, settings: PlanSettings, epoch: int) -> np.ndarray:
+    """Rows in the order of an epoch, drawn as the settings say: int64 (N,)."""
+    order = epoch_order(inputs, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
+    if not settings.max_shared:
+        return order
+    assert inputs.prefixes is not None, "an order over screenshots needs to know them"
+    return order_over_groups(order, inputs.prefixes.group[order], settings, epoch)
+
+
+def order_over_groups(order: np.ndarray, group: np.ndarray, settings: PlanSettings, epoch: int) -> np.ndarray:
+    """The rows of `order` so that those of one group follow each other, `max_shared` of them at most: int64 (N,).
+
+    group: int64 (N,), of each row of the order, which also decides which rows of a group are together. Several uses of
+    one record, and the parts of a group that is cut, meet in a step only where the others are used up.
+    """
+    # Copies of a record are one behind the other after a stable sort: the k-th copy goes into the k-th round.
+    by_row = np.argsort(order, kind="stable")
+    starts = np.flatnonzero(np.diff(order[by_row], prepend=-1))
+    rounds = np.empty(len(order), dtype=np.int64)
+    rounds[by_row] = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))
+    places = np.lexsort((np.arange(len(order)), rounds, group))
+    edges = np.flatnonzero(np.diff(group[places], prepend=-1) | np.diff(rounds[places], prepend=-1))
+    units = [
+        places[start : min(start + settings.max_shared, stop)]
+        for first, stop in pairwise([*edges.tolist(), len(places)])
+        for start in range(first, stop, settings.max_shared)
+    ]
+    if settings.shuffle:
+        drawn = np.random.default_rng([settings.seed, epoch, 3]).permutation(len(units)).tolist()
+    else:
+        drawn = sorted(range(len(units)), key=lambda unit: int(units[unit].min()))
+    names = [int(group[unit[0]]) for unit in units]
+    return order[np.concatenate([units[unit] for unit in _apart(drawn, names, units, settings.samples_per_step)])]
+
+
+def _apart(drawn: list[int], names: list[int], units: list[np.ndarray], step_size: int) -> list[int]:
+    """The units as drawn, but one whose group is in the step already waits for the next."""
+    result, waiting, pending = list[int](), list[int](), deque(drawn)
+    used, present = 0, set[int]()
+    while pending or waiting:
+        chosen = next((unit for unit in waiting if names[unit] not in present), None)
+        if chosen is not None:
+            waiting.remove(chosen)
+        elif pending:
+            chosen = pending.popleft()
+            if names[chosen] in present:
+                waiting.append(chosen)
+                continue
+        else:
+            chosen = waiting.pop(0)
+        result.append(chosen)
+        used += len(units[chosen])
+        present.add(names[chosen])
+        if used >= step_size:  # what is left of the last unit begins the next step
+            used %= step_size
+            present = {names[chosen]} if used else set()
+    return result
 
 
 def epoch_order(inputs: PlanInput, *, seed: int, epoch: int, shuffle: bool = True) -> np.ndarray:

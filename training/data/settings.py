@@ -78,9 +78,12 @@ class DataSettings:
     """Most ViT patches (four per kept block) in one pack."""
     paired: bool = False
     """Use only records that fit unpruned too, so that a Full and a PixelPrune run see the same samples per step."""
-    share_prefix: Literal["off", "step"] = "off"
-    """off or step: what samples of a pack have in common at their beginning (a screenshot that many records ask about)
-    is computed for each, or once. Same order and steps, equal results up to rounding (docs/sharing.md)."""
+    share_prefix: Literal["off", "step", "group"] = "off"
+    """off, step or group: what samples of a pack have in common at their beginning (a screenshot that many records ask
+    about) is computed for each, or once: with the same order and steps, equal up to rounding, or with an order drawn
+    over screenshots, so that their questions meet (docs/sharing.md)."""
+    max_shared: int = 16
+    """Records of one screenshot that share_prefix=group lets meet in a step."""
     shuffle: bool = True
     """A new order every epoch from (seed, epoch); otherwise the order of the files."""
     max_quarantined_share: float = 0.01
@@ -112,6 +115,7 @@ class DataSettings:
             ignore_keys=Range("keys that are not the conversation itself", lambda keys: not STRUCTURE & set(keys)),
             answer_format=Range(f"one of {', '.join(FORMATS)}", FORMATS.__contains__),
             samples_per_step=at_least(1),
+            max_shared=at_least(2),
             pack_tokens=at_least(1),
             pack_patches=at_least(4, " (one block)"),
             max_quarantined_share=SHARE,

@@ -58,12 +58,18 @@ class Feed:
         records = xxhash.xxh3_64()
         for column in (self.index.content_hash, self.plan_input.source, self.plan_input.copies):
             records.update(column.tobytes())
+        settings = self.plan_settings
+        over_screens: dict[str, Any] = {}
+        if settings.max_shared:
+            records.update(self.index.prefix_hash.tobytes())
+            over_screens = {"data.share_prefix": "group", "data.max_shared": settings.max_shared}
         return {
             "usable records": len(self.index),
             "hash of records and weights": records.hexdigest(),
-            "data.samples_per_step": self.plan_settings.samples_per_step,
-            "data.shuffle": self.plan_settings.shuffle,
-            "run.seed": self.plan_settings.seed,
+            "data.samples_per_step": settings.samples_per_step,
+            "data.shuffle": settings.shuffle,
+            "run.seed": settings.seed,
+            **over_screens,
         }
 
     def continued(self, cursor: Cursor, order_before: dict[str, Any], when_changed: str) -> Cursor:
@@ -73,9 +79,9 @@ class Feed:
         """
         order = self.order
         changed = [
-            f"{name} {order_before.get(name)} -> {value}"
-            for name, value in order.items()
-            if order_before.get(name) != value
+            f"{name} {order_before.get(name)} -> {order.get(name)}"
+            for name in dict.fromkeys((*order, *order_before))
+            if order_before.get(name) != order.get(name)
         ]
         if not changed:
             return cursor
@@ -131,6 +137,7 @@ def build_feed(
         pack_patches=data.pack_patches,
         shuffle=shuffle and data.shuffle,
         seed=config.run.seed,
+        max_shared=data.max_shared if data.share_prefix == "group" else 0,
     )
     if teacher_plan is None:
         return Feed(index, prepare, index.plan_input(cost), plan_settings, saved_flops=SavedFlops(cost))
