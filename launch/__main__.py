@@ -18,6 +18,7 @@ from launch.hosts import (
     parse_master,
     read_hostfile,
     with_exports,
+    with_lost_hosts_found,
 )
 from launch.local import default_num_ranks, free_port, local_command, run_local
 from launch.restart import RestartPolicy
@@ -158,6 +159,7 @@ def _hosts(args: argparse.Namespace) -> int:
     environment = rank_environment(num_local, config.distributed.threads_per_rank)
     if not is_node:
         environment = with_exports(environment, Path(config.run.folder) / config.run.name)
+        environment = with_lost_hosts_found(environment, config.distributed.timeout_minutes)
     launch = Launch(
         config,
         make_command,

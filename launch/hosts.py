@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from training.errors import UserError
 _EXPORTED = ("GLOO_", "HF_", "WANDB_")
 """Beginnings of the names that other hosts get beside what DeepSpeed hands over (NCCL, PYTHON and a few)."""
 _SECRET = re.compile("KEY|TOKEN|SECRET|PASSW")
+_ALIVE_SECONDS = 15
+"""Between two questions of ssh whether a host is there."""
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*$")
 
 
@@ -65,6 +68,19 @@ def with_exports(environment: dict[str, str], folder: Path) -> dict[str, str]:
     path.touch(mode=0o600)
     path.write_text("".join(f"{line}\n" for line in dict.fromkeys(lines) if line.strip()))
     return environment | {"DS_ENV_FILE": str(path)}
+
+
+def with_lost_hosts_found(environment: dict[str, str], timeout_minutes: float) -> dict[str, str]:
+    """`environment` in which ssh gives a host up that answers no more, some time after collectives have.
+
+    Without, it waits for the answer for ever, and with it the front process: nothing would start the run again. A
+    cable that is back before the collectives give up is none of its business, so its patience is the longer one.
+    The user's own arguments come first, and of an option ssh takes the first.
+    """
+    tries = math.ceil(60 * timeout_minutes / _ALIVE_SECONDS) + 2
+    ours = f"-oServerAliveInterval={_ALIVE_SECONDS} -oServerAliveCountMax={tries}"
+    own = environment.get("PDSH_SSH_ARGS_APPEND", "")
+    return environment | {"PDSH_SSH_ARGS_APPEND": f"{own} {ours}".strip()}
 
 
 def check_ssh_tools() -> None:

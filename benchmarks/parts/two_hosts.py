@@ -106,16 +106,16 @@ class TwoHosts:
         return subprocess.Popen(["ip", "netns", "exec", name, *command], **options)  # type: ignore[call-overload]
 
     def processes(self, name: str) -> list[int]:
-        """Pids of everything that runs on a host, but its sshd."""
-        text = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout
-        return [pid for pid in map(int, text.split()) if pid not in {daemon.pid for daemon in self._daemons}]
+        """Pids of everything that runs on a host, but sshd and its sessions: a lost client's stay until TCP gives up."""
+        return [pid for pid in _pids(name) if not _is_sshd(pid)]
 
     def kill_all(self, name: str) -> None:
         """The host loses power: everything on it ends at once, its sshd with it."""
         daemon = self._daemons[NAMES.index(name)]
-        while pids := [*self.processes(name), *([daemon.pid] if daemon.poll() is None else [])]:
+        while pids := _pids(name):
             for pid in pids:
                 _kill(pid)
+            daemon.poll()
             time.sleep(0.05)
 
     def cut(self, *, again: bool = False) -> None:
@@ -148,6 +148,18 @@ def _tool(name: str) -> str | None:
 
 def _run(*command: str) -> None:
     subprocess.run([_tool(command[0]) or command[0], *command[1:]], check=True)
+
+
+def _pids(name: str) -> list[int]:
+    text = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout
+    return list(map(int, text.split()))
+
+
+def _is_sshd(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().startswith("sshd")
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # gone
 
 
 def _kill(pid: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.environment import rank_environment
-from launch.hosts import hostfile_command, with_exports
+from launch.hosts import hostfile_command, with_exports, with_lost_hosts_found
 from training.errors import UserError
 
 ASKED = {
@@ -63,3 +63,12 @@ def test_other_hosts_get_the_environment_without_secrets(tmp_path, tools, monkey
 def test_a_value_that_does_not_fit_a_line_is_refused(tmp_path):
     with pytest.raises(UserError, match="WANDB_NOTES: cannot be handed to other hosts"):
         with_exports({"WANDB_NOTES": "two\nlines"}, tmp_path)
+
+
+def test_ssh_gives_a_lost_host_up_after_the_collectives_have():
+    assert (
+        with_lost_hosts_found({}, 30.0)["PDSH_SSH_ARGS_APPEND"] == "-oServerAliveInterval=15 -oServerAliveCountMax=122"
+    )
+    own = {"PDSH_SSH_ARGS_APPEND": "-q -oServerAliveInterval=5"}
+    found = with_lost_hosts_found(own, 0.5)["PDSH_SSH_ARGS_APPEND"]
+    assert found == "-q -oServerAliveInterval=5 -oServerAliveInterval=15 -oServerAliveCountMax=4"
