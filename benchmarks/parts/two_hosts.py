@@ -106,7 +106,7 @@ class TwoHosts:
         return subprocess.Popen(["ip", "netns", "exec", name, *command], **options)  # type: ignore[call-overload]
 
     def processes(self, name: str) -> list[int]:
-        """Pids of everything that runs on a host, but sshd and its sessions: a lost client's stay until TCP gives up."""
+        """Pids of what runs on a host, but sshd and its sessions: a lost client's stay until TCP gives up."""
         return [pid for pid in _pids(name) if not _is_sshd(pid)]
 
     def kill_all(self, name: str) -> None:
