@@ -128,7 +128,7 @@ def assert_one_line_error(done: subprocess.CompletedProcess, message: str) -> No
 def test_a_wrong_recipe_ends_with_one_line(case, data, toy_folder, tmp_path):
     more, message = BAD_CALLS[case]
     arguments = [*overrides(data, toy_folder, tmp_path), *more]
-    assert_one_line_error(call("training.train", "configs/debug.yaml", *arguments), message)
+    assert_one_line_error(call("launch", "configs/debug.yaml", *arguments, "--ranks", "1"), message)
 
 
 def test_a_missing_image_ends_with_one_line_naming_it(data, toy_folder, tmp_path):
@@ -136,7 +136,8 @@ def test_a_missing_image_ends_with_one_line_naming_it(data, toy_folder, tmp_path
         if path.is_file():
             shutil.copy(path, tmp_path)
     (tmp_path / "train3.png").unlink()
-    done = call("training.train", "configs/debug.yaml", *overrides(tmp_path, toy_folder, tmp_path / "runs"))
+    arguments = overrides(tmp_path, toy_folder, tmp_path / "runs")
+    done = call("launch", "configs/debug.yaml", *arguments, "--ranks", "1")
     assert_one_line_error(done, "train3.png")
     assert "1 missing_file" in done.stderr
     assert "data.max_quarantined_share" in done.stderr
@@ -145,7 +146,8 @@ def test_a_missing_image_ends_with_one_line_naming_it(data, toy_folder, tmp_path
 def test_a_file_without_records_ends_with_one_line(toy_folder, tmp_path):
     (tmp_path / "train.jsonl").write_text("")
     (tmp_path / "eval.jsonl").write_text("")
-    done = call("training.train", "configs/debug.yaml", *overrides(tmp_path, toy_folder, tmp_path / "runs"))
+    arguments = overrides(tmp_path, toy_folder, tmp_path / "runs")
+    done = call("launch", "configs/debug.yaml", *arguments, "--ranks", "1")
     assert_one_line_error(done, "train.jsonl")
 
 
