@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import pickle
 import tarfile
 
 import pytest
 
+from pixelprune.records.keys import KeyRules
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import ImageRef, RecordError
@@ -16,10 +18,12 @@ from training.data.files import json_rows
 from training.data.index_builder import measure_row
 from training.data.settings import SourceSettings
 from training.data.sources import open_source
+from training.errors import UserError
 
 PNG, JPG = encode(draw_screen(1)), encode(draw_screen(2), "JPEG")
 TURNS = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "a"}]
 UNNAMED = {"conversations": TURNS}
+TEXT = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
 TWO = {"conversations": [{"from": "human", "value": "<image><image>"}, TURNS[1]]}
 
 
@@ -129,8 +133,24 @@ def test_keys_that_are_no_record_are_refused_each_with_its_reason(tmp_path, monk
     for reason, members in wrong.items():
         assert refused(write_tar(tmp_path / "s.tar", members)) == reason
     assert refused(write_tar(tmp_path / "s.tar", [("a.json", UNNAMED), ("a.png", PNG), ("a.png", JPG)])) == "bad_member"
+    (row,) = rows_of(
+        write_tar(tmp_path / "s.tar", [("a.json", {**UNNAMED, "cls": 1}), ("a.png", PNG), ("a.cls", b"3")])
+    )
+    with pytest.raises(RecordError, match="'cls'"):  # the JSON's own
+        parse_record(row, rules=KeyRules.ignoring([".cls"]))
+    parse_record(row, rules=KeyRules.ignoring(["cls", ".cls"]))
+    (row,) = rows_of(write_tar(tmp_path / "s.tar", [(b"\xe4\xff.json".decode(errors="surrogateescape"), TEXT)]))
+    assert row == TEXT
     monkeypatch.setattr(json_rows, "MAX_RECORD_BYTES", len(PNG) - 1)
     assert refused(write_tar(tmp_path / "s.tar", [("a.json", UNNAMED), ("a.png", PNG)])) == "record_too_large"
+
+
+def test_a_shard_that_becomes_shorter_is_named(tmp_path):
+    path = write_tar(tmp_path / "s.tar", [("a.json", UNNAMED), ("a.png", PNG)])
+    source = open_source(SourceSettings(str(path)))
+    os.truncate(path, 1024)
+    with pytest.raises(UserError, match=r"s\.tar: the data file has become shorter"):
+        source.rows[0]
 
 
 def test_an_archive_that_is_none_is_named(tmp_path):

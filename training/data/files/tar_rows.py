@@ -2,13 +2,12 @@
 
 The headers are read once for every member's place; JSON and images are then read by their offsets. The JSON may name
 its images by the members' names; one that names none gets all images of its key, in the order of the archive. A member
-of another kind is a key of the record as any other: read, ignored or refused by its extension.
+of another kind is a key of the record, called as its extension with the dot: ignored by that name, or refused.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow as pa
 
 from pixelprune.records.image_part import IMAGE_KEYS
 from pixelprune.records.record import RecordError
+from training.data.files.byte_file import ByteFile
 from training.data.files.json_rows import check_size
 
 __all__ = ["TarRows"]
@@ -27,7 +27,7 @@ _TURNS = ("messages", "conversations", "prompt", "completion")
 
 
 class TarRows:
-    """Records of one shard, in the order of their first members. Picklable: a worker maps the file again.
+    """Records of one shard, in the order of their first members. Picklable.
 
     A key whose members are no record (no JSON, a name twice, a link or a device in place of a file) is refused when it
     is asked for. Raises ValueError for a file that is no whole, uncompressed archive.
@@ -39,13 +39,16 @@ class TarRows:
         self.name = name or str(path)
         # Of M members, those of record i at starts[i] to starts[i + 1]. offset -1: no regular file.
         self._names, self._offsets, self._sizes, self._starts = _scan(path, self.name)
-        self._bytes: mmap.mmap | None = None
+        self._bytes = ByteFile(path, self.name)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, row: int) -> Any:
-        """The parsed record, images as their encoded bytes. Raises RecordError (bad_member, invalid_json, ...)."""
+        """The parsed record, images as their encoded bytes.
+
+        Raises RecordError (bad_member, invalid_json, record_too_large, image_count); UserError as `ByteFile.read`.
+        """
         members = self._members(row)
         if "json" not in members:
             raise RecordError("bad_member", f"no .json among the members {', '.join(map(repr, members))}")
@@ -57,7 +60,7 @@ class TarRows:
             return record
         images = {kind: place for kind, place in members.items() if kind.rpartition(".")[2] in IMAGE_SUFFIXES}
         for kind in members.keys() - images.keys():
-            record.setdefault(kind, f"a member of {members[kind][1]} bytes")
+            record[f".{kind}"] = f"a member of {members[kind][2]} bytes"
         return self._with_images(record, images)
 
     def where(self, row: int) -> str:
@@ -78,10 +81,7 @@ class TarRows:
         return members
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
-        if self._bytes is None:
-            with self.path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._bytes[offset : offset + size]
+        return self._bytes.read(offset, offset + size)
 
     def _with_images(self, record: dict[str, Any], images: dict[str, tuple[str, int, int]]) -> dict[str, Any]:
         """The record with bytes where it names a member, or with all images of its key where it names none."""
@@ -107,9 +107,6 @@ class TarRows:
         if unused:
             raise RecordError("image_count", f"member {unused[0]!r} is not among the images that the record names")
         return record
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_bytes": None}
 
 
 def _with_parts(turn: Any, named: Any) -> Any:
@@ -137,7 +134,7 @@ def _scan(path: Path, shown: str) -> tuple[pa.Array, np.ndarray, np.ndarray, np.
     """Names, offsets, sizes (M,) of the members, grouped by record, and where each record's begin (n + 1,)."""
     records: dict[str, list[tuple[str, int, int]]] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", errors="replace") as archive:
             while (member := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # else every header would stay in memory
                 name = member.name.removeprefix("./")
