@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint bench api clean vllm-env test-vllm
+.PHONY: install demo test lint bench api clean vllm-env test-vllm lmms-env test-lmms
 
 install: $(STAMP)
 
@@ -55,5 +55,25 @@ $(VLLM_VENV)/.installed: pyproject.toml pixelprune/vllm/torchvision_operators.py
 test-vllm: vllm-env
 	$(VLLM_BIN)/python -m pytest -m vllm tests/vllm
 
+# lmms-eval in an environment of its own: it pins another wandb, and asks for a torchvision that a CPU torch cannot load.
+# What its tasks for documents need of its 60 requirements stands here; other tasks name what they miss.
+LMMS_VENV := .venv-lmms
+LMMS_BIN := $(LMMS_VENV)/bin
+LMMS_NEEDS := 'accelerate>=1.10' 'datasets>=4' evaluate httpx jsonlines loguru nltk numexpr openai openpyxl \
+  packaging pydantic python-dotenv pytablewriter pyyaml sacrebleu scikit-learn sympy 'tenacity>=8.3' \
+  tqdm-multiprocess zstandard 'filelock<3.20'
+
+lmms-env: $(LMMS_VENV)/.installed
+
+$(LMMS_VENV)/.installed: pyproject.toml
+	test -x $(LMMS_BIN)/python || $(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_BIN)/pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(LMMS_BIN)/pip install --quiet --disable-pip-version-check -e . pytest pytest-timeout $(LMMS_NEEDS)
+	$(LMMS_BIN)/pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3
+	@touch $@
+
+test-lmms: lmms-env
+	$(LMMS_BIN)/python -m pytest -m lmms tests/lmms
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) $(LMMS_VENV) runs

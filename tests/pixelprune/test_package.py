@@ -94,6 +94,7 @@ def test_the_wheel_holds_the_library_alone(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "pixelprune").rglob("*.py")}
     assert modules <= set(names)
     assert "pixelprune = pixelprune.__main__:main" in entry_points
+    assert "[lmms_eval.models]\npixelprune = pixelprune.lmms.plugin:register" in entry_points
 
 
 def test_it_works_elsewhere_with_the_base_dependencies(wheel, model_folder, screens, tmp_path):
@@ -143,8 +144,9 @@ def test_training_without_its_extra_says_so():
 def test_public_names_exist():
     for path in sorted((ROOT / "pixelprune").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        # vLLM is installed apart from everything else: tests/vllm imports these.
-        is_for_vllm = name.startswith("pixelprune.vllm.") and find_spec("vllm") is None
-        if name != "pixelprune.__main__" and not is_for_vllm:
+        # vLLM and lmms-eval are installed apart from everything else: tests/vllm and tests/lmms import these.
+        plugins = {"pixelprune.vllm.": "vllm", "pixelprune.lmms.": "lmms_eval"}
+        is_elsewhere = any(name.startswith(prefix) and find_spec(host) is None for prefix, host in plugins.items())
+        if name != "pixelprune.__main__" and not is_elsewhere:
             module = __import__(name, fromlist=["x"])
             assert all(hasattr(module, public) for public in getattr(module, "__all__", [])), name
