@@ -47,13 +47,14 @@ class ObjectStyle:
 PLAIN_STYLE = ObjectStyle()
 
 
-def with_objects(messages: list[Message], value: Any, num_images: int, rules: KeyRules) -> list[Message]:
+def with_objects(messages: list[Message], value: Any, rules: KeyRules) -> list[Message]:
     """The messages with an `ObjectMark` at every mark of their text. value: the record's `objects`, or its JSON text.
 
     Raises RecordError with reason bad_objects, object_count or unread_key.
     """
     if is_empty(value):
         return messages
+    num_images = sum(isinstance(part, ImageRef) for message in messages for part in message.parts)
     words, places = _things(value, num_images, rules)
     if not words and not places:
         return messages
@@ -128,7 +129,7 @@ def written(record: Record, size_of: Callable[[ImageRef], tuple[int, int, int]],
 
     The box is what evaluation compares an answer with, unless the metadata says otherwise.
     size_of: (width, height) of an image when upright, and its EXIF orientation (1-8); asked where a place needs it.
-    Raises RecordError (bad_objects), and what `size_of` raises.
+    Raises RecordError with reason bad_objects, place_outside or turned_image, and what `size_of` raises.
     """
     if not any(isinstance(part, ObjectMark) for message in record.messages for part in message.parts):
         return record
@@ -139,7 +140,7 @@ def written(record: Record, size_of: Callable[[ImageRef], tuple[int, int, int]],
         if number not in sizes:
             width, height, orientation = size_of(images[number])
             if orientation != 1:
-                raise RecordError("bad_objects", "an image is turned by EXIF: objects.bbox could mean either frame")
+                raise RecordError("turned_image", "an image is turned by EXIF: objects.bbox could mean either frame")
             sizes[number] = width, height
         return sizes[number]
 
@@ -174,7 +175,7 @@ def _place_text(mark: ObjectMark, image_size: tuple[int, int], style: ObjectStyl
     limits = [unit, unit] if unit else image_size
     if not all(0 <= n <= limits[i % 2] for i, n in enumerate(mark.place)):
         raise RecordError(
-            "bad_objects",
+            "place_outside",
             f"objects.bbox {list(mark.place)} ({mark.unit}) lies outside the image of "
             f"{image_size[0]}x{image_size[1]} pixels; say in bbox_type what the numbers are ({', '.join(UNITS)})",
         )

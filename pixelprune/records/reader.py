@@ -101,7 +101,7 @@ def _parsed(row: Any, record_format: str, rules: KeyRules) -> Record:
     messages = _with_calls_joined(read)
     messages = [*_system_turn(row.get("system", ""), messages), *messages]
     supply.check_all_used()
-    messages = with_objects(messages, row.get("objects"), supply.num_used, rules)
+    messages = with_objects(messages, row.get("objects"), rules)
     _check_turns(messages)
     return Record(tuple(messages), _metadata(row), _weight(row), tools_of(row.get("tools")))
 

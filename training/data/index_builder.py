@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 CHUNK_ROWS = 128
 REPAIRABLE = (
     "missing_file", "unreadable_file", "empty_file", "file_too_large", "outside_root", "not_an_image",
-    "truncated_image", "unsupported_mode", "decompression_bomb", "aspect_ratio",
+    "truncated_image", "unsupported_mode", "decompression_bomb", "aspect_ratio", "place_outside", "turned_image",
 )  # fmt: skip
 """Reasons that lie in an image file, which may be fixed while the data file and so the index folder stay the same."""
 

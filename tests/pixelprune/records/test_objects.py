@@ -87,6 +87,14 @@ def test_a_record_with_objects_is_the_record_written_by_hand(row, question, answ
     assert preparer.prepare(typed, folder).content_hash == made.content_hash
 
 
+def test_images_may_stand_in_their_own_parts(folder, preparer):
+    row = CASES[5][0]
+    inline = copy.deepcopy(row)
+    parts = [{"type": "image", "image": name} for name in inline.pop("images")]
+    inline["messages"][0]["content"] = [*parts, {"type": "text", "text": "Where?"}]
+    assert preparer.prepare(inline, folder).content_hash == preparer.prepare(row, folder).content_hash
+
+
 @pytest.mark.parametrize(
     ("style", "question", "box", "point"),
     [
@@ -124,9 +132,14 @@ def test_places_are_written_in_the_recipes_format_and_read_back(style, question,
         ("<bbox><bbox>", {"bbox": [FIRST]}, "object_count", "2 <bbox> in the text, 1 in objects.bbox"),
         ("<bbox>", {"bbox": [FIRST], "ref": ["a"]}, "object_count", "0 <ref-object> in the text, 1 in objects.ref"),
         ("<bbox>", {"bbox": [FIRST], "bbox_type": "norm"}, "bad_objects", "bbox_type is 'norm', expected one of real"),
-        ("<bbox>", {"bbox": [FIRST], "bbox_type": "norm1"}, "bad_objects", "norm1. lies outside the image of 640x480"),
-        ("<bbox>", {"bbox": [[0, 0, 641, 9]]}, "bad_objects", "real. lies outside the image of 640x480"),
-        ("<bbox>", {"bbox": [[-1, 0, 64, 9]]}, "bad_objects", "outside the image"),
+        (
+            "<bbox>",
+            {"bbox": [FIRST], "bbox_type": "norm1"},
+            "place_outside",
+            "norm1. lies outside the image",
+        ),
+        ("<bbox>", {"bbox": [[0, 0, 641, 9]]}, "place_outside", "real. lies outside the image of 640x480"),
+        ("<bbox>", {"bbox": [[-1, 0, 64, 9]]}, "place_outside", "outside the image"),
         ("<bbox>", {"bbox": [[1, 2, 3]]}, "bad_objects", "expected two or four finite numbers"),
         ("<bbox>", {"bbox": [[1, 2, 3, float("nan")]]}, "bad_objects", "expected two or four finite numbers"),
         ("<bbox>", {"bbox": [[1, 2, 3, True]]}, "bad_objects", "expected two or four finite numbers"),

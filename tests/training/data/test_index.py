@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pixelprune.images.image import prune_image
 from pixelprune.records.limits import RecordLimits
@@ -267,12 +267,22 @@ def break_images(folder: Path) -> list[dict]:
         "empty.png": b"", "text.png": b"no image", "half.png": good[: len(good) // 2],
         "long.png": encode(Image.new("RGB", (8200, 40))), "bomb.png": encode(Image.new("L", (600, 600))),
         "float.tiff": encode(Image.new("F", (64, 64)), "TIFF"), "huge.png": good + bytes(200_000),
+        "small.png": encode(draw_screen(1, 64, 64)),
     }  # fmt: skip
     for name, data in files.items():
         (folder / name).write_bytes(data)
     (folder / "folder.png").mkdir()
     (folder / "link.png").symlink_to("/etc/hostname")
-    return [chat_row(name, answer=name) for name in (*files, "folder.png", "link.png", "missing.png")]
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 3
+    draw_screen(1).save(folder / "turned.jpg", exif=turned)
+    rows = [chat_row(name, answer=name) for name in (*files, "folder.png", "link.png", "missing.png", "turned.jpg")]
+    for row in rows:
+        name = row["messages"][1]["content"]
+        if name in ("small.png", "turned.jpg"):
+            row["messages"][1]["content"] = f"{name} <bbox>"
+            row["objects"] = {"bbox": [[0, 0, 150, 100]]}
+    return rows
 
 
 def test_a_fixed_image_is_used_by_the_next_run(screens, prepare, measured, caplog):
@@ -291,11 +301,11 @@ def test_a_fixed_image_is_used_by_the_next_run(screens, prepare, measured, caplo
 
     measured.clear()
     assert build(screens, limited).quarantined == index.quarantined
-    assert measured == list(range(1, 11)), "nothing but records with image files is looked at again"
+    assert measured == list(range(1, 13)), "nothing but records with image files is looked at again"
     table = next(screens.rglob("index.parquet"))
     written = table.stat().st_mtime_ns
     build(screens, limited, recheck=False)
-    assert len(measured) == 10
+    assert len(measured) == 12
     assert table.stat().st_mtime_ns == written, "rewritten only for a change"
 
     (screens / "folder.png").rmdir()
@@ -306,9 +316,9 @@ def test_a_fixed_image_is_used_by_the_next_run(screens, prepare, measured, caplo
     measured.clear()
     with caplog.at_level("WARNING"):
         fixed = build(screens, limited, recheck=True)
-    assert "10 records whose images were fixed" in caplog.text
-    assert len(fixed) == 12
-    assert [entry.record for entry in fixed.quarantined] == ["train:11", "train:12"]
+    assert "12 records whose images were fixed" in caplog.text
+    assert len(fixed) == 14
+    assert [entry.record for entry in fixed.quarantined] == ["train:13", "train:14"]
     fresh = build(screens, limited, index_dir=str(screens / "fresh"))
     assert fresh.quarantined == fixed.quarantined == read_quarantine(table.with_name("quarantine.jsonl"))
     for name in ("row", "content_hash", "text_tokens", "num_supervised", "kept_blocks", "full_blocks", "image_starts"):
