@@ -41,7 +41,7 @@ class SourceSettings:
         self.preset()
         for key, value in (("path", self.path), ("root", self.root)):
             if is_remote(value):
-                check_address(value, f"sources[].{key}")
+                check_address(value, key)
 
     def preset(self) -> Preset:
         """The prompt of this source. Raises ValueError for a name or a template that is none."""
