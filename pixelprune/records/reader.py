@@ -16,6 +16,7 @@ another task. Rows from Arrow and Parquet carry None for keys another row has: N
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -90,7 +91,7 @@ def _parsed(row: Any, record_format: str, rules: KeyRules) -> Record:
     if row.get(key) is None:
         raise RecordError("unknown_format", f"no {key!r} among the keys {sorted(map(str, row))}")
     row = rules.checked(row, "record", RECORD_KEYS)
-    turns = row[key]
+    turns = _from_json(row[key]) if isinstance(row[key], str) else row[key]
     if not isinstance(turns, list | tuple):
         raise RecordError("bad_content", f"{key!r} is {type(turns).__name__}, expected a list of turns")
     supply = _ImageSupply(row, rules)
@@ -104,6 +105,14 @@ def _parsed(row: Any, record_format: str, rules: KeyRules) -> Record:
     messages = with_objects(messages, row.get("objects"), rules)
     _check_turns(messages)
     return Record(tuple(messages), _metadata(row), _weight(row), tools_of(row.get("tools")))
+
+
+def _from_json(text: str) -> Any:
+    """Turns that a table holds as JSON text, as UGround's does; other text as it is, which no turns are."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def _conversation_key(row: dict[str, Any], record_format: str) -> str:

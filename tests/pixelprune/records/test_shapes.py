@@ -1,6 +1,7 @@
 """Questions and answers under keys of their own, and parts in others' form, give the record of the same turns."""
 
 import base64
+import json
 
 import pytest
 
@@ -109,6 +110,18 @@ def test_parts_with_value_are_the_parts_of_others():
         with pytest.raises(RecordError) as caught:
             parse_record(turns([part], "ok"))
         assert caught.value.reason in ("unread_key", "bad_content")
+
+
+def test_turns_may_be_json_text_as_tables_have_them():
+    row = turns("<image>x", "ok", **IMAGE)
+    assert parse_record({**row, "messages": json.dumps(row["messages"])}) == parse_record(row)
+    uground = [{"from": "human", "value": "<image>\nWhere?"}, {"from": "gpt", "value": "(3, 4)"}]
+    record = parse_record({"conversations": json.dumps(uground), "image": b"png", "width": 4, "height": 3})
+    assert record == parse_record({"conversations": uground, "image": b"png", "width": 4, "height": 3})
+    for text in ("[", "words", '{"role": "user"}', "[" * 100_000):
+        with pytest.raises(RecordError) as caught:
+            parse_record({"messages": text})
+        assert caught.value.reason == "bad_content"
 
 
 def test_a_source_part_holds_its_image():
