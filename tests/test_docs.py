@@ -29,6 +29,8 @@ SECTIONS = "|".join(Config.__dataclass_fields__)
 WRITTEN_BY_RUNS = ("config.yaml",)
 NOT_SETTINGS = ("model.generate",)
 OF_OTHERS = (
+    "data/dset_aitw.py",
+    "data/dset_shared_navigation.py",
     "data/format_converter.py",
     "src/aguvis/dataset.py",
     "src/aguvis/constants.py",

@@ -267,3 +267,39 @@ def test_gui_odyssey_episodes_as_its_own_converter_writes_them(tmp_path):
     }  # fmt: skip
     (tmp_path / "other.json").write_text(json.dumps({"train": ["none.json"]}))
     assert main([*command, "--split-file", str(tmp_path / "other.json"), "--overwrite"]) == 2
+
+
+def test_showui_navigation_shows_its_history_and_learns_the_last_action(tmp_path):
+    tap = {"img_url": "a", "action_type": "tap", "action_value": None, "point": [0.65, 0.37]}
+    swipe = {"img_url": "b", "action_type": "swipe", "action_value": None, "point": [[0.5, 0.75], [0.5, 0.25]]}
+    several = [
+        {"action_type": "input", "action_value": "Käse", "point": None},
+        {"action_type": "enter", "action_value": "ignored", "point": [0.1, 0.1]},
+    ]
+    aitw = {"img_url": "a", "action_type_id": 4, "action_type_text": "click", "touch": [0.5, 0.2], "lift": [0.5, 0.3]}
+    typed = {"img_url": "b", "action_type_id": 3, "action_type_text": "type", "type_text": "news"}
+    entries = [
+        {"task": "Buy it", "img_url": "a", "step_history": [tap, swipe], "step": several},
+        {"task": "Read", **typed, "step_history": [aitw]},
+        {"task": "Out", "img_url": "a", "step_history": [], "step": {**tap, "point": [1.5, 0.1]}},
+        {"task": "Gone", "img_url": "c", "step_history": [], "step": tap},
+    ]
+    (first, second), report = run(tmp_path, "showui-navigation", entries, "--history", "1")
+    messages = parse_record(first).messages
+    tapped = '{"action": "TAP", "value": null, "position": [650, 370]}'
+    assert [message.text for message in messages] == [
+        f"Task: Buy it\nActions before:\n{tapped}",
+        '{"action": "SWIPE", "value": null, "position": [[500, 750], [500, 250]]}',
+        "",
+        '{"action": "INPUT", "value": "Käse", "position": null}\n{"action": "ENTER", "value": null, "position": null}',
+    ]
+    assert [message.supervised for message in messages] == [False, False, False, True]
+    assert [image.source for image in parse_record(first).images] == ["shots/b.png", "shots/a.png"]
+    assert answers(second) == [
+        '{"action": "CLICK", "value": null, "position": [500, 250]}',
+        '{"action": "TYPE", "value": "news", "position": null}',
+    ]
+    assert report["dropped"]["entries"] == {
+        "a place is outside the image, or no fractions of it": 1,
+        "image missing": 1,
+    }

@@ -14,6 +14,7 @@ from data_tools.convert.corpora.conversations import ConversationReader
 from data_tools.convert.corpora.elements import ElementsReader
 from data_tools.convert.corpora.gui_odyssey import GUIOdysseyReader
 from data_tools.convert.corpora.reader import CorpusReader
+from data_tools.convert.corpora.showui_navigation import ShowUINavigationReader
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.output import add_output_options, open_inputs, run_reader
 
@@ -45,6 +46,12 @@ CORPORA = {
         "folder images. One conversation per screenshot.",
         lambda images, options: ElementsReader(images, "showui", answer=options.answer),
         True,
+    ),
+    "showui-navigation": Corpus(
+        "ShowUI's navigation sets, GUIAct and AITW",
+        "metadata/hf_train.json and its like with task, img_url and step_history; --images is the folder images. "
+        "A step's conversation shows the --history screenshots before it; its own action is trained on.",
+        lambda images, options: ShowUINavigationReader(images, history=options.history),
     ),
     "aguvis": Corpus(
         "AGUVIS (stages 1 and 2) and GUI-Actor, Wave-UI, UGround and AndroidControl in their form among it",
@@ -95,6 +102,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         add_output_options(parser)
         if corpus.has_answer:
             parser.add_argument("--answer", choices=("point", "box"), default="point", help="form of the answers")
+        if name == "showui-navigation":
+            parser.add_argument("--history", type=int, default=4, help="screenshots before the last (%(default)s)")
         if name == "gui-odyssey":
             split = "splits/random_split.json or its like: only the episodes that it lists as `train`"
             parser.add_argument("--split-file", type=Path, default=None, help=split)
