@@ -12,6 +12,7 @@ from training.loop.context import RunContext
 from training.loop.feed import Feed
 from training.loop.memory import MemoryPlan
 from training.model.parameters import count_parts
+from training.model.sharing import describe_sharing
 
 
 def print_start_table(
@@ -33,6 +34,7 @@ def print_start_table(
             f"  {count.part}", f"{count.num_trained:,} of {count.num_total:,} trained, {layers}, lr {count.lr:g}"
         )
     table.add_row("data", feed.index.describe())
+    table.add_row("shared prefixes", describe_sharing(config.data.share_prefix, feed.plan_input))
     prune = config.prune
     table.add_row("pruning", f"{prune.strategy}, metric {prune.metric}, threshold {prune.threshold:g}")
     if config.loss.kd_weight > 0:
