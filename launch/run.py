@@ -13,6 +13,7 @@ from launch.snapshot import save_snapshot
 from launch.stop import StopRequests
 from training.config.recipe import show
 from training.config.settings import Config
+from training.errors import side_write
 from training.exit_codes import FINISHED, RESUMABLE, STOP_FILE, USER_ERROR
 from training.loop.folder_lock import FolderLock
 
@@ -44,8 +45,9 @@ def run_launch(launch: Launch, restarts: RestartPolicy) -> int:
         command = launch.make_command()
         if launch.owns_folder:
             stop_file.unlink(missing_ok=True)
-            snapshot = save_snapshot(folder, command, show(launch.config), checkout=Path(__file__).parent.parent)
-            logger.info("snapshot of code and recipe: %s", snapshot)
+            with side_write("the snapshot of code and recipe", go_on=launch.config.checkpoint.on_error == "continue"):
+                snapshot = save_snapshot(folder, command, show(launch.config), checkout=Path(__file__).parent.parent)
+                logger.info("snapshot of code and recipe: %s", snapshot)
         return supervise(
             command,
             stops,

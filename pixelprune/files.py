@@ -51,6 +51,8 @@ def whole_file(
             if is_durable:
                 _flush(partial)
             partial.replace(path)
+            if is_durable:
+                _flush_name(path)
         except BaseException:
             if not in_sight:
                 with contextlib.suppress(OSError):  # what went wrong first is what counts
@@ -86,6 +88,7 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
             partial.rename(path)
+            _flush_name(path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -96,6 +99,16 @@ def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _flush_name(path: Path) -> None:
+    """The folder's entry, without which a power cut takes the file away again. Some network file systems have none."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextmanager

@@ -52,11 +52,11 @@ def test_it_is_on_the_disk_before_it_bears_its_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_whole(path, b"new")
-    assert seen == [(str(tmp_path / ".result.json.partial"), False)]
+    assert seen == [(str(tmp_path / ".result.json.partial"), False), (str(tmp_path), True)], "and so is the name"
     with whole_folder(tmp_path / "model") as partial:
         (partial / "below").mkdir()
         (partial / "below" / "weights").touch()
-    assert seen[1:] == [(str(partial / "below" / "weights"), True)]
+    assert seen[2:] == [(str(partial / "below" / "weights"), True), (str(tmp_path), True)]
 
 
 def test_two_writers_of_a_shared_file_do_not_meet(tmp_path):

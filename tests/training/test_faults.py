@@ -52,6 +52,28 @@ def test_a_run_that_is_told_to_goes_on_past_a_full_disk(run_with):
     assert [row["step"] for row in read_metrics(folder)] == [1, 2, 3, 4]
 
 
+def test_a_run_that_is_told_to_goes_on_where_nothing_at_all_can_be_written(run_with):
+    """From its start: recipe, metrics and checkpoints are each said to be missing, and training goes to its end."""
+    done, folder = run_with(
+        "no-room", "checkpoint.on_error=continue", "checkpoint.every_steps=2", "checkpoint.export_at_end=false"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"config\.yaml: the recipe in the run's folder cannot be written: File too large; go", done.stderr)
+    assert re.search(r"metrics\.jsonl: cannot be written: File too large; going on without the rows from", done.stderr)
+    assert "4 rows are missing" in done.stderr
+    assert done.stderr.count("going on (checkpoint.on_error=continue)") >= 2, "checkpoints"
+    assert complete_checkpoints(folder / "checkpoints") == []
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_line(run_with):
+    done, _ = run_with("no-room")
+    assert done.returncode == 2, done.stderr[-3000:]
+    said = r"error: .*the recipe in the run's folder cannot be written: File too large .*checkpoint\.on_error=continue"
+    assert re.search(said, done.stderr)
+    assert "Traceback" not in done.stderr
+
+
 def test_a_loss_that_is_no_number_skips_one_step_on_all_ranks(run_with):
     done, folder = run_with("not-a-number")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,6 +17,7 @@ from training.data.plan import PlanInput
 from training.data.quarantine import Quarantined, count_reasons, refuse_above, write_quarantine
 from training.data.settings import DataSettings
 from training.data.sources import Source
+from training.errors import side_write
 
 SCHEMA = pa.schema(
     [
@@ -134,15 +135,23 @@ class Index:
         return self.subset(fits, over_long)
 
     def checked(
-        self, settings: DataSettings, report: Path, *, with_teacher: bool = False, write_report: bool = True
+        self,
+        settings: DataSettings,
+        report: Path,
+        *,
+        with_teacher: bool = False,
+        write_report: bool = True,
+        go_on: bool = False,
     ) -> Index:
         """What a run trains on: without the over-long, refused when too much of the data cannot be used.
 
-        Every rank calls this; the one with `write_report` writes the quarantine to `report`. Raises ValueError.
+        Every rank calls this; the one with `write_report` writes the quarantine to `report`, or goes on without
+        (`go_on`) if the disk does not take it. Raises ValueError.
         """
         index = self.without_over_long(settings, with_teacher=with_teacher)
         if write_report:
-            write_quarantine(report, index.quarantined)
+            with side_write("the quarantine", go_on=go_on):
+                write_quarantine(report, index.quarantined)
         folders = ", ".join(str(file.parent) for file in self.files)
         where = f"{report}; indexed in {folders}"
         refuse_above(settings.max_quarantined_share, index.quarantined, index.num_records, where)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,13 +77,13 @@ def build_index(
         refuse_unread_columns(source, preparer.rules)
     fingerprint = prepare.fingerprint(preparer)
     folders = [open_folder(source, fingerprint, index_dir) for source in opened]
-    missing = [number for number, folder in enumerate(folders) if not folder.table.exists()]
+    missing = [n for n, folder in enumerate(folders) if not _is_whole(folder.table, len(opened[n]))]
     # Assigned source by source: a source that another run completes meanwhile is missing to some ranks only.
     mine = [
         chunk
         for number in missing
         for i, chunk in enumerate(_chunks(number, opened[number], folders[number]), start=number)
-        if i % world_size == rank and not (chunk.part and chunk.part.exists())
+        if i % world_size == rank and not (chunk.part and _is_whole(chunk.part, len(chunk.rows)))
     ]
     logger.info("index: %d of %d sources to measure, %d chunks on this rank", len(missing), len(opened), len(mine))
     pool = _Pool(opened, prepare, preparer, num_workers, max_seconds, show_progress and rank == 0, is_stopped)
@@ -98,8 +99,9 @@ def build_index(
                 _recheck([n for n in range(len(opened)) if n not in missing], folders, pool)
     finally:
         barrier()  # also when rank 0 failed: the others would wait here until their time is out
-    for folder in folders:
-        if not folder.table.exists():
+    for number in missing:
+        folder = folders[number]
+        if not _is_whole(folder.table, len(opened[number])):
             raise ValueError(
                 f"parts of the index that other ranks measured are missing in {folder.path}; it must lie on a file "
                 "system that all ranks share (data.index_dir)"
@@ -228,12 +230,27 @@ def _finish_chunk(chunk: Chunk, rows: list[dict]) -> list[dict]:
     return []
 
 
+def _is_whole(path: Path, num_rows: int) -> bool:
+    """Whether a table is there to its last row. A power cut leaves files that are cut, or zeros for pages that never
+    came."""
+    try:
+        if pq.read_table(path, schema=SCHEMA, page_checksum_verification=True).num_rows == num_rows:
+            return True
+        problem: object = f"expected {num_rows} rows"
+    except FileNotFoundError:
+        return False
+    except (OSError, pa.ArrowException) as error:
+        problem = str(error).splitlines()[0]
+    logger.warning("%s is damaged and measured again: %s", path, problem)
+    return False
+
+
 def _join_parts(source: Source, folder: IndexFolder) -> None:
     """Rank 0: parts -> index.parquet, then away with the parts. Without all of them nothing is written."""
     parts = [folder.part(start) for start in range(0, len(source), CHUNK_ROWS)]
     try:
         table = pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts])
-    except FileNotFoundError:
+    except (OSError, pa.ArrowException):
         # Another run built the same index at the same time and was first, or ranks do not share the folder.
         return
     _write_index(source, folder, table)
@@ -285,8 +302,8 @@ def _replace_rows(source: Source, folder: IndexFolder, rows: list[dict]) -> None
     num_fixed = sum(not row["reason"] for row in rows)
     try:
         _write_index(source, folder, joined)
-    except OSError as error:
-        logger.warning("%d records that can be used now stay out: %s: %s", num_fixed, folder.path, error.strerror)
+    except UserError as error:  # a complete index may lie on a read-only file system
+        logger.warning("%d records that can be used now stay out: %s", num_fixed, error)
         return
     logger.warning(
         "%s: %d records whose images were fixed, or whose error is gone, can be used now", source.name, num_fixed
@@ -296,9 +313,22 @@ def _replace_rows(source: Source, folder: IndexFolder, rows: list[dict]) -> None
 def _write_index(source: Source, folder: IndexFolder, table: pa.Table) -> None:
     assert len(table) == len(source), f"{len(table)} rows measured of {len(source)}"
     _write_table(folder.table, table)
-    write_quarantine(folder.path / "quarantine.jsonl", read_index([source], [folder.table]).quarantined)
+    with _index_writes(folder.path / "quarantine.jsonl"):
+        write_quarantine(folder.path / "quarantine.jsonl", read_index([source], [folder.table]).quarantined)
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
-    with whole_file(path, is_shared=True) as partial:
-        pq.write_table(table, partial)
+    with _index_writes(path), whole_file(path, is_shared=True) as partial:
+        pq.write_table(table, partial, write_page_checksum=True)
+
+
+@contextmanager
+def _index_writes(path: Path) -> Iterator[None]:
+    """No run goes on without its index: UserError, also from another process."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: the index cannot be written: {error.strerror or error} (free space, or keep indexes elsewhere: "
+            "data.index_dir)"
+        ) from error

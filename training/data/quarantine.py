@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pixelprune.files import write_whole
+from training.errors import side_write
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def append_quarantine(path: Path | None, entry: Quarantined) -> None:
     logger.error("quarantined %s (%s): %s: %s", entry.record, entry.file, entry.reason, entry.detail)
     if path is None:
         return
-    with path.open("a") as file:
+    with side_write("what was quarantined", go_on=True), path.open("a") as file:  # the log has it
         file.write(json.dumps(asdict(entry)) + "\n")
 
 

@@ -24,8 +24,10 @@ def build_lock() -> Path:
     return (Path(_get_build_directory(_OPERATOR, verbose=False)) / "lock").resolve()
 
 
-def clear_stale_lock() -> None:
+def clear_stale_lock(*, wait_for_builder: bool = True) -> None:
     """Return once nobody holds the lock of DeepSpeed's extension; remove one that a killed process left behind.
+
+    wait_for_builder: False for a rank, whose load waits for a process that builds by itself.
 
     Torch's lock is a file without an owner, and every later start would wait on it for ever and in silence. The
     process that made it keeps it open, so a lock that no process of this machine has open is stale, unless another
@@ -40,6 +42,8 @@ def clear_stale_lock() -> None:
             except FileNotFoundError:
                 return
             owner = owner_of(lock)
+            if owner is not None and not wait_for_builder:
+                return
             if owner is None and age > _STALE_AFTER_SECONDS:
                 logger.warning("removing a build lock left %.0f seconds ago by a killed process: %s", age, lock)
                 lock.unlink(missing_ok=True)

@@ -169,7 +169,9 @@ def join_ranks(timeout_minutes: float = TIMEOUT_MINUTES) -> Ranks:
         )
     has_launcher, local_rank = local_rank != alone, max(0, local_rank)
     if accelerator.device_name() == "cpu":
-        clear_stale_lock()  # whoever started the ranks: what they load next would wait for it for ever
+        clear_stale_lock(
+            wait_for_builder=False
+        )  # whoever started the ranks: what they load next would wait for it for ever
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
     world_size = dist.get_world_size()

@@ -19,7 +19,7 @@ from pixelprune.settings import PruneSettings
 from training.config.settings import EvalSettings
 from training.data.settings import DataSettings
 from training.distributed.ranks import Ranks
-from training.errors import UserError
+from training.errors import UserError, side_write
 from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
 from training.evaluation.scoring import Prediction, summarise, to_row
 
@@ -42,8 +42,12 @@ class GroundingEvaluator:
         folder: Path,
         tasks: list[Task],
         is_stopped: Callable[[], bool],
+        *,
+        go_on: bool = False,
     ):
-        """prompters: suffix of the metrics' names -> how the question is asked."""
+        """prompters: suffix of the metrics' names -> how the question is asked. go_on: whether training outlives
+        results that the disk does not take (checkpoint.on_error=continue)."""
+        self.go_on = go_on
         self.settings, self.prompters, self.ranks, self.folder = settings, prompters, ranks, folder
         self.tasks, self.is_stopped = tasks, is_stopped
         self.answers = AnswerSettings(settings.grounding_max_new_tokens, "auto", settings.grounding_batch_size)
@@ -60,6 +64,7 @@ class GroundingEvaluator:
         *,
         seed: int,
         is_stopped: Callable[[], bool] = lambda: False,
+        go_on: bool = False,
     ) -> GroundingEvaluator:
         """prompter: asks as the model is trained. seed: of the sample of records. is_stopped: asked in between.
 
@@ -81,7 +86,7 @@ class GroundingEvaluator:
         prompters = {"": prompter}
         if settings.grounding_on_full and prompter.prune.strategy != "none":
             prompters["_full"] = dataclasses.replace(prompter, prune=PruneSettings("none"))
-        return cls(settings, prompters, ranks, folder, tasks, is_stopped)
+        return cls(settings, prompters, ranks, folder, tasks, is_stopped, go_on=go_on)
 
     def restore(self, step: int) -> None:
         """Read what an earlier start of the run found, unless the run begins anew."""
@@ -113,7 +118,8 @@ class GroundingEvaluator:
                     return None
                 metrics |= _metrics(predictions, suffix)
                 if self.ranks.is_first:
-                    self._keep(predictions, f"step-{step:08d}{suffix}.jsonl")
+                    with side_write("answers of the evaluation", go_on=self.go_on):
+                        self._keep(predictions, f"step-{step:08d}{suffix}.jsonl")
         finally:
             model.train(was_training)
         self.state["evaluated_steps"].append(step)
@@ -121,9 +127,11 @@ class GroundingEvaluator:
         if best is None or accuracy > best:
             self.state |= {"best_step": step, "best_accuracy": accuracy}
             if self.ranks.is_first:
-                export(self.folder / BEST_FOLDER, {"optimizer steps": step, "held-out accuracy": f"{accuracy:.4f}"})
+                with side_write("the best model", go_on=self.go_on):
+                    export(self.folder / BEST_FOLDER, {"optimizer steps": step, "held-out accuracy": f"{accuracy:.4f}"})
         if self.ranks.is_first:
-            write_whole(self.folder / STATE_FILE, (json.dumps(self.state, indent=2) + "\n").encode())
+            with side_write("what the evaluation found", go_on=self.go_on):
+                write_whole(self.folder / STATE_FILE, (json.dumps(self.state, indent=2) + "\n").encode())
         return metrics
 
     def _predictions(self, model: Any, prompter: Prompter) -> list[Prediction] | None:

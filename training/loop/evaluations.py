@@ -101,5 +101,6 @@ def _grounding(context: RunContext) -> GroundingEvaluator | None:
         context.ranks,
         context.folder,
         seed=config.run.seed,
+        go_on=config.checkpoint.on_error == "continue",
         is_stopped=lambda: context.is_asked_to_stop,
     )

@@ -126,10 +126,11 @@ def build_feed(
             any_rank=ranks.any,
             max_seconds=data.max_seconds_per_record,
         )
-        report = folder / f"quarantine{'' if shuffle else '_eval'}.jsonl"
-        index = index.checked(data, report, with_teacher=teacher_plan is not None, write_report=ranks.is_first)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error)) from error
+    index = _checked(context, index, shuffle=shuffle, with_teacher=teacher_plan is not None)
     cost = cost_model(config, files.config)
     plan_settings = PlanSettings(
         samples_per_step=data.samples_per_step,
@@ -149,6 +150,27 @@ def build_feed(
     plan_input = index.plan_input(cost, with_teacher=True, teacher_cost=teacher_cost)
     prepare = dataclasses.replace(prepare, with_full=True)
     return Feed(index, prepare, plan_input, plan_settings, saved_flops=SavedFlops(cost, teacher_cost))
+
+
+def _checked(context: RunContext, index: Index, *, shuffle: bool, with_teacher: bool) -> Index:
+    """What can be trained on; the first rank writes the rest down. Raises UserError on all ranks."""
+    report = context.folder / f"quarantine{'' if shuffle else '_eval'}.jsonl"
+
+    def check() -> Index:
+        try:
+            return index.checked(
+                context.config.data,
+                report,
+                with_teacher=with_teacher,
+                write_report=context.ranks.is_first,
+                go_on=context.config.checkpoint.on_error == "continue",
+            )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    return context.ranks.agree(check)
 
 
 def prepare_settings(config: Config, files: ModelFolder) -> PrepareSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -44,8 +45,9 @@ class FolderLock:
                 raise
             logger.warning("%s: this file system has no locks; nothing keeps two runs apart here", self.path.parent)
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}, started {started} UTC\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the holder's name in it
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}, started {started} UTC\n".encode(), 0)
         self.fd = fd
         return self
 

@@ -17,7 +17,8 @@ class Journal:
         config = context.config
         self.log_every, self.num_steps = config.tracking.log_every, num_steps
         self.tracker: Tracker | None = None
-        if context.ranks.is_first:
+
+        def open_files() -> None:
             self.progress = ProgressLine("step", num_steps, start=state.step, speaks_at_once=True)
             self.tracker = Tracker(
                 context.folder,
@@ -28,6 +29,8 @@ class Journal:
                 restored_step=state.step,
                 go_on=config.checkpoint.on_error == "continue",
             )
+
+        context.ranks.from_first(open_files)  # all hear of a disk that is full
 
     def has_evaluation(self, step: int) -> bool:
         return self.tracker is not None and self.tracker.has_evaluation(step)

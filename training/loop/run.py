@@ -23,7 +23,7 @@ from training.distributed.engine import build_engine
 from training.distributed.engine_protocol import Engine
 from training.distributed.ranks import Ranks, join_ranks
 from training.distributed.stopping import StopRequest
-from training.errors import StopAskedError, UserError
+from training.errors import StopAskedError, UserError, side_write
 from training.exit_codes import FINISHED, RESUMABLE
 from training.loop.context import RunContext
 from training.loop.continuation import Continuation, LearningRate, continuation_of
@@ -92,7 +92,7 @@ def _train(context: RunContext) -> int:
     journal = Journal(context, num_steps, state)
     if ranks.is_first:
         print_start_table(context, feed, model, attention, memory, num_steps, state.step)
-        _say_what_comes(folder, config, learning_rate, state.step, is_finished)
+    ranks.from_first(lambda: _say_what_comes(folder, config, learning_rate, state.step, is_finished))
 
     meter = StepMeter(ranks, state.totals)
     is_interrupted = evaluations.catch_up(engine, state.step, journal)
@@ -175,7 +175,8 @@ def _say_what_comes(folder: Path, config: Config, learning_rate: LearningRate, s
         length = f"{learning_rate.num_steps} steps are all that the recipe asks for"
         logger.info("run %s is finished: step %d is done, %s. Nothing is trained.", config.run.name, step, length)
         return
-    write_whole(folder / "config.yaml", show(config).encode())
+    with side_write("the recipe in the run's folder", go_on=config.checkpoint.on_error == "continue"):
+        write_whole(folder / "config.yaml", show(config).encode())
     if learning_rate.said:
         logger.warning(learning_rate.said)
 

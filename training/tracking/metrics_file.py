@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from pixelprune.files import write_whole
-from training.errors import RankError
+from training.errors import RankError, side_write
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,10 +27,12 @@ class MetricsFile:
     def __init__(self, folder: Path, rows: list[dict[str, Any]], *, go_on: bool):
         """Starts with `rows`, in place of what is there. go_on: whether training outlives a row that finds no room."""
         self.path, self.go_on = folder / METRICS_FILE, go_on
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = self.path.open("r+b", buffering=0)
-        self._end = self._file.seek(0, os.SEEK_END)
-        self._num_missing = 0
+        self._file: FileIO | None = None
+        self._end = self._num_missing = 0
+        with side_write("metrics", go_on=go_on):
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            self._file = FileIO(self.path, "r+")
+            self._end = self._file.seek(0, os.SEEK_END)
 
     def append(self, row: dict[str, Any]) -> None:
         """Raises RankError if it cannot be written, unless `go_on`."""
@@ -53,9 +57,12 @@ class MetricsFile:
 
     def close(self) -> None:
         self._report_missing()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _write(self, line: bytes) -> None:
+        if self._file is None:
+            raise OSError(errno.EIO, "it could not be opened")
         self._file.seek(self._end)
         try:
             rest = memoryview(line)

@@ -1,6 +1,9 @@
 """What must not end a run: odd rows, names that are no text. What ends it in one line: data files that shrink."""
 
 import os
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -11,14 +14,16 @@ from pixelprune.pack import VisionGeometry
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.pixelprune.records.test_bounded_work import not_for_ever
+from tests.ranks import ROOT
 from tests.samples import chat_row, draw_screen, write_jsonl
 from training.composition.toy import toy_config
+from training.data import index_builder
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
 from training.data.plan import PlanSettings
-from training.data.quarantine import read_quarantine
+from training.data.quarantine import append_quarantine, read_quarantine
 from training.data.settings import DataSettings, SourceSettings
-from training.errors import UserError
+from training.errors import RankError, UserError
 
 
 @pytest.fixture
@@ -95,7 +100,6 @@ def test_a_data_file_that_shrinks_is_named(tmp_path, prepare, tokenizer, cost):
 
 def test_a_data_file_that_shrinks_while_it_is_indexed_is_named(tmp_path, prepare, monkeypatch):
     path = write_jsonl(tmp_path / "d.jsonl", [chat_row(None, f"Question {i}") for i in range(8)])
-    from training.data import index_builder
 
     original = index_builder.open_sources
     monkeypatch.setattr(
@@ -105,3 +109,95 @@ def test_a_data_file_that_shrinks_while_it_is_indexed_is_named(tmp_path, prepare
     )
     with pytest.raises(UserError, match=r"d\.jsonl: the data file has become shorter"):
         build(path, prepare)
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def zeroed(path):
+    """As a power cut leaves a file whose length came to the disk and whose pages did not; its end did."""
+    with path.open("r+b") as file:
+        file.seek(20)
+        file.write(bytes(60))
+
+
+def emptied(path):
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("damage", [cut, zeroed, emptied])
+def test_an_index_that_a_power_cut_damaged_is_measured_again(tmp_path, prepare, damage, monkeypatch, caplog):
+    path = write_jsonl(tmp_path / "d.jsonl", [chat_row(None, f"Question {i}") for i in range(20)])
+    whole = build(path, prepare)
+    (table,) = whole.files
+    monkeypatch.setattr(index_builder, "CHUNK_ROWS", 8)
+    # A part, as a killed build leaves it, damaged beside whole ones; then the table.
+    table.unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(index_builder, "_join_parts", lambda source, folder: None)
+        with pytest.raises(ValueError, match="parts of the index"):
+            build(path, prepare)
+    parts = sorted(table.parent.glob("part-*"))
+    assert len(parts) == 3
+    damage(parts[1])
+    rows = []
+    original = index_builder.measure_row
+    monkeypatch.setattr(index_builder, "measure_row", lambda *args: (rows.append(args[2]), original(*args))[1])
+    again = build(path, prepare)
+    assert rows == list(range(8, 16)), "the damaged part alone"
+    damage(table)
+    rows.clear()
+    last = build(path, prepare)
+    assert rows == list(range(20))
+    for index in (again, last):
+        np.testing.assert_array_equal(index.content_hash, whole.content_hash)
+    assert caplog.text.count("is damaged and measured again") == 2
+    rows.clear()
+    build(path, prepare)
+    assert not rows
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_index_that_finds_no_room_is_one_line(tmp_path, prepare, num_workers):
+    path = write_jsonl(tmp_path / "d.jsonl", [chat_row(None, f"Question {i}") for i in range(300)])
+    code = "\n".join(
+        [
+            "import resource, signal, sys",
+            "from tests.training.data.test_hostile_data import build",
+            "from pixelprune.records.prepare import PrepareSettings",
+            "from pixelprune.settings import PruneSettings, ResizeSettings",
+            "from training.command import run_command",
+            f"prepare = PrepareSettings({prepare.model_path!r}, PruneSettings(), ResizeSettings())",
+            "if __name__ == '__main__':",
+            "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))",
+            f"    do = lambda: build({str(path)!r}, prepare, num_workers={num_workers}, max_seconds=600)",
+            "    sys.exit(run_command(do))",
+        ]
+    )
+    (tmp_path / "program.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"error: .*parquet: the index cannot be written: .*too large.*data\.index_dir", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_quarantine_that_finds_no_room_ends_the_run_or_is_said(tmp_path, prepare, caplog):
+    path = write_jsonl(tmp_path / "d.jsonl", [chat_row(None), chat_row("none.png")])
+    index, settings = build(path, prepare), DataSettings(max_quarantined_share=0.9)
+    report = tmp_path / "gone" / "quarantine.jsonl"  # no such folder: not to be written
+    with pytest.raises(RankError, match=r"the quarantine cannot be written: .*checkpoint\.on_error=continue"):
+        index.checked(settings, report)
+    assert len(index.checked(settings, report, go_on=True)) == 1
+    assert "the quarantine cannot be written: No such file or directory; going on without it" in caplog.text
+    caplog.clear()
+    append_quarantine(report, index.quarantined[0])
+    assert "quarantined d:1" in caplog.text
+    assert "what was quarantined cannot be written" in caplog.text
