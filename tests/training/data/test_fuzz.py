@@ -11,7 +11,10 @@ from pixelprune.pack import VisionGeometry
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.settings import PruneSettings, ResizeSettings
+from tests.pixelprune.records.test_bounded_work import not_for_ever
 from tests.samples import chat_row, draw_screen, encode
+from tests.training.data import mutants
+from tests.training.data.mutants import mutate_bytes
 from training.composition.toy import toy_config
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
@@ -26,7 +29,7 @@ CODES = {
     "two_systems", "unread_key",
     "special_token", "bad_text", "template", "no_supervised_token", "outside_root", "missing_file", "unreadable_file",
     "empty_file", "decompression_bomb", "truncated_image", "not_an_image", "unsupported_mode", "aspect_ratio",
-    "over_long",
+    "over_long", "file_too_large", "too_large",
 }  # fmt: skip
 VALUES = [
     None, True, 0, -1, 3.5, float("nan"), float("inf"), "", "x", "<image>", "<img></img>", "<|im_end|>", "\ud800", "\0",
@@ -54,23 +57,6 @@ def mutate_tree(rng: random.Random, value):
             return value[: i + 1] + value[i:]
         return [*value[:i], mutate_tree(rng, value[i]), *value[i + 1 :]]
     return rng.choice(VALUES)
-
-
-def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """Cut, overwrite, insert or repeat bytes."""
-    data = bytearray(data)
-    for _ in range(rng.randint(1, 4)):
-        i = rng.randrange(len(data)) if data else 0
-        action = rng.randrange(4)
-        if action == 0:
-            del data[i:]
-        elif action == 1:
-            data[i : i + 4] = rng.randbytes(4)
-        elif action == 2:
-            data[i:i] = rng.randbytes(rng.randint(1, 64))
-        else:
-            del data[i : i + rng.randint(1, 64)]
-    return bytes(data)
 
 
 def write_mutants(folder, seed: int) -> list[str]:
@@ -156,3 +142,17 @@ def test_every_mutant_is_trained_on_or_accounted_for(tmp_path, model_folder, tok
 def test_unmutated_records_are_fine(tmp_path):
     """The seeds of the fuzz test are good records: without mutation nothing is refused."""
     assert parse_record(chat_row("a.img") | {"metadata": {"bbox": [1, 2, 3, 4]}}).images
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("template", mutants.TEMPLATES)
+def test_names_sizes_tables_and_templates_are_dimensions_too(tmp_path, template):
+    """The short form of `python -m benchmarks.fuzz`."""
+    rng = random.Random(31)
+    sources = mutants.write_case(rng, tmp_path, 120)
+    prepare = mutants.settings_for(mutants.write_model_folder(tmp_path / "model", template))
+    with not_for_ever(300):
+        index, reasons = mutants.accounted(tmp_path, sources, prepare, 120)
+    assert set(reasons) <= CODES | {"unexpected"}
+    assert len(index) > 3, reasons
+    assert len(reasons) >= 6, f"the mutations are too tame: {reasons}"
