@@ -246,7 +246,8 @@ def test_hostile_answers_and_names_are_text_and_nothing_leaves_the_page(tab, pag
     opened.select("kind", "")
     sources = opened.get("[...document.querySelectorAll('img')].map((one) => one.src.slice(0, 15))")
     assert sources == ["data:image/webp"] * 3
-    assert opened.texts("article .note") == ["no picture: image 'gone.png': no such file under the source's root"]
+    (note,) = opened.texts("article .note")
+    assert note.startswith("no picture: image 'gone.png'")
     assert [url for url in opened.asked if not url.startswith("data:")] == [page.as_uri()]
     assert opened.broken == [], "nothing that the policy stops is tried by the page itself"
     # What a hole in the page would let in is stopped by its policy.

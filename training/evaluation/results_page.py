@@ -13,10 +13,11 @@ from PIL import Image
 
 from pixelprune.command.page import build_page, embedded_picture
 from pixelprune.files import write_whole
-from pixelprune.images.image import decode_image, prune_image
+from pixelprune.images.image import ImageError, decode_image, prune_pixels, resize_image
 from pixelprune.prompter import Prompter
 from pixelprune.records.images import read_image
 from pixelprune.records.record import ImageRef
+from pixelprune.settings import PruneSettings, ResizeSettings
 from training.evaluation.answering import Task
 from training.evaluation.scoring import Prediction
 from training.evaluation.table_files import Cell
@@ -124,6 +125,7 @@ def _shown(record: _Record) -> dict[str, Any]:
     except ValueError as error:
         problem = f"no picture: {error}"
         logger.warning("results page: %s is shown without its image: %s", task.id, error)
+    sizes = _Sizes(pictures)
     return {
         "id": task.id,
         "source_id": target.source_id,
@@ -140,7 +142,7 @@ def _shown(record: _Record) -> dict[str, Any]:
         "place_on": len(pictures) - 1 if is_place else None,
         "num_pictures": 1 if is_place else len(images),
         "no_picture": problem,
-        "given": {row: _given(prediction, prompter, pictures) for row, (prediction, prompter) in record.given.items()},
+        "given": {row: _given(prediction, prompter, sizes) for row, (prediction, prompter) in record.given.items()},
     }
 
 
@@ -158,9 +160,27 @@ def _asked_for(task: Task) -> str:
     return "\n".join(named or target.references)
 
 
-def _given(
-    prediction: Prediction, prompter: Prompter, pictures: Sequence[tuple[Image.Image, ImageRef]]
-) -> dict[str, Any]:
+class _Sizes:
+    """Pictures as models see them, each resized once for all rows with the same limits; None where it cannot be."""
+
+    def __init__(self, pictures: Sequence[tuple[Image.Image, ImageRef]]) -> None:
+        self._pictures = pictures
+        self._seen: dict[ResizeSettings, list[np.ndarray | None]] = {}
+
+    def of(self, resize: ResizeSettings) -> list[np.ndarray | None]:
+        if resize not in self._seen:
+            self._seen[resize] = [self._resized(picture, ref, resize) for picture, ref in self._pictures]
+        return self._seen[resize]
+
+    @staticmethod
+    def _resized(picture: Image.Image, ref: ImageRef, resize: ResizeSettings) -> np.ndarray | None:
+        try:
+            return resize_image(picture, resize, ref.wish)
+        except ImageError:  # the prediction says so, as its failure
+            return None
+
+
+def _given(prediction: Prediction, prompter: Prompter, sizes: _Sizes) -> dict[str, Any]:
     is_pruned = prompter.prune.strategy != "none"
     return {
         "text": prediction.text,
@@ -170,16 +190,15 @@ def _given(
         "point": prediction.point,
         "kept": prediction.kept_blocks,
         "full": prediction.full_blocks,
-        "masks": [_mask(picture, ref, prompter) for picture, ref in pictures] if is_pruned else [],
+        "masks": [_mask(image, prompter.prune) for image in sizes.of(prompter.resize)] if is_pruned else [],
     }
 
 
-def _mask(picture: Image.Image, ref: ImageRef, prompter: Prompter) -> dict[str, Any] | None:
-    """Omitted blocks as runs (row, first column, number of columns); None for an image that cannot be pruned."""
-    try:
-        keep = prune_image(picture, prompter.prune, prompter.resize, ref.wish).selection.keep
-    except ValueError:  # the prediction says so, as its failure
+def _mask(image: np.ndarray | None, prune: PruneSettings) -> dict[str, Any] | None:
+    """Omitted blocks of a resized image as runs (row, first column, number of columns)."""
+    if image is None:
         return None
+    keep = prune_pixels(image, prune, image.shape[:2]).selection.keep
     edges = np.diff(np.pad(~keep, ((0, 0), (1, 1))).astype(np.int8), axis=1)
     starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
     runs = [[int(row), int(first), int(end - first)] for (row, first), (_, end) in zip(starts, ends, strict=True)]
