@@ -37,3 +37,12 @@ def counts(preparer, source: Source, row: int) -> dict:
     """Tells by a file that a row is measured."""
     marker(source, row, f"measured-{time.monotonic_ns()}").touch()
     return measure_row(preparer, source, row)
+
+
+def logs(preparer, source: Source, row: int) -> dict:
+    """Tells in a file which row is measured, and takes long enough to be killed meanwhile."""
+    assert source.root is not None
+    time.sleep(0.01)
+    with (source.root / "measured.log").open("a") as file:
+        file.write(f"{row}\n")
+    return measure_row(preparer, source, row)
