@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,8 +70,13 @@ class TargetReader:
                 f"record {record_id!r}: the teacher targets in {self.folder} belong to other supervised tokens "
                 f"({stop - start} of them, the record has {len(labels)}); delete that folder and {BUILD_ADVICE}"
             )
-        shard = _open_shard(table.shards[table.shard[place]])
-        return {name: shard.get_slice(name)[start:stop] for name in table.names}
+        path = table.shards[table.shard[place]]
+        shard = _open_shard(path)
+        values = {name: shard.get_slice(name)[start:stop] for name in table.names}
+        for name, value in values.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise _damaged(path, f"{name} of record {record_id!r} holds values that are no numbers")
+        return values
 
     def empty(self) -> dict[str, torch.Tensor]:
         """Values of no record at all, in the shapes and types of the others."""
@@ -128,8 +133,11 @@ def _read_table(folder: Path) -> _Table:
     names: tuple[str, ...] = ()
     for number, path in enumerate(shards):
         shard = _open_shard(path)
+        if missing := sorted(set(_LOOKUP) - set(shard.keys())):
+            raise _damaged(path, f"without {', '.join(missing)}")
         content_hash, labels_hash, starts = (shard.get_tensor(name).numpy() for name in _LOOKUP)
         names = tuple(sorted(set(shard.keys()) - set(_LOOKUP)))
+        _check_starts(path, shard, starts, len(content_hash), names)
         columns["content_hash"].append(content_hash)
         columns["labels_hash"].append(labels_hash)
         columns["shard"].append(np.full(len(content_hash), number))
@@ -146,6 +154,16 @@ def _open_shard(path: Path):
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # safetensors raises its own error class, and others, for damaged files
-        raise UserError(
-            f"{path}: not a readable shard of teacher targets ({error}); delete it and {BUILD_ADVICE}"
-        ) from error
+        raise _damaged(path, str(error)) from error
+
+
+def _check_starts(path: Path, shard: Any, starts: np.ndarray, num_entries: int, names: tuple[str, ...]) -> None:
+    """UserError unless the entries lie one behind the other and end where the values do."""
+    num_tokens = {shard.get_slice(name).get_shape()[0] for name in names}
+    is_in_order = len(starts) == num_entries + 1 and starts[0] == 0 and bool((np.diff(starts) >= 0).all())
+    if not is_in_order or num_tokens != {int(starts[-1])}:
+        raise _damaged(path, f"its {num_entries} entries do not cover the {sorted(num_tokens)} tokens of their values")
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: not a readable shard of teacher targets ({what}); delete it and {BUILD_ADVICE}")
