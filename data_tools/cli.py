@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 from collections.abc import Sequence
 from types import FrameType
 
 from data_tools.render.browser import BrowserError
-from pixelprune.command import run_command
+from pixelprune.command import CommandParser, run_command
 
 
 def _terminate(signum: int, _: FrameType | None) -> None:
@@ -23,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from data_tools.render import command as render_command
     from data_tools.sheet import command as sheet_command
 
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools", description="Get grounding data in: render it, convert it, look at it."
+    parser = CommandParser(
+        example="python -m data_tools sheet data_tools/samples/train.jsonl --count 4 --out runs/tutorial/sheet.png",
+        prog="python -m data_tools",
+        description="Get grounding data in: render it, convert it, look at it.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (render_command, convert_commands, corpus_commands, benchmark_commands, sheet_command):

@@ -23,7 +23,7 @@ from launch.hosts import (
 from launch.local import default_num_ranks, free_port, local_command, run_local
 from launch.restart import RestartPolicy
 from launch.slurm import SlurmSettings, slurm_script, submit
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from training.command import run_command, set_up_logging
 from training.errors import UserError
 
@@ -62,7 +62,9 @@ def _check(args: argparse.Namespace, num_ranks: int, *, on_gpu: bool) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="launch", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(
+        example="python -m launch configs/tutorial.yaml", prog="launch", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--ranks", type=int, help="processes; one per GPU by default, two on the CPU")

@@ -47,6 +47,13 @@ def num_gpus() -> int:
     return torch.cuda.device_count()
 
 
+def has_accelerator() -> bool:
+    """Whether torch finds one of any kind on this machine."""
+    import torch
+
+    return torch.accelerator.is_available()
+
+
 def _ranks_on_cpu() -> bool:
     return os.environ.get("DS_ACCELERATOR") == "cpu"
 

@@ -7,7 +7,7 @@ import socket
 import sys
 from pathlib import Path
 
-from launch.environment import chosen_gpus, num_gpus, rank_environment
+from launch.environment import chosen_gpus, has_accelerator, num_gpus, rank_environment
 from launch.restart import RestartPolicy
 from training.distributed.cores import usable_cores
 from training.errors import UserError
@@ -70,10 +70,14 @@ def run_local(
         clear_stale_lock()  # at every start: the one before may have been killed as it loaded the extension
         return local_command(recipe, overrides, ranks, port=free_port())
 
+    environment = rank_environment(ranks, config.distributed.threads_per_rank)
+    if not has_accelerator():
+        # DeepSpeed would look for one in each of its processes, and warn in each that there is none.
+        environment.setdefault("DS_ACCELERATOR", "cpu")
     launch = Launch(
         config,
         command,
-        rank_environment(ranks, config.distributed.threads_per_rank),
+        environment,
         grace_seconds=grace_seconds,
     )
     return run_launch(launch, restarts or RestartPolicy())

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from rich.table import Table
 
-from pixelprune.command import USER_ERROR, ProgressLine, plain_console, run_command
+from pixelprune.command import USER_ERROR, CommandParser, ProgressLine, plain_console, run_command
 from pixelprune.images.image import PrunedImage, decode_image, prune_pixels, resize_image
 from pixelprune.selection import METRICS, check_settings
 from pixelprune.selection.overlay import draw_overlay, side_by_side
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     resize, names = ResizeSettings(), strategy_names()
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = CommandParser(add_help=False)
     shared.add_argument("--strategies", nargs="+", choices=names, default=None, metavar="NAME", help=", ".join(names))
     shared.add_argument("--metric", choices=METRICS, default="max")
     shared.add_argument(
@@ -42,10 +42,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     shared.add_argument("--min-pixels", type=int, default=resize.min_pixels, help=f"default {resize.min_pixels}")
     shared.add_argument("--max-pixels", type=int, default=resize.max_pixels, help=f"default {resize.max_pixels}")
-    parser = argparse.ArgumentParser(prog="python -m pixelprune", description=__doc__)
+    stats_example = "python -m pixelprune stats data_tools/samples/images"
+    parser = CommandParser(example=stats_example, prog="python -m pixelprune", description=__doc__)
     commands = parser.add_subparsers(required=True)
 
-    stats = commands.add_parser("stats", parents=[shared], help="redundancy of images, files or folders")
+    stats = commands.add_parser(
+        "stats", parents=[shared], help="redundancy of images, files or folders", example=stats_example
+    )
     stats.add_argument(
         "paths", nargs="+", type=Path, metavar="PATH", help="image, or folder of PNG, JPEG and WebP files"
     )
@@ -54,7 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     stats.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1))
     stats.set_defaults(run=_stats)
 
-    show = commands.add_parser("show", parents=[shared], help="draw which blocks are omitted")
+    show = commands.add_parser(
+        "show",
+        parents=[shared],
+        help="draw which blocks are omitted",
+        example="python -m pixelprune show data_tools/samples/images/settings-1366x768-dark.png "
+        "-o runs/tutorial/settings.png",
+    )
     show.add_argument("image", type=Path)
     show.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png")
     show.add_argument("--panel-width", type=int, default=1280, help="pixels at most, default 1280")
@@ -160,6 +169,7 @@ def _show(options: argparse.Namespace) -> int:
         kept, total = pruned.selection.num_kept, pruned.num_full_blocks
         panels.append((f"{label}: keeps {kept} of {total} blocks ({kept / total:.1%})", _panel(image, pruned)))
     sheet = side_by_side(panels, options.panel_width)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(options.output, format="PNG")
     plain_console().print(f"wrote {options.output} ({sheet.width} x {sheet.height})", soft_wrap=True)
     return 0

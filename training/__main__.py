@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import sys
 from pathlib import Path
 
 from rich.table import Table
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from training.command import run_command
 from training.config.reference import explain, markdown
 
@@ -23,7 +22,9 @@ OTHERS = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(
+        example="python -m training optim.lr", prog="python -m training", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("key", nargs="?", help="a setting or a section of recipes, such as optim.lr or prune")
     parser.add_argument("--settings", action="store_true", help="print docs/settings.md, made from the code")
     args = parser.parse_args(argv)

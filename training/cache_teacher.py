@@ -6,10 +6,10 @@ is not computed again: a run that was killed goes on where it was, and new recor
 
 from __future__ import annotations
 
-import argparse
 import logging
 from pathlib import Path
 
+from pixelprune.command import CommandParser
 from training.command import run_command, set_up_logging
 from training.config.recipe import load_recipe
 from training.distributed.ranks import join_ranks, leave_ranks
@@ -19,7 +19,11 @@ from training.loop.teacher_cache import build_cache
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. User errors end with one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="training.cache_teacher", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(
+        example="python -m training.cache_teacher configs/tutorial.yaml loss.kd_weight=1 kd.source=cached",
+        prog="training.cache_teacher",
+        description=(__doc__ or "").splitlines()[0],
+    )
     parser.add_argument("recipe", type=Path, help="the recipe that will train with kd.source=cached")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="the same overrides as for training")
     parser.add_argument("--local_rank", type=int, default=0, help="given by the deepspeed launcher")

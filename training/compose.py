@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from training.command import run_command
 from training.composition.plan import plan_composition
 from training.composition.write import write_composition, write_random
@@ -40,8 +40,12 @@ def _local(path: str, flag: str) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. User errors end with one line and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="training.compose", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        example="python -m training.compose --vision runs/tutorial/start --language runs/tutorial/start "
+        "--out runs/composed",
+        prog="training.compose",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--vision", help="Qwen3-VL or Qwen3.5 folder or hub id: vision tower, mergers, tokenizer, preprocessor"

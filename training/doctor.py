@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from training.command import run_command
 from training.diagnosis import machine, steps
 from training.diagnosis.check import Bench, Check, Result, perform
@@ -31,7 +31,9 @@ COMPUTES_WRONG = 1
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Exit code 0: nothing that training uses by default failed; 1: something did; 2: bad usage."""
-    parser = argparse.ArgumentParser(prog="training.doctor", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(
+        example="python -m training.doctor", prog="training.doctor", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every finding with its details there, too")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs will be written")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: the first GPU, or the CPU")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelprune.answers import FORMATS
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from pixelprune.records.presets import PRESETS
 from pixelprune.settings import ResizeSettings
 from training.command import run_command, set_up_logging
@@ -57,8 +57,11 @@ def _json_object(text: str) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """Its arguments, which `training.tables` fills in for every cell."""
     resize = ResizeSettings()
-    parser = argparse.ArgumentParser(
-        prog="training.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        example="python -m training.evaluate runs/tutorial/pruned --data data_tools/samples/eval.jsonl --limit 40",
+        prog="training.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from training.checkpoint.export import export_checkpoint
 from training.command import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="training.export", description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        example="python -m training.export runs/tutorial/pruned -o runs/tutorial/model",
+        prog="training.export",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("checkpoint", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the Hugging Face folder to write")
     parser.add_argument(

@@ -6,11 +6,10 @@ supervised marked, and writes a picture of every image with its omitted blocks v
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from training.command import run_command
 from training.config.recipe import load_recipe
 from training.data.inspection import inspect
@@ -20,7 +19,11 @@ from training.model.loading import load_model_files
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. User errors end with one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="training.inspect", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(
+        example="python -m training.inspect configs/tutorial.yaml --num 1 --out runs/tutorial/inspect",
+        prog="training.inspect",
+        description=(__doc__ or "").splitlines()[0],
+    )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--num", type=int, default=3, help="records per source")

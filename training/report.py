@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from training.command import run_command
 from training.tracking.report import report
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="training.report", description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        example="python -m training.report runs/tutorial/pruned runs/tutorial/full -o runs/tutorial",
+        prog="training.report",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders (they hold metrics.jsonl)")
     parser.add_argument("-o", "--out", type=Path, help="folder of the pictures; the first run's by default")
     args = parser.parse_args(argv)

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from pixelprune.records.presets import PRESETS
 from pixelprune.settings import ResizeSettings
 from training import evaluate as evaluate_command
@@ -178,7 +178,9 @@ def _limits_parser() -> argparse.ArgumentParser:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
+        example="python -m training.tables grounding --model runs/tutorial/start --data data_tools/samples/eval.jsonl "
+        "--out runs/tables --limit 4",
         prog="training.tables",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

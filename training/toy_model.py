@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from pixelprune.family import FAMILIES
 from training.command import run_command
 from training.composition.toy import DEFAULT_TEXTS, build_tokenizer, build_toy_model, texts_of_records, toy_config
@@ -15,7 +14,11 @@ __all__ = ["build_tokenizer", "build_toy_model", "texts_of_records", "toy_config
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="training.toy_model", description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(
+        example="python -m training.toy_model runs/tutorial/start --texts data_tools/samples/train.jsonl",
+        prog="training.toy_model",
+        description=(__doc__ or "").splitlines()[0],
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--texts", type=Path, help="JSONL of records whose text the tokenizer is trained on")
     parser.add_argument("--family", choices=list(FAMILIES), default="qwen3_vl", help="model family of the toy")

@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from pixelprune.command import plain_console
+from pixelprune.command import CommandParser, plain_console
 from training.command import run_command, set_up_logging
 from training.config.recipe import load_recipe, show
 from training.exit_codes import leave_process
@@ -15,7 +15,11 @@ from training.exit_codes import leave_process
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. User errors end with one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="training.train", description=__doc__.splitlines()[0])
+    parser = CommandParser(
+        example="python -m training.train configs/tutorial.yaml --show",
+        prog="training.train",
+        description=__doc__.splitlines()[0],
+    )
     parser.add_argument("recipe", type=Path, help="YAML recipe, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. optim.lr=2e-5")
     parser.add_argument("--show", action="store_true", help="print the resolved configuration and stop")

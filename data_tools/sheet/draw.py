@@ -120,5 +120,6 @@ def make_sheet(
         answer = parse_answer(_texts({"messages": record["messages"][1:]}).removeprefix("-> "), image_size=size)
         cell = draw_record(record, folder, answer.point)
         sheet.paste(cell, (8 + (index % columns) * (_CELL[0] + 8), 8 + (index // columns) * (_CELL[1] + 8)))
+    out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out, optimize=True)
     return len(chosen)
