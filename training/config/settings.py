@@ -65,6 +65,9 @@ class ModelSettings:
     compile_max_recompiles: int = 16
     """Versions of a layer that may be compiled, for other lengths and modes, before it runs uncompiled (said in the
     log)."""
+    allow_pickle: bool = False
+    """Read weights that are pickles (pytorch_model.bin) where there are no safetensors. Reading one can run what is in
+    it: leave off unless you made it."""
     trust_remote_code: bool = False
     """Run code that comes with the model folder. Leave off unless you have read it."""
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
@@ -37,6 +37,7 @@ except ImportError:  # torch before 2.10
 from pixelprune.attention.segments import KERNELS, mask_beside_borders, use_borders
 from training.config.settings import ATTENTION_NAMES
 from training.errors import UserError
+from training.model.weights import load_whole
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +80,20 @@ def attention_for(dtype: torch.dtype, device: torch.device, attention: str) -> s
     return attention
 
 
-def load_pretrained(path: str, *, attention: str, dtype: torch.dtype, trust_remote_code: bool = False):
-    """The stock model of a folder or hub id, on the CPU, with an attention that `choose_attention` gave."""
-    model = AutoModelForImageTextToText.from_pretrained(
+def load_pretrained(
+    path: str, *, attention: str, dtype: torch.dtype, trust_remote_code: bool = False, allow_pickle: bool = False
+) -> PreTrainedModel:
+    """The stock model of a folder or hub id, on the CPU, with an attention that `choose_attention` gave.
+
+    Raises UserError for weights that are not whole (`training.model.weights`).
+    """
+    model = load_whole(
         path,
         dtype=dtype,
         # transformers takes any "flash" name for a kernel package and tries to import it: varlen is set afterwards.
-        attn_implementation="sdpa" if attention == "varlen" else attention,
+        attention="sdpa" if attention == "varlen" else attention,
         trust_remote_code=trust_remote_code,
-        device_map=None,
+        allow_pickle=allow_pickle,
     )
     use_attention(model, attention)
     return model

@@ -7,6 +7,7 @@ from pathlib import Path
 import xxhash
 
 from training.model.tensor_files import weight_paths
+from training.model.weights import PICKLES
 
 _READ_BYTES = 1 << 26
 
@@ -14,12 +15,13 @@ _READ_BYTES = 1 << 26
 def hash_weights(path: str) -> str:
     """xxh3-128 of a model's config and weights: fine-tuned weights have the sizes and names of those before.
 
-    path: a model folder, or a hub id that was downloaded. Raises UserError where it holds no safetensors.
+    path: a model folder, or a hub id that was downloaded. Raises UserError where it holds no weights.
     """
     folder = local_folder(path)
     digest = xxhash.xxh3_128()
     digest.update((folder / "config.json").read_bytes())
-    for file in weight_paths(folder):
+    pickles = sorted(folder.glob(PICKLES))
+    for file in pickles if pickles and not any(folder.glob("*.safetensors")) else weight_paths(folder):
         with file.open("rb") as stream:
             while chunk := stream.read(_READ_BYTES):
                 digest.update(chunk)

@@ -58,7 +58,7 @@ def load_model_files_once(settings: ModelSettings, ranks: Ranks, key: str = "mod
 def load_model(settings: ModelSettings, *, attention: str, device: torch.device) -> PreTrainedModel:
     """The stock model with its weights on `device`; attention as `training.model.attention.choose_attention` gave it.
 
-    Raises ConfigError for quantised weights.
+    Raises ConfigError for quantised weights, UserError for weights that are not whole or not safetensors.
     """
     config = AutoConfig.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
     if getattr(config, "quantization_config", None):
@@ -68,6 +68,7 @@ def load_model(settings: ModelSettings, *, attention: str, device: torch.device)
         attention=attention,
         dtype=DTYPES[settings.dtype],
         trust_remote_code=settings.trust_remote_code,
+        allow_pickle=settings.allow_pickle,
     ).to(device)
     without_prediction_layers(model.config)
     return model
