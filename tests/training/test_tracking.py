@@ -9,6 +9,7 @@ import resource
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -129,34 +130,41 @@ def test_every_metric_of_a_run_has_its_section():
     assert sectioned("peak_memory_gb") == "memory/peak_memory_gb"
 
 
-@pytest.fixture
-def room(tmp_path):
-    """No file of this process grows beyond 100 bytes: the operating system itself refuses, half-way through a line."""
+@contextmanager
+def little_room():
+    """No file of this process grows beyond 100 bytes: the operating system itself refuses, half-way through a line.
+
+    Around the calls alone: the test run's own output may go to a file, too.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_rows_that_find_no_room_are_missing_and_said(tmp_path, room, caplog):
-    tracker = Tracker(tmp_path, DISABLED, "run", {}, go_on=True)
-    for step in range(1, 8):
-        tracker.log(step, {"loss": 1.0})
+def test_rows_that_find_no_room_are_missing_and_said(tmp_path, caplog):
+    with little_room():
+        tracker = Tracker(tmp_path, DISABLED, "run", {}, go_on=True)
+        for step in range(1, 8):
+            tracker.log(step, {"loss": 1.0})
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert caplog.text.count("cannot be written: File too large; going on without the rows from step 5") == 1
-    room()
     tracker.log(8, {"loss": 1.0})
     tracker.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3, 4, 8]
     assert "3 rows are missing" in caplog.text
 
 
-def test_a_row_that_finds_no_room_ends_the_run_in_one_line(tmp_path, room):
-    tracker = Tracker(tmp_path, DISABLED, "run", {})
-    for step in range(1, 5):
-        tracker.log(step, {"loss": 1.0})
-    with pytest.raises(RankError, match=r"the row of step 5 cannot be written: File too large .*checkpoint\.on_error"):
-        tracker.log(5, {"loss": 1.0})
+def test_a_row_that_finds_no_room_ends_the_run_in_one_line(tmp_path):
+    words = r"the row of step 5 cannot be written: File too large .*checkpoint\.on_error"
+    with little_room():
+        tracker = Tracker(tmp_path, DISABLED, "run", {})
+        for step in range(1, 5):
+            tracker.log(step, {"loss": 1.0})
+        with pytest.raises(RankError, match=words):
+            tracker.log(5, {"loss": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 4
 
 
