@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.exact_screens import write_exact_screens
-from benchmarks.parts.one_rank import is_rank, run_as_rank
+from benchmarks.parts.one_rank import only_rank
 from benchmarks.parts.record import markdown_table, write_record
 from benchmarks.parts.shapes import SHAPES
 from benchmarks.parts.step_meter import DeviceMeter
@@ -36,7 +34,7 @@ from benchmarks.parts.step_ways import Bench, Way
 from benchmarks.parts.stock import StockTrainer
 from benchmarks.step_stock import Measured, measured, read_records
 from training.data.loader import MicroBatch
-from training.distributed.ranks import join_ranks, leave_ranks
+from training.distributed.ranks import leave_ranks
 from training.loop.step import run_step
 
 MODES = ("Full", "PixelPrune")
@@ -180,13 +178,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if not is_rank():
-        sys.exit(run_as_rank("benchmarks.share", sys.argv[1:]))
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(arguments.threads)
-    ranks = join_ranks()
-    if ranks.device.type != arguments.device:
-        raise SystemExit(f"--device: this machine trains on {ranks.device.type}, not on {arguments.device}")
+    ranks = only_rank("benchmarks.share", arguments.device, arguments.threads)
     folder = arguments.folder / arguments.shapes
     shutil.rmtree(folder, ignore_errors=True)
     files = {

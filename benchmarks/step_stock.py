@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,14 +28,14 @@ from typing import Any
 import torch
 
 from benchmarks.exact_screens import write_exact_screens
-from benchmarks.parts.one_rank import is_rank, run_as_rank
+from benchmarks.parts.one_rank import only_rank
 from benchmarks.parts.record import markdown_table, write_record
 from benchmarks.parts.shapes import SHAPES
 from benchmarks.parts.step_meter import DeviceMeter, peak_bytes, reset_peak
 from benchmarks.parts.step_ways import Bench, Way
 from benchmarks.parts.stock import StockTrainer
 from pixelprune.flops import CostModel
-from training.distributed.ranks import join_ranks, leave_ranks
+from training.distributed.ranks import leave_ranks
 from training.loop.step import run_step
 
 STOCK = {"stock, one by one": False, "stock, padded": True}
@@ -200,13 +198,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if not is_rank():
-        sys.exit(run_as_rank("benchmarks.step_stock", sys.argv[1:]))
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(arguments.threads)
-    ranks = join_ranks()
-    if ranks.device.type != arguments.device:
-        raise SystemExit(f"--device: this machine trains on {ranks.device.type}, not on {arguments.device}")
+    ranks = only_rank("benchmarks.step_stock", arguments.device, arguments.threads)
     folder = arguments.folder / arguments.shapes
     shutil.rmtree(folder, ignore_errors=True)
     records = write_exact_screens(folder / "data", 2 * max(arguments.samples), arguments.megapixels, arguments.retain)

@@ -18,11 +18,9 @@ follow each other, after the packs made ahead are used up; with `--workers 0` al
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,14 +28,14 @@ from typing import Any
 import torch
 
 from benchmarks.exact_screens import write_exact_screens, write_records
-from benchmarks.parts.one_rank import is_rank, run_as_rank
+from benchmarks.parts.one_rank import only_rank
 from benchmarks.parts.record import markdown_table, write_record
 from benchmarks.parts.shapes import SHAPES
 from benchmarks.parts.step_meter import DeviceMeter, peak_bytes, reset_peak
 from benchmarks.parts.step_profile import draw_profile, profile_step
 from benchmarks.parts.step_ways import WITH_TEACHER, Bench, Step, Way
 from training.data.loader import MicroBatch
-from training.distributed.ranks import join_ranks, leave_ranks
+from training.distributed.ranks import leave_ranks
 from training.loop.step import run_step
 
 PRUNED = ("Full", "PixelPrune", "Resize")
@@ -239,13 +237,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    if not is_rank():
-        sys.exit(run_as_rank("benchmarks.train_step", sys.argv[1:]))
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(arguments.threads)
-    ranks = join_ranks()
-    if ranks.device.type != arguments.device:
-        raise SystemExit(f"--device: this machine trains on {ranks.device.type}, not on {arguments.device}")
+    ranks = only_rank("benchmarks.train_step", arguments.device, arguments.threads)
     folder = arguments.folder / arguments.shapes
     shutil.rmtree(folder, ignore_errors=True)
     records = write_data(arguments, folder / "data")

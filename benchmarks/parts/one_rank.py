@@ -3,13 +3,16 @@
 No launcher does it: torchrun would look up the host's own name, which fails where there is no DNS.
 """
 
+import logging
 import os
 import subprocess
 import sys
 
+import torch
 import torch.distributed as dist
 
 from launch.local import free_port
+from training.distributed.ranks import Ranks, join_ranks
 
 ALONE = -1
 
@@ -25,3 +28,15 @@ def run_as_rank(module: str, arguments: list[str]) -> int:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", module, *arguments]
     return subprocess.run(command, env=os.environ | alone | address, check=False).returncode
+
+
+def only_rank(module: str, device: str, threads: int) -> Ranks:
+    """The one rank of `python -m MODULE`, on that device: a process without a launcher runs itself as one, and ends."""
+    if not is_rank():
+        sys.exit(run_as_rank(module, sys.argv[1:]))
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(threads)
+    ranks = join_ranks()
+    if ranks.device.type != device:
+        raise SystemExit(f"--device: this machine trains on {ranks.device.type}, not on {device}")
+    return ranks

@@ -13,6 +13,7 @@ from data_tools.convert.dropped import DropError, check_unicode
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.leniency import plain_row
 from data_tools.convert.marked_places import rewrite_marked, rewrite_places
+from data_tools.convert.turns import file_name, written_turn
 from pixelprune.answers import Answer
 from pixelprune.records.agents import strings_in
 from pixelprune.records.keys import KeyRules
@@ -84,7 +85,7 @@ class Converter:
         turns = list(read.messages)
         record_id = record.get("id")
         name = f"{self.settings.source}-{number:08d}" if record_id is None else str(record_id)
-        names = [_file_name(image) for image in read.images]
+        names = [file_name(image) for image in read.images]
         check_unicode([name, *names, *(message.text for message in turns)])
         with_coordinates = self.settings.coordinates is not None
         sizes = [self.images.size(name, has_coordinates=with_coordinates) for name in names]
@@ -107,7 +108,7 @@ class Converter:
         weight = {"weight": read.weight} if record.get("weight") is not None else {}
         tools = {"tools": list(read.tools)} if read.tools else {}
         check_unicode(strings_in([read.tools, *(turn.template_fields for turn in turns)]))
-        messages = [self._message(turn) for turn in turns]
+        messages = [written_turn(turn, self._path) for turn in turns]
         return {"id": name, "messages": messages, "metadata": metadata, **weight, **tools}
 
     def _with_objects_written(self, record: Record) -> Record:
@@ -116,7 +117,7 @@ class Converter:
             raise DropError("objects, which say themselves what their numbers mean: convert without --coordinates")
 
         def size_of(ref: ImageRef) -> tuple[int, int, int]:
-            return (*self.images.size(_file_name(ref), has_coordinates=True), 1)
+            return (*self.images.size(file_name(ref), has_coordinates=True), 1)
 
         return written(record, size_of, ObjectStyle(self.settings.answer))
 
@@ -166,18 +167,8 @@ class Converter:
         ]
         return replace(question, parts=tuple(parts))
 
-    def _message(self, message: Message) -> dict[str, Any]:
-        content = [
-            {"type": "image", "image": self.images.relative(_file_name(part)), **part.wish.stated}
-            if isinstance(part, ImageRef)
-            else {"type": "text", "text": part}
-            for part in message.parts
-        ]
-        # As the trainer reads it: an answer counts unless it says otherwise.
-        loss: dict[str, Any] = {}
-        if message.role == "assistant" and message.weight != 1:
-            loss = {"loss_weight": message.weight} if message.supervised else {"loss": False}
-        return {"role": message.role, "content": content, **message.template_fields, **loss}
+    def _path(self, image: ImageRef) -> str:
+        return self.images.relative(file_name(image))
 
 
 def _place_metadata(answer: Answer) -> dict[str, Any]:
@@ -186,12 +177,6 @@ def _place_metadata(answer: Answer) -> dict[str, Any]:
     if answer.box is not None:
         place["bbox"] = [round(side, 3) for side in answer.box]
     return place
-
-
-def _file_name(image: ImageRef) -> str:
-    if not isinstance(image.source, str):
-        raise DropError("an image is inline data, not a file")
-    return image.source
 
 
 def _own_metadata(record: Record) -> dict[str, Any]:

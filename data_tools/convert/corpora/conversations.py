@@ -14,6 +14,7 @@ is. Turns of the assistant that follow each other (a thought for `all`, an actio
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from data_tools.convert.dropped import DropError
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.leniency import plain_row
 from data_tools.convert.marked_places import rewrite_marked
+from data_tools.convert.turns import file_name, written_turn
 from pixelprune.records.keys import NO_RULES
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import ImageRef, Message, RecordError
+from pixelprune.records.record import ImageRef, RecordError
 
 _OF_THE_TURN = ("recipient", "end_turn", "bbox_gt")
 
@@ -54,13 +56,13 @@ class ConversationReader(CorpusReader):
         found, num_shown = list[list[float]](), 0
         messages = []
         for message in record.messages:
-            text = None
             num_shown += sum(isinstance(part, ImageRef) for part in message.parts)
             if message.role == "assistant":
                 # The screenshot that an action is for is the last one shown before it.
                 text, places = self._with_places(message.text, sizes[max(num_shown - 1, 0)])
                 found += places
-            messages.append(self._written(message, text))
+                message = replace(message, parts=(text,))
+            messages.append(written_turn(message, self._path))
         metadata: dict[str, Any] = {"source": self.source, "image_sizes": [list(size) for size in sizes]}
         metadata |= _place_of(found, boxes, sizes)
         more: dict[str, Any] = {"weight": record.weight} if record.weight != 1 else {}
@@ -74,27 +76,10 @@ class ConversationReader(CorpusReader):
         return text, [[round(side, 3) for side in answer.box or answer.point or ()] for answer in answers]
 
     def _name(self, image: ImageRef) -> str:
-        if not isinstance(image.source, str):
-            raise DropError("an image is inline data, not a file")
-        return self.find_image(image.source)
+        return self.find_image(file_name(image))
 
-    def _written(self, message: Message, text: str | None) -> dict[str, Any]:
-        """A turn as a record has it; text: an answer's, written anew."""
-        content = [
-            {"type": "image", "image": self.images.relative(self._name(part)), **part.wish.stated}
-            if isinstance(part, ImageRef)
-            else {"type": "text", "text": part}
-            for part in message.parts
-        ]
-        loss: dict[str, Any] = {}
-        if message.role == "assistant" and message.weight != 1:
-            loss = {"loss_weight": message.weight} if message.supervised else {"loss": False}
-        return {
-            "role": message.role,
-            "content": content if text is None else [{"type": "text", "text": text}],
-            **message.template_fields,
-            **loss,
-        }
+    def _path(self, image: ImageRef) -> str:
+        return self.images.relative(self._name(image))
 
 
 def _joined(turns: Any) -> tuple[list[Any], list[Any]]:
