@@ -97,13 +97,7 @@ def _inspect_record(source: Source, row: int, preparer: Preparer, console: Conso
     record_id = source.record_id(row)
     console.rule(f"{record_id}  ({source.rows.where(row)})", align="left")
     try:
-        prepared = preparer.prepare(
-            source.rows[row],
-            source.root,
-            record_format=source.settings.format,
-            preset=source.settings.preset(),
-            record_id=record_id,
-        )
+        prepared = source.prepared(row, preparer)
     except RecordError as error:
         console.print(Text(f"quarantined: {error.reason}: {error}", "bold red"), soft_wrap=True)
         return

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from pixelprune.records.prepare import PreparedRecord, Preparer
 from training.data.files.address import is_remote
 from training.data.files.csv_rows import CsvRows
 from training.data.files.json_rows import JsonRows
@@ -74,6 +75,16 @@ class Source:
 
     def record_id(self, row: int) -> str:
         return f"{self.name}:{row}"
+
+    def prepared(self, row: int, preparer: Preparer) -> PreparedRecord:
+        """One record as this source says that it is read. Raises as `Preparer.prepare` does."""
+        return preparer.prepare(
+            self.rows[row],
+            self.root,
+            record_format=self.settings.format,
+            preset=self.settings.preset(),
+            record_id=self.record_id(row),
+        )
 
 
 def open_sources(settings: Sequence[SourceSettings], index_dir: str = "") -> list[Source]:

@@ -77,13 +77,7 @@ def _sampled(source: Source, preparer: Preparer) -> str:
     for row in rows:
         record_id = source.record_id(row)
         try:
-            sample = preparer.prepare(
-                source.rows[row],
-                source.root,
-                record_format=source.settings.format,
-                preset=source.settings.preset(),
-                record_id=record_id,
-            ).sample
+            sample = source.prepared(row, preparer).sample
         except RecordError as error:
             refused.append(f"{record_id}: {error.reason}: {error}")
             continue
