@@ -14,6 +14,11 @@ import pytest
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """No case is named after its bytes: a gzip holds the time it was made at, and two workers collected two names."""
+    return f"{argname}-{len(val)}-bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items):
     """`-m cuda` selects all that needs a GPU: the marker alone says so, and skips where there is none."""
     import torch

@@ -80,10 +80,6 @@ def test_one_record_alone_and_a_damaged_first_line(tmp_path):
         ("d.arrow", b"", "no Arrow file"),
         ("d.csv", b"a,a\n1,2\n", "names that differ"),
     ],
-    # Names of their own: made of the content, a gzip's time of writing told two workers two names.
-    ids=(
-        "two-lists cut-object cut-second cut-gzip no-zstd empty-gzip no-parquet-in-gzip no-arrow empty-arrow same-columns"
-    ).split(),
 )
 def test_what_is_refused_is_named(name, content, match, tmp_path):
     (tmp_path / name).write_bytes(content)
