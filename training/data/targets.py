@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pixelprune.files import whole_file
+from training.data.files.mapped_file import MappedFile
 from training.errors import UserError
 
 _LOOKUP = ("content_hash", "labels_hash", "starts")
@@ -36,14 +37,17 @@ class TargetEntry(NamedTuple):
 
 
 class TargetReader:
-    """Random access to all shards of a folder. Picklable: every process maps the files again."""
+    """Random access to all shards of a folder. Picklable: every process maps the files again.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    vocab_size: the student's, which the token ids of a top-k cache must lie in; without it they are not read.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int | None = None):
+        self.folder, self.vocab_size = folder, vocab_size
         self._table: _Table | None = None
 
     def __getstate__(self) -> dict:
-        return {"folder": self.folder, "_table": None}
+        return self.__dict__ | {"_table": None}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -58,7 +62,8 @@ class TargetReader:
     def read(self, content_hash: int, labels: np.ndarray, record_id: str) -> dict[str, torch.Tensor]:
         """Values of one record by name, (num_supervised, ...) each, in the order of its supervised tokens.
 
-        Raises UserError when there is no entry, or when it was made for other supervised tokens than `labels`.
+        Raises UserError when there is no entry, when it was made for other supervised tokens than `labels`, or when
+        its shard is damaged or has become shorter.
         """
         table = self._lookup()
         place = int(np.searchsorted(table.content_hash, content_hash))
@@ -76,7 +81,19 @@ class TargetReader:
         for name, value in values.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise _damaged(path, f"{name} of record {record_id!r} holds values that are no numbers")
+        if "ids" in values and len(ids := values["ids"]):
+            self._check_ids(path, ids, record_id)
         return values
+
+    def _check_ids(self, path: Path, ids: torch.Tensor, record_id: str) -> None:
+        assert self.vocab_size is not None, "a top-k cache is read by who knows the vocabulary"
+        lowest, highest = (int(value) for value in ids.aminmax())
+        if lowest < 0 or highest >= self.vocab_size:
+            raise _damaged(
+                path,
+                f"token ids of record {record_id!r} run from {lowest} to {highest}, expected 0 to "
+                f"{self.vocab_size - 1}",
+            )
 
     def empty(self) -> dict[str, torch.Tensor]:
         """Values of no record at all, in the shapes and types of the others."""
@@ -148,11 +165,18 @@ def _read_table(folder: Path) -> _Table:
     return _Table(shards, names, **{name: values[order] for name, values in joined.items()})
 
 
+def _open_shard(path: Path) -> Any:
+    """The mapped file, still as long as it was."""
+    file, shard = _mapped_shard(path)
+    file.check()
+    return shard
+
+
 @lru_cache(maxsize=256)
-def _open_shard(path: Path):
-    """The mapped file; a process keeps the last 256 open."""
+def _mapped_shard(path: Path) -> tuple[MappedFile, Any]:
+    """A process keeps the last 256 mapped."""
     try:
-        return safe_open(path, framework="pt")
+        return MappedFile(path), safe_open(path, framework="pt")
     except Exception as error:  # safetensors raises its own error class, and others, for damaged files
         raise _damaged(path, str(error)) from error
 

@@ -56,7 +56,8 @@ def plan_teacher(
     files = load_teacher_files(kd, model, student)
     if kd.source == "online":
         return TeacherPlan(files)
-    return TeacherPlan(files, TargetReader(cache_folder(kd, model, loss, prepare, files, student, ranks)))
+    folder = cache_folder(kd, model, loss, prepare, files, student, ranks)
+    return TeacherPlan(files, TargetReader(folder, _vocab_size(student)))
 
 
 def load_teacher_files(kd: TeacherSettings, model: ModelSettings, student: ModelFolder) -> ModelFolder:

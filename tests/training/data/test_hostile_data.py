@@ -1,10 +1,12 @@
 """What must not end a run: odd rows, names that are no text. What ends it in one line: data files that shrink."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +25,7 @@ from training.data.loader import LoaderSettings, PackLoader
 from training.data.plan import PlanSettings
 from training.data.quarantine import append_quarantine, read_quarantine
 from training.data.settings import DataSettings, SourceSettings
+from training.data.sources import open_source
 from training.errors import RankError, UserError
 
 
@@ -96,6 +99,36 @@ def test_a_data_file_that_shrinks_is_named(tmp_path, prepare, tokenizer, cost):
         settings = LoaderSettings(num_workers=num_workers)
         with pytest.raises(UserError, match=r"d\.jsonl: the data file has become shorter.*a record ended at byte"):
             list(PackLoader(index, index.plan_input(cost), plan, prepare, geometry, settings))
+
+
+def write_arrow(path, rows):
+    """One batch a row, as writers that flush often leave them: what is cut off is behind the first rows."""
+    table = pa.Table.from_pylist(rows)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return path, path
+
+
+def write_saved(path, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(str(path), num_shards=2)
+    return path, path / "data-00001-of-00002.arrow"
+
+
+@pytest.mark.parametrize(("write", "name"), [(write_arrow, "d.arrow"), (write_saved, "d")])
+def test_a_mapped_data_file_that_shrinks_is_named_and_ends_nobody_by_a_signal(tmp_path, write, name):
+    """As it is opened, and in a worker that gets the rows by pickle and maps the file again."""
+    path, cut_file = write(tmp_path / name, [{"query": f"{i} {'x' * 9000}", "response": "yes"} for i in range(8)])
+    rows = open_source(SourceSettings(str(path))).rows
+    whole, before_it_opens, after_it_opened = pickle.dumps(rows), pickle.loads(pickle.dumps(rows)), rows
+    expected = [after_it_opened[i] for i in range(8)]
+    assert [pickle.loads(whole)[i] for i in range(8)] == expected
+    os.truncate(cut_file, cut_file.stat().st_size // 2)
+    for opened in (before_it_opens, after_it_opened, pickle.loads(whole)):
+        with pytest.raises(UserError, match=rf"{cut_file.name}: the file has become shorter") as caught:
+            opened[7]
+        assert "\n" not in str(caught.value)
+    if name == "d":
+        assert after_it_opened[0] == expected[0], "of the other file"
 
 
 def test_a_data_file_that_shrinks_while_it_is_indexed_is_named(tmp_path, prepare, monkeypatch):
