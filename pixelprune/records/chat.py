@@ -1,9 +1,9 @@
 """A conversation through the model's own chat template: token ids, and exactly the assistant turns supervised.
 
 Which characters the assistant wrote is read off the template's structure, never searched for in the text or the ids:
-by the template's `{% generation %}` marks where it has them, otherwise by rendering the conversation up to each
-assistant turn, or with other answers in its place. Tools, calls and reasoning go through the template's own arguments.
-The whole text is tokenised once, and characters become tokens through the tokenizer's offsets.
+by the template's `{% generation %}` marks where it has them, otherwise by asking it (`AnswerPlaces`). Tools, calls and
+reasoning go through the template's own arguments. The whole text is tokenised once, and characters become tokens
+through the tokenizer's offsets.
 """
 
 from __future__ import annotations
@@ -21,19 +21,12 @@ from pixelprune.answers import GROUNDING_TOKENS
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.agents import split_reasoning, strings_in
 from pixelprune.records.record import Message, Record, RecordError
-from pixelprune.records.template import TemplateFacts
+from pixelprune.records.template import AnswerPlaces, Span, TemplateFacts, any_of, rewritten
 from pixelprune.sample import ChatTokens
 
-__all__ = ["GENERATION_TAG", "SENTINELS", "ChatEncoder", "control_tokens", "would_forge"]
-
-Span = tuple[int, int]
-"""Characters [start, end) of the rendered conversation."""
-
-Tools = list[dict[str, Any]] | None
+__all__ = ["GENERATION_TAG", "ChatEncoder", "control_tokens", "would_forge"]
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-SENTINELS = ("q", "z")
-"""Answers put in place of the real one to see where the template writes an answer; nothing in common at either end."""
 
 
 def control_tokens(tokenizer: Any, *, grounding_tokens: bool = False) -> tuple[str, ...]:
@@ -76,11 +69,11 @@ class ChatEncoder:
             raise ValueError("the tokenizer has no chat template (chat_template.jinja in model.path)")
         self.tokenizer = tokenizer
         self.last_turn_only = last_turn_only
-        self.supervise_empty_reasoning = supervise_empty_reasoning
         self.template = TemplateFacts(self._text)
         self._has_marks = bool(GENERATION_TAG.search(tokenizer.chat_template))
         self._special = control_tokens(tokenizer, grounding_tokens=grounding_tokens)
-        self._forged = re.compile("|".join(map(re.escape, self._special)) or r"(?!)")
+        self._forged = any_of(self._special)
+        self.places = AnswerPlaces(self._text, self.template, self._special, supervise_empty_reasoning)
 
     @classmethod
     def from_folder(
@@ -146,13 +139,12 @@ class ChatEncoder:
             named = dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else {}
         else:
             text = self._text(turns, tools=tools)
-            named = self._plain_spans(turns, text, messages, trained, tools)
-            named |= {i: self._span(turns, i, text, messages[i], tools) for i in trained if i not in named}
+            named = self.places.find(turns, text, messages, trained, tools)
             spans = [named.get(i, (0, 0)) for i in answers]
         _refuse_lost_text(messages, text)
         for i in trained:
             if i in named and not _holds(text[slice(*named[i])], messages[i]):
-                raise _rewritten(i)
+                raise rewritten(i)
         return text, spans
 
     def _with_reasoning_apart(self, message: Message) -> Message:
@@ -172,103 +164,6 @@ class ChatEncoder:
         ):
             if is_said and not getattr(self.template, has_place):
                 raise RecordError("template", f"the chat template has no place for {what} (model.path)")
-
-    def _plain_spans(
-        self, turns: list[dict[str, Any]], text: str, messages: list[Message], trained: list[int], tools: Tools
-    ) -> dict[int, Span]:
-        """Assistant turns that are text alone, all with two renderings: those of a thousand turns one by one would
-        render a million. Turns for which that does not tell where they stand are left out.
-
-        With one letter in place of each of these answers, and another, the renderings differ there and nowhere else;
-        the text must be what stands between these places, with the answers in them.
-        """
-        plain = [i for i in trained if i > 0 and not messages[i].template_fields]
-        if len(plain) < 2:
-            return {}
-        bare = [
-            [{"role": "assistant", "content": s} if i in set(plain) else t for i, t in enumerate(turns)]
-            for s in SENTINELS
-        ]
-        one, other = (self._text(swapped, tools=tools) for swapped in bare)
-        places = _differing(one, other)
-        if len(places) != len(plain):
-            return {}
-        spans: dict[int, Span] = {}
-        place = before = 0  # in the text, in the rendering with letters
-        for i, at, following in zip(plain, places, [*places[1:], len(one)], strict=True):
-            place += at - before
-            if not text.startswith(one[before:at], place - (at - before)):
-                return {}
-            tail = one[at + 1 : following]
-            content = turns[i]["content"]
-            ends = [place + len(s) for s in (content, content.strip()) if text.startswith(s + tail, place)]
-            if not ends:
-                return {}
-            token = self._forged.match(text, ends[0])
-            start = self._plain_start(text, place)
-            if start is not None and token and not self._forged.match(text, token.end()):
-                spans[i] = start, token.end()
-            place, before = ends[0], at + 1
-        return spans if place + len(one) - before == len(text) else {}
-
-    def _plain_start(self, text: str, place: int) -> int | None:
-        """Where an answer begins whose text stands at `place`: behind what the generation prompt gives. None where one
-        look does not tell."""
-        if not self.supervise_empty_reasoning and self.template.has_reasoning:
-            return place
-        start = self._behind_prompt(text, place, self.template.prompts[:1]) or place
-        return start if start == place or self.supervise_empty_reasoning else None
-
-    def _span(self, turns: list[dict[str, Any]], i: int, text: str, message: Message, tools: Tools) -> Span:
-        """Where assistant turn i stands: from the end of its header to its end token."""
-        is_plain = not message.template_fields and (self.supervise_empty_reasoning or not self.template.has_reasoning)
-        if i > 0 and is_plain:  # many templates cannot render an empty conversation
-            header = self._text(turns[:i], tools=tools, add_generation_prompt=True)
-            upto = text if i == len(turns) - 1 else self._text(turns[: i + 1], tools=tools)
-            if upto.startswith(header) and text.startswith(upto):
-                return len(header), self._end(text, len(header), len(upto))
-        return self._span_by_substitution(turns, i, text, message, tools)
-
-    def _span_by_substitution(
-        self, turns: list[dict[str, Any]], i: int, text: str, message: Message, tools: Tools
-    ) -> Span:
-        """For templates that write a turn differently once it is history, and for turns that are more than a text.
-
-        Two other answers in this turn's place share with each other everything but the answer.
-        """
-        one, other = (
-            self._text([*turns[:i], {"role": "assistant", "content": s}, *turns[i + 1 :]], tools=tools)
-            for s in SENTINELS
-        )
-        answer_at = _shared_length(one, other)  # where a bare answer begins
-        tail = one[answer_at + 1 :]
-        end = len(text) - len(tail)
-        shared = _shared_length(one[:answer_at], text[: max(end, 0)])
-        if not text.endswith(tail) or end < shared:
-            raise _rewritten(i)
-        start = shared
-        if message.reasoning:
-            start = self._behind_prompt(text, shared, self.template.prompts) or shared
-        elif shared == answer_at and self.supervise_empty_reasoning:
-            start = self._behind_prompt(text, shared, self.template.prompts[:1]) or shared
-        if not message.template_fields and text[shared:end].strip() != turns[i]["content"].strip():
-            raise _rewritten(i)
-        rest = self._forged.match(text, end)
-        return start, rest.end() if rest else end
-
-    def _behind_prompt(self, text: str, place: int, prompts: list[str]) -> int | None:
-        """The end of the longest generation prompt that the turn around `place` begins with."""
-        for prompt in sorted(prompts, key=len, reverse=True):
-            token = self._forged.match(prompt)  # no answer holds a control token, so the last one opens the turn
-            start = text.rfind(token.group(), 0, place) if token else place - len(prompt)
-            if start >= 0 and text.startswith(prompt, start):
-                return start + len(prompt)
-        return None
-
-    def _end(self, text: str, start: int, end: int) -> int:
-        """Leave out the white space that templates put after the end token: generation stops before it."""
-        stripped = start + len(text[start:end].rstrip())
-        return stripped if text[start:stripped].endswith(self._special) else end
 
     def _check_text(self, record: Record) -> None:
         """No string that the template sees may hold a control token, nor become one beside its <, > or |."""
@@ -338,25 +233,3 @@ def _refuse_lost_text(messages: list[Message], text: str) -> None:
             if found < 0 and (found := text.find(said)) < 0:
                 raise RecordError("template", f"turn {i + 1}: the chat template leaves out {part!r:.60}")
             place = max(place, found + len(said))
-
-
-def _differing(one: str, other: str) -> list[int]:
-    """Places at which two strings of one length differ; none for strings of different lengths."""
-    if len(one) != len(other):
-        return []
-    codes = (np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32) for text in (one, other))
-    places: list[int] = np.flatnonzero(np.not_equal(*codes)).tolist()
-    return places
-
-
-def _shared_length(one: str, other: str) -> int:
-    return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _rewritten(i: int) -> RecordError:
-    return RecordError(
-        "template",
-        f"turn {i + 1}: the chat template rewrites this answer, or leaves its reasoning out, so it cannot be trained "
-        "on as it was written; mark it in the template with {% generation %} ... {% endgeneration %}, leave it out "
-        '("loss": false in the turn), or train on the last answer alone (data.last_turn_only)',
-    )

@@ -193,6 +193,17 @@ CONTENTS = [
 OWN_TEMPLATES = {"reasoning": REASONING, "rewriting": REWRITING, "refusing": REFUSING}
 
 
+def agents_turn(rng: random.Random, number: int, *, reasons: bool) -> list[dict]:
+    """An answer that calls a tool or reasons, and the tool's answer."""
+    call = {"type": "function", "function": {"name": "go", "arguments": {"to": rng.choice(["a", "<b>", number])}}}
+    said = {"role": "assistant", "content": rng.choice(["", *CONTENTS]), "loss": rng.random() < 0.8}
+    if reasons and rng.random() < 0.5:
+        said["reasoning_content"] = rng.choice(["so", " q", "z\n\n", "a\nb"])
+    if rng.random() < 0.7:
+        return [said | {"tool_calls": [call]}, {"role": "tool", "content": rng.choice(CONTENTS)}]
+    return [said, {"role": "user", "content": rng.choice(CONTENTS)}]
+
+
 @pytest.mark.parametrize("empty_is_supervised", [True, False])
 @pytest.mark.parametrize("name", ["toy", *OWN_TEMPLATES, *TEMPLATES])
 def test_all_answers_at_once_stand_where_they_stand_one_by_one(tokenizer, monkeypatch, name, empty_is_supervised):
@@ -209,26 +220,65 @@ def test_all_answers_at_once_stand_where_they_stand_one_by_one(tokenizer, monkey
         except RecordError as error:
             return str(error)
 
-    tried = []
-    original = encoder._plain_spans
-    num_at_once = 0
-    for _ in range(150):
+    found = []
+
+    def noted(way: str):
+        original = getattr(encoder.places, way)
+        return lambda *args: (found.append((way, bool(spans := original(*args)))), spans)[1]
+
+    ways = ("_plain_spans", "_rich_spans")
+    for k in range(250):
         messages = [{"role": "system", "content": "s"}] if rng.random() < 0.3 else []
-        for _ in range(rng.randint(2, 6)):
+        for number in range(rng.randint(2, 6)):
+            if k % 2 and number:
+                messages += agents_turn(rng, number, reasons=k % 4 == 1)
+                continue
             messages.append({"role": "user", "content": rng.choice(CONTENTS)})
             messages.append({"role": "assistant", "content": rng.choice(CONTENTS), "loss": rng.random() < 0.8})
+        if messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": rng.choice(CONTENTS)})
         try:
             record = parse_record({"messages": messages})
         except RecordError:
             continue
         with monkeypatch.context() as patched:
-            patched.setattr(encoder, "_plain_spans", lambda *args: {})
+            for way in ways:
+                patched.setattr(encoder.places, way, lambda *args: {})
             one_by_one = outcome(record)
         with monkeypatch.context() as patched:
-            patched.setattr(encoder, "_plain_spans", lambda *args: (tried.append(original(*args)), tried[-1])[1])
+            for way in ways:
+                patched.setattr(encoder.places, way, noted(way))
             assert outcome(record) == one_by_one, messages
-        num_at_once = sum(map(bool, tried))
-    assert name in ("rewriting", "refusing") or num_at_once >= 20, "the way that is tested was hardly taken"
+    if name not in ("rewriting", "refusing"):
+        assert found.count(("_plain_spans", True)) >= 20, "the way that is tested was hardly taken"
+    if name in TEMPLATES:
+        assert found.count(("_rich_spans", True)) >= 20, "the way that is tested was hardly taken"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_long_session_with_calls_renders_a_few_times(monkeypatch, name):
+    own = build_tokenizer()
+    own.chat_template = TEMPLATES[name]
+    encoder = ChatEncoder(own)
+    encoder.encode(parse_record(session(2)))  # the template's own facts are asked once
+    rendered = []
+    original = encoder._apply
+    monkeypatch.setattr(encoder, "_apply", lambda turns, **kw: (rendered.append(len(turns)), original(turns, **kw))[1])
+    record = parse_record(session(200))
+    chat = encoder.encode(record)
+    assert sum(rendered) <= 8 * len(record.messages), f"{sum(rendered)} turns rendered for {len(record.messages)}"
+    written = own.decode(chat.input_ids[chat.supervised])
+    assert [written.count(f"say {i}.") for i in range(200)] == [1] * 200
+    assert "asked" not in written
+
+
+def session(num_calls: int) -> dict:
+    messages = [{"role": "user", "content": "asked"}]
+    for i in range(num_calls):
+        call = {"type": "function", "function": {"name": "go", "arguments": {"to": i}}}
+        messages.append({"role": "assistant", "content": f"I say {i}.", "tool_calls": [call]})
+        messages.append({"role": "tool", "content": f"asked {i}"})
+    return {"messages": [*messages, {"role": "assistant", "content": "Done."}]}
 
 
 # ---- limits ----
