@@ -74,7 +74,7 @@ def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RUL
 
     Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
     empty_turn, image_count, remote_image, bad_image, bad_size, image_in_answer, two_systems, preference_data,
-    unread_key, bad_box, bad_objects, object_count, bad_tools, bad_weight or unexpected.
+    unread_key, bad_box, bad_objects, object_count, bad_tools, bad_weight, out_of_memory or unexpected.
     """
     if record_format not in FORMATS:
         raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")

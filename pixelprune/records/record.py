@@ -13,7 +13,21 @@ from PIL import Image
 
 from pixelprune.images.sizing import NO_WISH, SizeWish
 
-__all__ = ["ROLES", "ImageRef", "Message", "ObjectMark", "Record", "RecordError", "of_the_record"]
+__all__ = [
+    "OUT_OF_MEMORY",
+    "ROLES",
+    "UNEXPECTED",
+    "ImageRef",
+    "Message",
+    "ObjectMark",
+    "Record",
+    "RecordError",
+    "of_the_record",
+]
+
+UNEXPECTED = "unexpected"
+OUT_OF_MEMORY = "out_of_memory"
+"""The two reasons that may lie in the program or the machine: another start may know better."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -31,7 +45,8 @@ class RecordError(ValueError):
 
 @contextmanager
 def of_the_record() -> Iterator[None]:
-    """Whatever goes wrong in here is the record's: RecordError, with reason `unexpected` where nobody thought of it.
+    """Whatever goes wrong in here is the record's: RecordError, with reason `unexpected` where nobody thought of it, and
+    `out_of_memory` where memory was short, be it the record's fault or the machine's.
 
     A run of millions of records is not ended by one of them, and stops by itself when there are many. The error stays
     the cause; its kind, words and place stand in the message.
@@ -43,7 +58,8 @@ def of_the_record() -> Iterator[None]:
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
-        raise RecordError("unexpected", f"{type(error).__name__}: {error} ({place})") from error
+        reason = OUT_OF_MEMORY if isinstance(error, MemoryError) else UNEXPECTED
+        raise RecordError(reason, f"{type(error).__name__}: {error} ({place})") from error
 
 
 @dataclass(frozen=True)

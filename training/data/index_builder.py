@@ -27,11 +27,11 @@ from pixelprune.files import whole_file
 from pixelprune.images.image import prune_image
 from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import RecordError
+from pixelprune.records.record import OUT_OF_MEMORY, UNEXPECTED, RecordError
 from training.data.columns import refuse_unread_columns
 from training.data.index import SCHEMA, Index, read_index
 from training.data.index_folder import IndexFolder, open_folder
-from training.data.measuring import TOO_SLOW, UNEXPECTED, Chunk, MeasuringPool, too_slow
+from training.data.measuring import TOO_SLOW, Chunk, MeasuringPool, too_slow
 from training.data.quarantine import write_quarantine
 from training.data.settings import SourceSettings
 from training.data.sources import Source, open_sources
@@ -40,6 +40,8 @@ from training.errors import StopAskedError, UserError
 logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 128
+PERHAPS_NOT_ITS_OWN = (UNEXPECTED, OUT_OF_MEMORY)
+"""What may lie in the program or the machine: tried again at every start."""
 REPAIRABLE = (
     "missing_file", "unreadable_file", "empty_file", "file_too_large", "outside_root", "not_an_image",
     "truncated_image", "unsupported_mode", "decompression_bomb", "aspect_ratio", "place_outside", "turned_image",
@@ -263,7 +265,7 @@ def _recheck(numbers: Sequence[int], folders: list[IndexFolder], pool: _Pool) ->
     for another time limit than today's; replace the rows that changed."""
     before: dict[int, dict[int, tuple[str, str]]] = {}
     for number in numbers:
-        again = pc.field("reason").isin((*REPAIRABLE, UNEXPECTED, TOO_SLOW))
+        again = pc.field("reason").isin((*REPAIRABLE, *PERHAPS_NOT_ITS_OWN, TOO_SLOW))
         entries = pq.read_table(folders[number].table, columns=["row", "reason", "detail"], filters=again).to_pylist()
         source = pool.sources[number]
         before[number] = {
@@ -272,7 +274,7 @@ def _recheck(numbers: Sequence[int], folders: list[IndexFolder], pool: _Pool) ->
             if (
                 pool.limits_time and e["detail"] != too_slow(pool.max_seconds)
                 if e["reason"] == TOO_SLOW
-                else e["reason"] == UNEXPECTED or _reads_files(source, e["row"], pool.preparer)
+                else e["reason"] in PERHAPS_NOT_ITS_OWN or _reads_files(source, e["row"], pool.preparer)
             )
         }
     chunks = [

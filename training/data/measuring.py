@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TOO_SLOW", "UNEXPECTED", "Chunk", "MeasuringPool", "too_slow"]
+from pixelprune.records.record import UNEXPECTED
+
+__all__ = ["TOO_SLOW", "Chunk", "MeasuringPool", "too_slow"]
 
 logger = logging.getLogger(__name__)
 
-UNEXPECTED = "unexpected"
-"""The reason that lies in the program, or in a shortage of memory: another start may know better."""
 TOO_SLOW = "too_slow"
 
 POLL_SECONDS = 0.5

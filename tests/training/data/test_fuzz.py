@@ -153,6 +153,6 @@ def test_names_sizes_tables_and_templates_are_dimensions_too(tmp_path, template)
     prepare = mutants.settings_for(mutants.write_model_folder(tmp_path / "model", template))
     with not_for_ever(300):
         index, reasons = mutants.accounted(tmp_path, sources, prepare, 120)
-    assert set(reasons) <= CODES | {"unexpected"}
+    assert set(reasons) <= CODES | {"unexpected", "out_of_memory"}
     assert len(index) > 3, reasons
     assert len(reasons) >= 6, f"the mutations are too tame: {reasons}"

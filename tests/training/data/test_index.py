@@ -222,9 +222,12 @@ def test_a_killed_build_goes_on_where_it_was(screens, prepare, monkeypatch, meas
     assert measured == list(range(12, 24)), "three whole parts of four rows were kept"
 
 
-def test_an_unexpected_error_costs_its_record_until_it_is_gone(screens, prepare, monkeypatch, measured):
+@pytest.mark.parametrize(("error", "reason"), [(RuntimeError, "unexpected"), (MemoryError, "out_of_memory")])
+def test_what_may_not_be_the_records_fault_costs_it_until_it_is_gone(
+    error, reason, screens, prepare, monkeypatch, measured
+):
     def broken(*args, **kwargs):
-        raise RuntimeError("bug")
+        raise error("bug")
 
     write_jsonl(screens / "train.jsonl", [chat_row("screen_0.png"), chat_row(None)])
     with monkeypatch.context() as patched:
@@ -232,9 +235,9 @@ def test_an_unexpected_error_costs_its_record_until_it_is_gone(screens, prepare,
         index = build(screens, prepare)
     (lost,) = index.quarantined
     assert len(index) == 1
-    assert (lost.record, lost.reason) == ("train:0", "unexpected")
+    assert (lost.record, lost.reason) == ("train:0", reason)
     assert lost.file.endswith("train.jsonl, record 1")
-    assert lost.detail.startswith("RuntimeError: bug (test_index.py:")
+    assert lost.detail.startswith(f"{error.__name__}: bug (test_index.py:")
     measured.clear()
     again = build(screens, prepare)
     assert (len(again), again.quarantined, measured) == (2, [], [0])
