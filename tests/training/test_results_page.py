@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +15,11 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data_tools.render.browser import Browser, Tab, find_chromium
 from pixelprune.command.page import build_page, embedded_picture
 from pixelprune.selection import select
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen
+from tests.training.opened_page import Opened
 from training.data.settings import SourceSettings
 from training.evaluation.answering import read_tasks
 from training.evaluation.results_page import ShownPass, write_results_page
@@ -110,70 +109,9 @@ def page(tmp_path_factory) -> Path:
     return folder / "page.html"
 
 
-@pytest.fixture(scope="module")
-def tab(page) -> Iterator[Tab]:
-    pytest.importorskip("websocket", reason="websocket-client is not installed (pip install pixelprune[screens])")
-    if find_chromium() is None:
-        pytest.skip("no Chromium on PATH (apt-get install chromium)")
-    with Browser() as browser:
-        yield browser.new_tab()
-
-
-class Opened:
-    """The page in a tab, freshly loaded; `asked` are the URLs it requested, `broken` what its policy stopped."""
-
-    def __init__(self, tab: Tab, page: Path):
-        self.tab, self.asked, self.broken = tab, [], []
-        tab.start_clock(120)
-        tab.handlers["Network.requestWillBeSent"] = lambda event: self.asked.append(event["request"]["url"])
-        tab.handlers["Log.entryAdded"] = lambda event: self.broken.append(event["entry"]["text"])
-        tab.handlers["Runtime.exceptionThrown"] = lambda event: self.broken.append(str(event))
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            tab.call(f"{domain}.enable")
-        size = {"width": 1300, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        tab.call("Emulation.setDeviceMetricsOverride", size)
-        self.asked.clear()
-        self.broken.clear()
-        loads = tab.num_events.get("Page.loadEventFired", 0)
-        tab.call("Page.navigate", {"url": page.as_uri()})
-        tab.wait_until(lambda: tab.num_events.get("Page.loadEventFired", 0) > loads)
-        # Chromium drops what a pointer does before a page's first frames are out.
-        frames = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
-        tab.call("Runtime.evaluate", {"expression": frames, "awaitPromise": True})
-
-    def get(self, expression: str) -> Any:
-        result = self.tab.call("Runtime.evaluate", {"expression": expression, "returnByValue": True})
-        assert "exceptionDetails" not in result, result
-        return result["result"].get("value")
-
-    def texts(self, selector: str) -> list[str]:
-        return self.get(f"[...document.querySelectorAll({json.dumps(selector)})].map((one) => one.textContent)")
-
-    def middle(self, selector: str) -> tuple[float, float]:
-        box = f"document.querySelector({json.dumps(selector)}).getBoundingClientRect()"
-        self.get(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
-        return self.get(f"(() => {{ const b = {box}; return [b.x + b.width / 2, b.y + b.height / 2]; }})()")
-
-    def click(self, selector: str) -> None:
-        x, y = self.middle(selector)
-        for kind in ("mousePressed", "mouseReleased"):
-            event = {"type": kind, "x": x, "y": y, "button": "left", "clickCount": 1}
-            self.tab.call("Input.dispatchMouseEvent", event)
-
-    def hover(self, x: float, y: float) -> None:
-        self.tab.call("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
-
-    def select(self, name: str, value: str) -> None:
-        """As a person's choice in a list, whose window belongs to no page."""
-        self.get(
-            f"(() => {{ const one = document.getElementById('{name}'); one.value = {json.dumps(value)};"
-            "one.dispatchEvent(new Event('change')); })()"
-        )
-
-
 @pytest.mark.chromium
 def test_misses_come_first_and_clicks_and_filters_choose(tab, page):
-    opened = Opened(tab, page)
+    opened = Opened(tab, page.as_uri())
     assert opened.texts("article .name") == ["data:4 · r4", "data:3 · r3", "data:1 · r1", "data:2 · r2"], (
         "most-missed first"
     )
@@ -200,7 +138,7 @@ def test_misses_come_first_and_clicks_and_filters_choose(tab, page):
 
 @pytest.mark.chromium
 def test_places_are_drawn_and_kept_blocks_shown_while_the_pointer_is_there(tab, page):
-    opened = Opened(tab, page)
+    opened = Opened(tab, page.as_uri())
     opened.click('button.cell[data-row="PixelPrune"][data-benchmark="spot"]')
     opened.select("verdict", "hits")
     box = "['x', 'y', 'width', 'height'].map((name) => Number(document.querySelector('.box').getAttribute(name)))"
@@ -233,7 +171,7 @@ def test_places_are_drawn_and_kept_blocks_shown_while_the_pointer_is_there(tab, 
 
 @pytest.mark.chromium
 def test_hostile_answers_and_names_are_text_and_nothing_leaves_the_page(tab, page):
-    opened = Opened(tab, page)
+    opened = Opened(tab, page.as_uri())
     assert opened.get("document.title") == f"Table <b>1</b> {HOSTILE_FILE}"
     assert opened.texts("h1") == [f"Table <b>1</b> {HOSTILE_FILE}"]
     assert opened.get("data.records.find((one) => one.source_id === 'r1').given.Full.text.isWellFormed()") is False

@@ -1,23 +1,4 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const SVG = "http://www.w3.org/2000/svg";
 const chosen = { row: data.rows[0], benchmark: "", subset: "", kind: "", verdict: "misses" };
-
-function make(parent, name, className, text) {
-  const element = document.createElement(name);
-  if (className) element.className = className;
-  if (text !== undefined) element.textContent = text; // never as markup
-  if (parent) parent.append(element);
-  return element;
-}
-
-function draw(parent, name, className, attributes) {
-  const element = document.createElementNS(SVG, name);
-  element.setAttribute("class", className);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
-  parent.append(element);
-  return element;
-}
 
 const percent = (value) => (value === null ? "-" : (100 * value).toFixed(1));
 const verdictOf = (given) =>
@@ -98,7 +79,7 @@ function showRecord(main, record, given) {
   const card = make(main, "article", verdictOf(given));
   const pictures = make(card, "div", "pictures");
   record.pictures.forEach((picture, number) => {
-    showPicture(pictures, picture, (given.masks || [])[number], number === record.place_on ? [record, given] : null);
+    showAnswered(pictures, picture, (given.masks || [])[number], number === record.place_on ? [record, given] : null);
   });
   if (record.no_picture) make(pictures, "p", "note", record.no_picture);
   if (!record.no_picture && record.num_pictures > record.pictures.length) {
@@ -130,24 +111,11 @@ function showRecord(main, record, given) {
   }
 }
 
-function showPicture(parent, picture, mask, places) {
-  const figure = make(parent, "figure");
-  figure.tabIndex = 0;
-  const image = make(figure, "img");
-  image.alt = "";
-  image.src = picture.source;
-  const [width, height] = picture.size;
-  const over = draw(figure, "svg", "over", { viewBox: `0 0 ${width} ${height}`, preserveAspectRatio: "none" });
-  if (mask) {
-    const [wide, high] = [width / mask.cols, height / mask.rows];
-    let path = "";
-    mask.omitted.forEach(([row, first, count]) => {
-      path += `M${first * wide} ${row * high}h${count * wide}v${high}h${-count * wide}z`;
-    });
-    draw(over, "path", "omitted", { d: path });
-  }
+function showAnswered(parent, picture, mask, places) {
+  const over = showPicture(parent, picture, mask);
   if (!places) return;
   const [record, given] = places;
+  const [width, height] = picture.size;
   const line = Math.max(width, height) / 300;
   if (record.box) {
     const [x1, y1, x2, y2] = record.box;

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixelprune.command.page import build_page, embedded_picture
+from pixelprune.command.page import build_page, embedded_picture, omitted_runs
 from pixelprune.files import write_whole
 from pixelprune.images.image import ImageError, decode_image, prune_pixels, resize_image
 from pixelprune.prompter import Prompter
@@ -195,11 +195,7 @@ def _given(prediction: Prediction, prompter: Prompter, sizes: _Sizes) -> dict[st
 
 
 def _mask(image: np.ndarray | None, prune: PruneSettings) -> dict[str, Any] | None:
-    """Omitted blocks of a resized image as runs (row, first column, number of columns)."""
+    """Omitted blocks of a resized image."""
     if image is None:
         return None
-    keep = prune_pixels(image, prune, image.shape[:2]).selection.keep
-    edges = np.diff(np.pad(~keep, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    starts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
-    runs = [[int(row), int(first), int(end - first)] for (row, first), (_, end) in zip(starts, ends, strict=True)]
-    return {"rows": keep.shape[0], "cols": keep.shape[1], "omitted": runs}
+    return omitted_runs(prune_pixels(image, prune, image.shape[:2]).selection.keep)

@@ -103,9 +103,7 @@ def report(folders: list[Path], out: Path, console: Console) -> None:
 
     folders: of runs (they hold metrics.jsonl).
     """
-    for folder in folders:
-        need((folder / METRICS_FILE).exists(), f"{folder}: no {METRICS_FILE}; expected the folder of a run")
-    runs = {name: read_metrics(folder) for name, folder in _named(folders).items()}
+    runs = {name: read_metrics(folder) for name, folder in named_runs(folders).items()}
     print_table(runs, console)
     pictures = [
         plot_convergence(runs, out / "convergence.png"),
@@ -115,8 +113,16 @@ def report(folders: list[Path], out: Path, console: Console) -> None:
     console.print("pictures:", *names, soft_wrap=True)
 
 
-def _named(folders: list[Path]) -> dict[str, Path]:
-    """Folders by their last parts, as many as tell them apart."""
+def named_runs(folders: list[Path], *, may_have_begun: bool = False) -> dict[str, Path]:
+    """Folders of runs by their last parts, as many as tell them apart.
+
+    may_have_begun: a folder without metrics will do, as a run has it before its first step. UserError for others.
+    """
+    for folder in folders:
+        if may_have_begun:
+            need(folder.is_dir(), f"{folder}: no such folder; expected the folder of a run")
+        else:
+            need((folder / METRICS_FILE).exists(), f"{folder}: no {METRICS_FILE}; expected the folder of a run")
     folders = list(dict.fromkeys(folder.resolve() for folder in folders))
     num_parts = 1
     while len(names := {"/".join(folder.parts[-num_parts:]): folder for folder in folders}) < len(folders):
