@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,11 @@ import torch
 from pixelprune.decoding import decode, end_token_ids, generation_settings
 from pixelprune.hf import Generation, encode_images
 from pixelprune.images.image import PrunedImage
-from pixelprune.prompter import Messages, Prompter
+from pixelprune.prompter import Messages, Prompter, shots_of
+from pixelprune.records.record import ImageRef
 from pixelprune.sample import ChatTokens, Sample, build_sample
+from pixelprune.sessions.pruning import continue_session, is_in_time
+from pixelprune.sessions.rule import Coded
 from pixelprune.settings import PruneSettings, ResizeSettings
 
 __all__ = ["EMPTY", "Conversation"]
@@ -26,7 +29,8 @@ class _Row:
     """The tokens of the conversation so far, answers included.
 
     input_ids int64 (L,), position_ids int64 (3, L): MRoPE of the unpruned sequence; next_position follows them;
-    text: what the tokens stand for, as the chat template renders it.
+    text: what the tokens stand for, as the chat template renders it. last: the last image, for the next to be predicted
+    from; None where the strategy looks at each by itself.
     """
 
     input_ids: np.ndarray
@@ -34,6 +38,7 @@ class _Row:
     next_position: int
     text: str
     images: tuple[PrunedImage, ...]
+    last: Coded | None = None
 
     def extended(self, sample: Sample, text: str) -> _Row:
         """With the tokens and images of a sample that starts at `next_position`."""
@@ -43,6 +48,7 @@ class _Row:
             sample.next_position,
             self.text + text,
             (*self.images, *sample.images),
+            self.last,
         )
 
 
@@ -53,8 +59,9 @@ class Conversation:
     """Turns with one stock model. `ask` adds a user turn, with or without new images, and returns the answer.
 
     Only the new turn's tokens and images are computed. Where that cannot give what a fresh prefill of the whole
-    conversation gives (the chat template rewrites earlier answers, as reasoning templates do; a turn that failed),
-    the turn is computed from the start, and a line in the log says so.
+    conversation gives (the chat template rewrites earlier answers, as reasoning templates do; a turn that failed; a new
+    screenshot with `prune.direction=backward`, after which other blocks of earlier ones are kept), the turn is computed
+    from the start, and a line in the log says so.
 
     messages: the conversation so far, answers included, in Hugging Face form.
     num_cached_tokens: tokens whose keys and values are at hand for the next turn.
@@ -71,13 +78,13 @@ class Conversation:
         template_kwargs: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ):
-        """source, prune, resize, trust_remote_code: as for `pixelprune.hf.prepare`."""
+        """source, prune, resize, trust_remote_code: as for `pixelprune.hf.prepare`, but a `prune.direction` of auto is
+        forward: a conversation grows.
+        """
         self.model = model
-        self.prompter = (
-            source
-            if isinstance(source, Prompter)
-            else Prompter.load(source, prune=prune, resize=resize, trust_remote_code=trust_remote_code)
-        )
+        if not isinstance(source, Prompter):
+            source = Prompter.load(source, prune=prune, resize=resize, trust_remote_code=trust_remote_code)
+        self.prompter = replace(source, prune=source.prune.resolved(last_turn_only=False))
         self.tools = tools
         self.template_kwargs = template_kwargs
         self.messages: Messages = []
@@ -141,12 +148,14 @@ class Conversation:
     def _append_turn(self, messages: Messages) -> tuple[_Row, int]:
         """The row with the new turn, and the number of its leading tokens that the cache holds."""
         text, sources = self.prompter.render(messages, tools=self.tools, template_kwargs=self.template_kwargs)
-        images = [*self._row.images, *self.prompter.prune_images(sources[len(self._row.images) :])]
+        images, last, have_changed = self._pruned(sources)
         num_cached = self.num_cached_tokens
-        tail = self._tail(text)
+        tail = None if have_changed else self._tail(text)
         if tail is None:
             if self.messages:
-                logger.info("the chat template rewrites earlier turns: this turn is computed from the start")
+                backward = "prune.direction=backward, and a new image changes what is kept of earlier ones"
+                why = backward if have_changed else "the chat template rewrites earlier turns"
+                logger.info("%s: this turn is computed from the start", why)
             row, tail, text, num_cached = EMPTY, self.prompter.tokens(text), text, 0
         else:
             row, text = self._row, text[len(self._row.text) :]
@@ -158,7 +167,26 @@ class Conversation:
             first_position=row.next_position,
             record_id=f"turn {len(messages)}",
         )
-        return row.extended(sample, text), num_cached
+        return replace(row.extended(sample, text), last=last), num_cached
+
+    def _pruned(self, sources: list[ImageRef]) -> tuple[list[PrunedImage], Coded | None, bool]:
+        """All images of the conversation, the last of them coded, and whether other blocks of earlier ones are kept.
+
+        An image keeps its blocks, except backward, where later images decide what is kept of earlier ones.
+        """
+        earlier, prune = self._row.images, self.prompter.prune
+        if prune.direction == "backward" and is_in_time(prune):
+            images = self.prompter.prune_images(sources)
+            keeps = [(old.selection.keep, new.selection.keep) for old, new in zip(earlier, images, strict=False)]
+            return images, None, not all(np.array_equal(old, new) for old, new in keeps)
+        added, last = continue_session(
+            shots_of(sources[len(earlier) :]),
+            prune,
+            self.prompter.resize,
+            num_before=len(earlier),
+            before=self._row.last,
+        )
+        return [*earlier, *added], last, False
 
     def _tail(self, text: str) -> ChatTokens | None:
         """Tokens of what follows the row in the rendered conversation; None when the row is not how it begins.

@@ -31,7 +31,6 @@ __all__ = [
     "model_inputs",
     "normalise_blocks",
     "pack_samples",
-    "row_images",
     "vision_inputs",
 ]
 
@@ -214,24 +213,30 @@ def _images_of(samples: list[Sample], piece: Piece) -> list[PrunedImage]:
     return samples[piece.sample].images[slice(*piece.images)]
 
 
-def row_images(samples: list[Sample], groups: Sequence[Group] | None = None) -> list[PrunedImage]:
-    """The images of `pack_samples` in the order of the row, a shared one once: whose blocks lie behind each other."""
-    pieces = pieces_of(samples, groups_apart(len(samples)) if groups is None else groups)
-    return [image for piece in pieces for image in _images_of(samples, piece)]
+def decoding_index(samples: list[Sample], groups: Sequence[Group] | None = None) -> torch.Tensor:
+    """`Pack.block_index` of the full images: for every place in order, which of the row's kept blocks stands there.
 
-
-def decoding_index(images: list[PrunedImage]) -> torch.Tensor:
-    """`Pack.block_index` of the full images: for every place in order, which of all kept blocks stands there.
-
-    int64 (all blocks,). Exact for recoverable strategies (`registry.is_recoverable`, Proposition 1); the images' kept
-    blocks lie behind each other as `pack_samples` puts them.
+    int64 (all blocks,), for the row that `pack_samples` makes of the same samples and groups. Exact for recoverable
+    strategies (`registry.is_recoverable`, Proposition 1), across the images of a sample too.
     """
-    parts, num_before = [np.empty(0, dtype=np.int64)], 0
-    for image in images:
-        selection = image.selection
-        rank_of_kept = np.cumsum(selection.keep.ravel()) - 1
-        parts.append(num_before + rank_of_kept[selection.source.ravel()])
-        num_before += selection.num_kept
+    pieces = pieces_of(samples, groups_apart(len(samples)) if groups is None else groups)
+    row: list[tuple[int, int]] = [(piece.sample, n) for piece in pieces for n in range(*piece.images)]
+    kept = [samples[sample].images[n].selection.num_kept for sample, n in row]
+    starts = dict(zip(row, accumulate(kept, initial=0), strict=False))
+    # Who brings a prefix's images to the row, for every sample that shares it.
+    owners = {piece.sample: pieces[piece.prefix].sample for piece in pieces if piece.prefix is not None}
+    parts = [np.empty(0, dtype=np.int64)]
+    for sample, n in row:
+        images, owner = samples[sample].images, owners.get(sample, sample)
+        selection = images[n].selection
+        numbers = np.full(selection.source.shape, n) if selection.image is None else selection.image
+        places = np.empty(selection.source.shape, dtype=np.int64)
+        for other in np.unique(numbers).tolist():
+            here = numbers == other
+            rank_of_kept = np.cumsum(images[other].selection.keep.ravel()) - 1
+            start = starts[(sample, other) if (sample, other) in starts else (owner, other)]
+            places[here] = start + rank_of_kept[selection.source[here]]
+        parts.append(places.ravel())
     return torch.from_numpy(np.concatenate(parts))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pixelprune.images.image import ImageError, PrunedImage, prune_image
+from pixelprune.images.image import PrunedImage
 from pixelprune.model_folder import PRUNE_FILE, ModelFolder, read_model_file, read_prune_file, size_limits
 from pixelprune.records.agents import strings_in
 from pixelprune.records.chat import control_tokens, would_forge
@@ -19,12 +19,14 @@ from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, read_keys
 from pixelprune.records.keys import NO_RULES
 from pixelprune.records.record import ImageRef, RecordError
 from pixelprune.sample import ChatTokens
+from pixelprune.sessions.pruning import Shot, prune_shots
 from pixelprune.settings import PruneSettings, ResizeSettings
 
 __all__ = [
     "IMAGE_TYPES",
     "TEXT_TYPES",
     "Prompter",
+    "shots_of",
 ]
 
 IMAGE_TYPES = ("image", "image_url", "input_image")
@@ -130,14 +132,12 @@ class Prompter:
         return ChatTokens(ids, np.zeros(len(ids), dtype=bool))
 
     def prune_images(self, images: list[ImageRef]) -> list[PrunedImage]:
-        """Decode, resize and select. Raises ImageError saying which image it was."""
-        pruned = []
-        for number, ref in enumerate(images, start=1):
-            try:
-                pruned.append(prune_image(ref.source, self.prune, self.resize, ref.wish))
-            except ImageError as error:
-                raise ImageError(error.reason, f"image {number} of the conversation: {error}") from error
-        return pruned
+        """Decode, resize and select all images of a prompt, whose answer comes behind them.
+
+        Raises ImageError saying which image it was.
+        """
+        prune = self.prune.resolved(last_turn_only=True)
+        return [image for image, _ in prune_shots(shots_of(images), prune, self.resize)]
 
     def _read(self, messages: Messages) -> tuple[Messages, list[ImageRef]]:
         """Messages as templates take them (images without their content), and the images."""
@@ -198,6 +198,11 @@ class Prompter:
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:
         return control_tokens(self.tokenizer, grounding_tokens=self.grounding_tokens)
+
+
+def shots_of(images: Sequence[ImageRef]) -> list[Shot]:
+    """The images of messages, as they are pruned together."""
+    return [Shot(ref.source, ref.wish, ref.starts_session) for ref in images]
 
 
 def _from_processor(processor: Any) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def _sequence(sample: Sample, image_token_id: int, keys: dict[int, int]) -> np.n
     length = max(min(len(sample), int(supervised[0]) if len(supervised) else len(sample)) - 1, 0)
     ids, is_image = sample.input_ids.copy(), sample.input_ids == image_token_id
     kept = [image.selection.num_kept for image in sample.images]
-    ids[is_image] = np.repeat([_image_key(image, keys) for image in sample.images], kept)
+    ids[is_image] = np.repeat([_image_key(sample.images, number, keys) for number in range(len(kept))], kept)
     whole = int(np.cumsum([0, *kept])[_num_images(sample, image_token_id, length)])
     if whole < is_image[:length].sum():  # ends within an image, which is shared as a whole or not at all
         length = int(np.flatnonzero(is_image)[whole])
@@ -194,15 +194,23 @@ def _num_images(sample: Sample, image_token_id: int, length: int) -> int:
     return sum(end <= num_tokens for end in ends)
 
 
-def _image_key(image: PrunedImage, keys: dict[int, int]) -> int:
-    """A negative number that stands for the prepared image: kept pixels, where they stand, what they decode to.
+def _image_key(images: Sequence[PrunedImage], number: int, keys: dict[int, int]) -> int:
+    """A negative number that stands for a prepared image: kept pixels, where they stand, what they decode to.
 
-    keys: those of images that the caller keeps, by id(image); one picture of many records is hashed once.
+    An image that stands on others of its conversation is the same where these are, too: its pixels, which a teacher is
+    given, are decoded from theirs. keys: those of images that the caller keeps, by id(image); one picture, or one
+    conversation, of many records is hashed once.
     """
+    image = images[number]
     if id(image) not in keys:
         selection = image.selection
         digest = xxhash.xxh3_64(repr(selection.keep.shape).encode())
-        for array in (image.blocks, np.packbits(selection.keep), selection.source):
+        arrays = [image.blocks, np.packbits(selection.keep), selection.source]
+        if selection.image is not None:
+            arrays.append(selection.image)
+            for other in np.unique(selection.image).tolist():
+                arrays += [images[other].blocks, np.packbits(images[other].selection.keep)]
+        for array in arrays:
             digest.update(np.ascontiguousarray(array).data)
         keys[id(image)] = -1 - (digest.intdigest() >> 1)
     return keys[id(image)]

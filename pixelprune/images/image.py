@@ -31,6 +31,7 @@ __all__ = [
     "prune_pixels",
     "read_size",
     "resize_image",
+    "unpruned_without_pixels",
 ]
 
 ImageSource = Path | str | bytes | Image.Image
@@ -162,6 +163,13 @@ def _scale_to_budget(image: np.ndarray, prune: PruneSettings, original_size: tup
     selection = select(scaled, strategy="none")
     unscaled_blocks = (height // BLOCK) * (width // BLOCK)
     return PrunedImage(gather_blocks(scaled, selection.keep), selection, original_size, unscaled_blocks)
+
+
+def unpruned_without_pixels(image: PrunedImage) -> PrunedImage:
+    """All blocks of an image kept, with none of their pixels: these are decoded on the device (Proposition 1)."""
+    keep = np.ones_like(image.selection.keep)
+    source = np.arange(keep.size, dtype=np.int32).reshape(keep.shape)
+    return PrunedImage(image.blocks[:0], Selection(keep, source), image.original_size)
 
 
 def prune_image(

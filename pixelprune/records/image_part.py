@@ -16,7 +16,7 @@ from pixelprune.images.sizing import NO_WISH, SizeWish
 from pixelprune.records.keys import NO_RULES, KeyRules, Level
 from pixelprune.records.record import ImageRef, RecordError
 
-__all__ = ["IMAGE_KEYS", "SIZE_KEYS", "image_of_part", "image_ref", "read_keys", "wish_of"]
+__all__ = ["IMAGE_KEYS", "SESSION_KEY", "SIZE_KEYS", "image_of_part", "image_ref", "read_keys", "wish_of"]
 
 IMAGE_KEYS = ("image", "image_url", "path", "url", "base64", "source")
 """Keys of an image part that hold its picture: OpenAI's, Hugging Face's, and Anthropic's `source`, an object."""
@@ -27,16 +27,19 @@ OBJECT_KEYS = ("bytes", "path", "url", "image")
 SIZE_KEYS = tuple(NO_WISH.__dataclass_fields__)
 """Keys of an image part, or of an object in place of an image, that say how large it is to be: qwen_vl_utils'."""
 
+SESSION_KEY = "new_session"
+"""Key of an image part, or of an object in place of an image: true where it has nothing to do with the image before."""
+
 _SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 def read_keys(given: Mapping[Any, Any], keys: tuple[str, ...], rules: KeyRules, level: Level) -> dict[Any, Any]:
-    """The mapping after `KeyRules.checked`, with SIZE_KEYS among the keys that are read.
+    """The mapping after `KeyRules.checked`, with SIZE_KEYS and SESSION_KEY among the keys that are read.
 
     OpenAI's `detail` has a meaning for its own models only, except that `auto` leaves the size to the model.
     """
     leaves_it = ("detail",) if given.get("detail") == "auto" else ()
-    return rules.checked(given, level, (*keys, *SIZE_KEYS, *leaves_it))
+    return rules.checked(given, level, (*keys, *SIZE_KEYS, SESSION_KEY, *leaves_it))
 
 
 def wish_of(*mappings: Mapping[Any, Any]) -> SizeWish:
@@ -70,7 +73,7 @@ def image_of_part(part: Mapping[str, Any], rules: KeyRules = NO_RULES) -> ImageR
         return None
     value = part[given[0]]
     if given[0] == "base64":
-        return ImageRef(_decoded(value, "base64 text"), wish_of(part))
+        return ImageRef(_decoded(value, "base64 text"), wish_of(part), _starts_session(part))
     return image_ref(_of_source(value, rules) if given[0] == "source" else value, rules, part)
 
 
@@ -85,7 +88,15 @@ def image_ref(value: Any, rules: KeyRules = NO_RULES, part: Mapping[str, Any] | 
     while isinstance(value, Mapping) and len(around) < 3:
         around.append(read_keys(value, OBJECT_KEYS, rules, "image"))
         value = _image_of_object(around[-1])
-    return ImageRef(_source(value), wish_of(*around))
+    return ImageRef(_source(value), wish_of(*around), _starts_session(*around))
+
+
+def _starts_session(*mappings: Mapping[Any, Any]) -> bool:
+    """Whether a part, or the image object within it, says so. Raises RecordError (bad_image)."""
+    said = [mapping[SESSION_KEY] for mapping in mappings if mapping.get(SESSION_KEY) is not None]
+    if wrong := [value for value in said if not isinstance(value, bool)]:
+        raise RecordError("bad_image", f"an image's {SESSION_KEY} is {wrong[0]!r:.40}, expected true or false")
+    return any(said)
 
 
 def _source(value: Any) -> str | bytes | Image.Image:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import xxhash
 from PIL import ExifTags, Image
 
-from pixelprune.images.image import ImageError, PrunedImage, decode_image, prune_image, read_size
+from pixelprune.images.image import ImageError, PrunedImage, read_size
 from pixelprune.images.image_file import MAX_FILE_BYTES
-from pixelprune.images.sizing import SizeWish
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.images import Root, read_image
@@ -22,9 +21,9 @@ from pixelprune.records.objects import PLAIN_STYLE, ObjectStyle, written
 from pixelprune.records.presets import AS_RECORDED, Preset
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import ImageRef, ObjectMark, Record, RecordError, of_the_record
-from pixelprune.sample import Sample, build_sample
-from pixelprune.selection import Selection
-from pixelprune.selection.registry import is_recoverable
+from pixelprune.sample import ChatTokens, Sample, build_sample
+from pixelprune.selection.registry import is_in_time
+from pixelprune.sessions.pruning import Shot, prune_shots
 from pixelprune.settings import PruneSettings, ResizeSettings
 
 __all__ = [
@@ -33,12 +32,12 @@ __all__ = [
     "PreparedRecord",
     "Preparer",
     "hash_content",
-    "unpruned_without_pixels",
     "with_objects_written",
 ]
 
-PictureMemo = dict[tuple[bytes, SizeWish], tuple[PrunedImage, PrunedImage | None]]
-"""Pictures prepared before, pruned and (`with_full`) on all blocks, by the hash of their bytes and the wished size."""
+PictureMemo = dict[tuple[Shot, ...], list[tuple[PrunedImage, PrunedImage | None]]]
+"""Pictures prepared before, pruned and (`with_full`) on all blocks, by what they were made of, with the hash of their
+bytes as source: each by itself, or all of a conversation together."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,7 @@ class PrepareSettings:
 
     def build_from(self, folder: ModelFolder) -> Preparer:
         """From a folder that is open already."""
+        prune = self.prune.resolved(last_turn_only=self.last_turn_only)
         chat = ChatEncoder(
             folder.tokenizer,
             last_turn_only=self.last_turn_only,
@@ -98,14 +98,14 @@ class PrepareSettings:
         rules = KeyRules.ignoring(self.ignore_keys)
         token = folder.config.image_token_id
         style = ObjectStyle(self.answer_format, self.grounding_tokens)
-        return Preparer(chat, self.prune, self.resize, token, self.with_full, rules, self.limits, style)
+        return Preparer(chat, prune, self.resize, token, self.with_full, rules, self.limits, style)
 
     def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
         """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
         tokenizer = preparer.chat.tokenizer
         vocabulary = xxhash.xxh3_128(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         return {
-            "prune": asdict(self.prune),
+            "prune": _what_counts(preparer.prune),
             "resize": asdict(self.resize),
             "last_turn_only": self.last_turn_only,
             "ignore_keys": sorted(self.ignore_keys),
@@ -165,11 +165,12 @@ class Preparer:
             raise RecordError(
                 "image_count", f"the chat template wrote {num_placeholders} placeholders for {len(pictures)} images"
             )
+        self._check_direction(chat)
+        shots = [
+            Shot(picture, ref.wish, ref.starts_session) for picture, ref in zip(pictures, record.images, strict=True)
+        ]
         try:
-            prepared = [
-                self._picture(picture, ref.wish, {} if memo is None else memo)
-                for picture, ref in zip(pictures, record.images, strict=True)
-            ]
+            prepared = self._pruned(shots, {} if memo is None else memo)
         except ImageError as error:
             raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
         images = [image for image, _ in prepared]
@@ -180,26 +181,44 @@ class Preparer:
             full = build_sample(chat, full_images, image_token_id=self.image_token_id, record_id=record_id)
         return PreparedRecord(record, sample, content_hash, full)
 
-    def _picture(
-        self, picture: bytes | Image.Image, wish: SizeWish, memo: PictureMemo
-    ) -> tuple[PrunedImage, PrunedImage | None]:
-        """One picture pruned and, `with_full`, unpruned; taken from the memo where its bytes came before."""
-        if not isinstance(picture, bytes):
-            return self._pruned_and_full(picture, wish)
-        key = xxhash.xxh3_128_digest(picture), wish
+    def _check_direction(self, chat: ChatTokens) -> None:
+        """Backward, what is trained on must have all images before it: it would see screenshots with holes whose blocks
+        stand in later ones."""
+        if not is_in_time(self.prune) or self.prune.direction != "backward" or not chat.supervised.any():
+            return
+        images = np.flatnonzero(chat.input_ids == self.image_token_id)
+        if len(images) > 1 and np.flatnonzero(chat.supervised)[0] < images[-1]:
+            raise RecordError(
+                "prune_direction",
+                "a turn before the last image is trained on, and prune.direction=backward leaves out of earlier images "
+                "what later ones show; expected data.last_turn_only=true, or prune.direction=forward",
+            )
+
+    def _pruned(self, shots: list[Shot], memo: PictureMemo) -> list[tuple[PrunedImage, PrunedImage | None]]:
+        """Images pruned and, `with_full`, unpruned; each by itself, or together where the strategy looks at time."""
+        if is_in_time(self.prune):
+            return self._remembered(tuple(shots), memo)
+        return [pair for shot in shots for pair in self._remembered((shot,), memo)]
+
+    def _remembered(self, shots: tuple[Shot, ...], memo: PictureMemo) -> list[tuple[PrunedImage, PrunedImage | None]]:
+        """Taken from the memo where the same bytes came before."""
+        hashed = [(shot, xxhash.xxh3_128_digest(shot.source)) for shot in shots if isinstance(shot.source, bytes)]
+        if len(hashed) < len(shots):  # a decoded picture
+            return prune_shots(shots, self.prune, self.resize, with_full=self.with_full)
+        key = tuple(replace(shot, source=digest) for shot, digest in hashed)
         if key not in memo:
-            memo[key] = self._pruned_and_full(picture, wish)
+            memo[key] = prune_shots(shots, self.prune, self.resize, with_full=self.with_full)
         return memo[key]
 
-    def _pruned_and_full(self, picture: bytes | Image.Image, wish: SizeWish) -> tuple[PrunedImage, PrunedImage | None]:
-        """Decoded once."""
-        if not self.with_full:
-            return prune_image(picture, self.prune, self.resize, wish), None
-        decoded = decode_image(picture, self.resize)
-        image = prune_image(decoded, self.prune, self.resize, wish)
-        if is_recoverable(self.prune):
-            return image, unpruned_without_pixels(image)
-        return image, prune_image(decoded, PruneSettings(strategy="none"), self.resize, wish)
+
+def _what_counts(prune: PruneSettings) -> dict[str, Any]:
+    """The settings that the strategy reads: those of sessions are no reason to measure all images anew without it."""
+    settings = asdict(prune)
+    if not is_in_time(prune):
+        del settings["direction"], settings["keep_replaced"]
+    elif prune.direction == "backward":
+        del settings["keep_replaced"]
+    return settings
 
 
 def with_objects_written(
@@ -214,13 +233,6 @@ def with_objects_written(
             raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
 
     return written(record, size_of, style)
-
-
-def unpruned_without_pixels(image: PrunedImage) -> PrunedImage:
-    """All blocks of an image kept, with none of their pixels: these are decoded on the device (Proposition 1)."""
-    keep = np.ones_like(image.selection.keep)
-    source = np.arange(keep.size, dtype=np.int32).reshape(keep.shape)
-    return PrunedImage(image.blocks[:0], Selection(keep, source), image.original_size)
 
 
 def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
@@ -243,6 +255,8 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
     if record.tools:
         digest.update(b"\x00tools" + _json_bytes(record.tools))
     for ref, picture in zip(record.images, pictures, strict=True):
+        if ref.starts_session:
+            digest.update(b"\x00session")
         if ref.wish.stated:
             digest.update(b"\x00size" + _json_bytes(ref.wish.stated))
         if isinstance(picture, bytes):

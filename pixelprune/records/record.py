@@ -66,11 +66,12 @@ def of_the_record() -> Iterator[None]:
 class ImageRef:
     """One image of a record: a path (relative to the source's root), encoded bytes, or a decoded picture.
 
-    wish: the size that the record wants it resized to.
+    wish: the size that the record wants it resized to. starts_session: it has nothing to do with the image before it.
     """
 
     source: str | bytes | Image.Image
     wish: SizeWish = NO_WISH
+    starts_session: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pixelprune.selection import baselines, strategies
 from pixelprune.selection.selection import Selection
 from pixelprune.settings import PruneSettings
 
-__all__ = ["BUILT_IN", "Strategy", "get_strategy", "is_recoverable", "register", "strategy_names"]
+__all__ = ["BUILT_IN", "Strategy", "get_strategy", "is_in_time", "is_recoverable", "register", "strategy_names"]
 
 Run = Callable[[np.ndarray, PruneSettings, int], Selection]
 Replay = Callable[[np.ndarray, np.ndarray, PruneSettings, int], np.ndarray]
@@ -22,6 +22,8 @@ class Strategy:
     """One way to choose the kept blocks.
 
     run: (image uint8 (height, width, 3), settings, block) -> Selection.
+    in_time: the images of a conversation are looked at together (`pixelprune.sessions`); run and replay are those of an
+        image without a neighbour in time.
     replay: (kept blocks (K, block, block, 3), keep (rows, cols), settings, block) -> int32 (rows, cols), the index of
         the kept block standing at each place; None where kept blocks and mask do not determine it.
     """
@@ -29,11 +31,13 @@ class Strategy:
     name: str
     run: Run
     replay: Replay | None
+    in_time: bool = False
 
 
 BUILT_IN = (
     Strategy("none", strategies.none, strategies.replay_none),
     Strategy("pred2d", strategies.pred2d, strategies.replay_pred2d),
+    Strategy("pred3d", strategies.pred2d, strategies.replay_pred2d, in_time=True),
     Strategy("raster", strategies.raster, strategies.replay_raster),
     Strategy("serpentine", strategies.serpentine, strategies.replay_serpentine),
     Strategy("random", baselines.random, None),
@@ -70,5 +74,10 @@ def get_strategy(name: str) -> Strategy:
 
 
 def is_recoverable(prune: PruneSettings) -> bool:
-    """True if the image can be restored exactly from kept blocks and mask (Proposition 1 of the paper)."""
+    """True if images can be restored exactly from kept blocks and masks (Proposition 1 of the paper)."""
     return prune.threshold == 0 and get_strategy(prune.strategy).replay is not None
+
+
+def is_in_time(prune: PruneSettings) -> bool:
+    """True if what is kept of an image depends on the others of its conversation."""
+    return get_strategy(prune.strategy).in_time

@@ -9,6 +9,7 @@ import numpy as np
 from pixelprune.settings import BLOCK, PruneSettings
 
 METRICS = ("max", "mae")
+DIRECTIONS = ("auto", "backward", "forward")
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Selection:
     keep: bool (rows, cols), True where the block is kept.
     source: int32 (rows, cols), flat index (row * cols + col) of the kept block whose pixels stand here after decoding.
         The baselines predict nothing: their omitted blocks have source -1.
+    image: int32 (rows, cols), number of the image of the conversation that this block lies in; None: of this one.
     """
 
     keep: np.ndarray
     source: np.ndarray
+    image: np.ndarray | None = None
 
     @property
     def num_kept(self) -> int:
@@ -64,3 +67,5 @@ def check_settings(settings: PruneSettings) -> None:
         raise ValueError(
             f"prune.threshold: expected 0..1 (a distance of pixels scaled to [0, 1]), got {settings.threshold!r}"
         )
+    if settings.direction not in DIRECTIONS:
+        raise ValueError(f"prune.direction: expected one of {', '.join(DIRECTIONS)}, got {settings.direction!r}")

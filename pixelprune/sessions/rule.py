@@ -65,20 +65,22 @@ def select_session(
     Images of another size than their reference are coded alone. Raises ValueError for anything outside this.
     """
     settings = _checked(images, direction, metric, threshold, keep_replaced, borders, block)
-    order = range(len(images)) if direction == "forward" else reversed(range(len(images)))
-    step = -1 if direction == "forward" else 1
-    coded: dict[int, _Coded] = {}
-    for number in order:
-        before = coded.get(number + step)
-        if before is not None and max(number, number + step) not in borders and before.fits(images[number]):
-            coded[number] = _beside(images[number], before, settings, number, keep_replaced, block)
-        else:
-            coded[number] = _alone(images[number], settings, number, block)
+    coded: dict[int, Coded] = {}
+    for number, neighbour in coding_order(len(images), direction):
+        before = None if max(number, neighbour) in borders else coded.get(neighbour)
+        coded[number] = code_image(images[number], before, settings, number, block)
     return [coded[number].selection for number in range(len(images))]
 
 
+def coding_order(count: int, direction: str) -> list[tuple[int, int]]:
+    """(image, its neighbour in time) in the order in which they are coded; the first one has a neighbour outside."""
+    if direction == "forward":
+        return [(number, number - 1) for number in range(count)]
+    return [(number, number + 1) for number in reversed(range(count))]
+
+
 @dataclass(frozen=True)
-class _Coded:
+class Coded:
     """A coded image, as the next one needs it.
 
     standing: its pixels as a decoder has them. equal: bool (2, rows, cols), whether a block equals its left neighbour,
@@ -91,6 +93,20 @@ class _Coded:
 
     def fits(self, image: np.ndarray) -> bool:
         return self.standing.shape == image.shape
+
+
+def code_image(image: np.ndarray, before: Coded | None, prune: PruneSettings, number: int, block: int = BLOCK) -> Coded:
+    """One image beside the one that was coded before it.
+
+    image: uint8 (height, width, 3), sides multiples of `block`.
+    before: its neighbour in time; None where there is none, or it has nothing to do with it. One of another size is not
+        looked at.
+    prune: metric, threshold, and keep_replaced with direction forward.
+    number: of the image in its session, for `SessionSelection.origin`.
+    """
+    if before is None or not before.fits(image):
+        return _alone(image, prune, number, block)
+    return _beside(image, before, prune, number, prune.keep_replaced and prune.direction == "forward", block)
 
 
 def _checked(
@@ -108,25 +124,25 @@ def _checked(
         raise ValueError("keep_replaced: belongs to direction='forward'; backward, the current screenshot is whole")
     if wrong := [number for number in borders if not 0 < number < len(images)]:
         raise ValueError(f"borders: expected numbers of images from 1 to {len(images) - 1}, got {wrong[0]}")
-    settings = PruneSettings("pred2d", metric, threshold)
+    settings = PruneSettings("pred3d", metric, threshold, direction=direction, keep_replaced=keep_replaced)
     check_settings(settings)
     for image in images:
         check_image(image, block)
     return settings
 
 
-def _alone(image: np.ndarray, settings: PruneSettings, number: int, block: int) -> _Coded:
+def _alone(image: np.ndarray, settings: PruneSettings, number: int, block: int) -> Coded:
     from pixelprune.selection.kernels import equal_neighbours
     from pixelprune.selection.strategies import pixel_bytes, pred2d
 
     if settings.threshold == 0:
         equal = np.empty((2, image.shape[0] // block, image.shape[1] // block), np.bool_)
         equal_neighbours(pixel_bytes(image), block, *equal)
-        return _Coded(_pred2d_of(equal, number), image, equal)
+        return Coded(_pred2d_of(equal, number), image, equal)
     plain = pred2d(image, settings, block)
     origin = np.stack([np.full_like(plain.source, number), plain.source], axis=-1)
     standing = _assembled(_blocks(image, block)[plain.source])
-    return _Coded(SessionSelection(plain.keep, origin, alone=True), standing)
+    return Coded(SessionSelection(plain.keep, origin, alone=True), standing)
 
 
 def _pred2d_of(equal: np.ndarray, number: int) -> SessionSelection:
@@ -138,8 +154,8 @@ def _pred2d_of(equal: np.ndarray, number: int) -> SessionSelection:
 
 
 def _beside(
-    image: np.ndarray, before: _Coded, settings: PruneSettings, number: int, keep_replaced: bool, block: int
-) -> _Coded:
+    image: np.ndarray, before: Coded, settings: PruneSettings, number: int, keep_replaced: bool, block: int
+) -> Coded:
     if settings.threshold == 0:
         return _beside_exact(image, before, number, keep_replaced, block)
     forced = np.zeros(before.selection.keep.shape, np.bool_)
@@ -152,7 +168,7 @@ def _beside(
     return plain if plain.selection.num_kept <= coded.selection.num_kept else coded
 
 
-def _beside_exact(image: np.ndarray, before: _Coded, number: int, keep_replaced: bool, block: int) -> _Coded:
+def _beside_exact(image: np.ndarray, before: Coded, number: int, keep_replaced: bool, block: int) -> Coded:
     from pixelprune.selection.strategies import pixel_bytes
     from pixelprune.sessions.kernels import change_exact, equal_after, same_blocks
 
@@ -168,12 +184,12 @@ def _beside_exact(image: np.ndarray, before: _Coded, number: int, keep_replaced:
     origin = np.empty_like(before.selection.origin)
     change_exact(*equal, same, forced, number, before.selection.origin, keep, origin)
     coded, plain = SessionSelection(keep, origin, alone=False), _pred2d_of(equal, number)
-    return _Coded(plain if plain.num_kept <= coded.num_kept else coded, image, equal)
+    return Coded(plain if plain.num_kept <= coded.num_kept else coded, image, equal)
 
 
 def _change_near(
-    image: np.ndarray, before: _Coded, forced: np.ndarray, settings: PruneSettings, number: int, block: int
-) -> _Coded:
+    image: np.ndarray, before: Coded, forced: np.ndarray, settings: PruneSettings, number: int, block: int
+) -> Coded:
     from pixelprune.selection import kernels
     from pixelprune.selection.strategies import integer_limit
     from pixelprune.sessions.kernels import change_near
@@ -188,7 +204,7 @@ def _change_near(
     own = np.stack([np.full(keep.size, number), np.arange(keep.size)], axis=-1)
     origin = np.concatenate([before.selection.origin.reshape(-1, 2), own])[place].astype(np.int32)
     blocks = np.concatenate([_blocks(before.standing, block), _blocks(image, block)])[place]
-    return _Coded(SessionSelection(keep, origin, alone=False), _assembled(blocks))
+    return Coded(SessionSelection(keep, origin, alone=False), _assembled(blocks))
 
 
 def _blocks(image: np.ndarray, block: int) -> np.ndarray:

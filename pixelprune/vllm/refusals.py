@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pixelprune.settings import MERGE, PATCH
-from pixelprune.vllm.settings import KEY, ServedSettings
+from pixelprune.vllm.settings import KEY, ServedSettings, untested
 
 
 def check_server(vllm_config: Any, settings: ServedSettings) -> None:
@@ -24,6 +24,7 @@ def _reasons(vllm_config: Any, settings: ServedSettings) -> Iterator[str]:
     options = vllm_config.model_config.multimodal_config
     if settings.prune.strategy not in strategy_names():
         yield f"strategy {settings.prune.strategy!r}; expected one of {', '.join(strategy_names())}"
+    yield from untested(settings.prune)
     if (vision.patch_size, vision.spatial_merge_size) != (PATCH, MERGE):
         yield f"its vision tower has patches of {vision.patch_size} merged by {vision.spatial_merge_size}, not 16 by 2"
     if options.mm_encoder_tp_mode == "data":

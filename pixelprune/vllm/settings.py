@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,11 +74,23 @@ def served_settings(model_config: Any) -> ServedSettings | None:
 def of_request(settings: ServedSettings, said: Any, where: str = "mm_processor_kwargs") -> ServedSettings:
     """The settings of one request. What it may change is `prune`: memory was measured with the server's `resize`.
 
-    Raises ValueError for a resize of its own or an unknown setting.
+    Raises ValueError for a resize of its own, an unknown setting, and pred3d.
     """
     if isinstance(said, Mapping) and "resize" in said:
         raise ValueError(f"{where}: 'resize' is a setting of the server; a request can change 'prune' only")
-    return _replaced(settings, said, where)
+    replaced = _replaced(settings, said, where)
+    for reason in untested(replaced.prune):
+        raise ValueError(f"{where}: {reason}")
+    return replaced
+
+
+def untested(prune: PruneSettings) -> Iterator[str]:
+    """Why images are not served so. By its name: the registry loads numba."""
+    if prune.strategy == "pred3d":
+        yield (
+            "strategy 'pred3d' prunes the screenshots of a conversation together, which is not tested in vLLM; use "
+            f"pixelprune.hf, or serve the model on all tokens: --hf-overrides '{{\"{KEY}\": false}}'"
+        )
 
 
 def _of_folder(folder: str, where: str) -> ServedSettings:

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from pixelprune.attention.prefixes import Group, find_groups, groups_of_full, pieces_of, row_borders
 from pixelprune.attention.segments import KERNELS, use_borders
 from pixelprune.model_call import final_hidden
-from pixelprune.pack import VisionGeometry, pack_samples, row_images
+from pixelprune.pack import VisionGeometry, pack_samples
 from pixelprune.sample import Sample
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
@@ -200,8 +200,8 @@ def test_prefixes_end_before_another_image_and_before_what_is_supervised(toy_tok
     (group,) = find_groups(pair, token)
     runs = np.flatnonzero(np.diff((pair[0].input_ids == token).astype(int)) == 1) + 1
     assert group == Group((0, 1), runs[1], 1)
-    assert len(row_images(pair, [group])) == 3
-    assert kept == len(row_images([one, again], find_groups([one, again], token))[0].blocks)
+    assert len(pack_samples(pair, geometry, [group]).vit_cu_seqlens) == 3 + 1
+    assert kept == len(pack_samples([one, again], geometry, find_groups([one, again], token)).blocks)
 
 
 def test_what_saves_little_is_not_shared(toy_tokenizer, geometry):

@@ -87,6 +87,7 @@ def test_every_setting_is_part_of_the_cache_identity(trained):
         ({"strategy": "pred2d"}, None, "an object with 'prune' and 'resize'"),
         (3, None, "got 3"),
         (None, {"pixelprune": {"resize": {"max_pixels": 1}}}, "'resize' is a setting of the server"),
+        (None, {"pixelprune": "pred3d"}, "'pred3d' prunes the screenshots of a conversation together"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(overrides, processor, message, trained):

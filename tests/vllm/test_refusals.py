@@ -62,7 +62,9 @@ def test_an_unknown_strategy_and_another_front_end_are_named(monkeypatch):
     from pixelprune.vllm.refusals import check_server
 
     check_server(server(), settings())
-    with pytest.raises(ValueError, match="strategy 'pred3d'; expected one of none, pred2d"):
+    with pytest.raises(ValueError, match="strategy 'pred4d'; expected one of none, pred2d"):
+        check_server(server(), settings("pred4d"))
+    with pytest.raises(ValueError, match="'pred3d' prunes the screenshots of a conversation together"):
         check_server(server(), settings("pred3d"))
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     if hasattr(vllm.envs.__getattr__, "cache_clear"):

@@ -39,7 +39,7 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFolder, confi
         _write_weights(partial, model, config)
         files.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
         write_processor_files(partial, files, config.resize)
-        settings = {"prune": dataclasses.asdict(config.prune), "resize": dataclasses.asdict(config.resize)}
+        settings = {"prune": dataclasses.asdict(config.pruning), "resize": dataclasses.asdict(config.resize)}
         (partial / PRUNE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
         (partial / "README.md").write_text(model_card(config, files, facts))
     return folder

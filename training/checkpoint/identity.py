@@ -8,6 +8,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
+from pixelprune.settings import PruneSettings
 from training.config.recipe import config_to_dict
 from training.config.settings import Config
 from training.data.settings import SourceSettings
@@ -102,9 +103,17 @@ def changes_between(stored: dict[str, Any], config: Config) -> list[Change]:
     defaults = _flat(config_to_dict(Config()))
     for key in after:
         before.setdefault(key, defaults.get(key, _source_default(key, before)))
+    for settings in (before, after):
+        _decide_direction(settings)
     keys = [*after, *(key for key in before if key not in after)]
     changes = [Change(key, before[key], after.get(key, ABSENT)) for key in keys if key not in _NOT_COMPARED]
     return [change for change in changes if change.before != change.after]
+
+
+def _decide_direction(settings: dict[str, Any]) -> None:
+    """auto is compared as what it comes to, which another data.last_turn_only changes."""
+    if settings["prune.strategy"] == "pred3d" and settings["prune.direction"] == "auto":
+        settings["prune.direction"] = PruneSettings().resolved(last_turn_only=settings["data.last_turn_only"]).direction
 
 
 def _source_default(key: str, stored: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from pixelprune.model_folder import PREPROCESSOR_FILE, PRUNE_FILE, ModelFolder, read_model_file
+from pixelprune.selection.registry import is_in_time
 from pixelprune.settings import ResizeSettings
 from training.config.settings import Config
 
@@ -56,7 +57,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def model_card(config: Config, files: ModelFolder, facts: dict[str, str]) -> str:
     """README.md of an export. It names the base model and its license, as far as the source says them."""
-    prune = config.prune
+    prune = config.pruning
     data = ", ".join(f"`{Path(source.path).name}`" for source in config.data.sources)
     base, source_card = _hub_id(files.path), _front_matter(read_model_file(files.path, "README.md") or "")
     front = {
@@ -74,7 +75,8 @@ def model_card(config: Config, files: ModelFolder, facts: dict[str, str]) -> str
         "",
         f"Started from `{base or Path(files.path).name}`, trained on {data}.",
         f"License of the base model: {named or 'not stated in the folder that training started from'}.",
-        f"Blocks are omitted with strategy `{prune.strategy}`, metric `{prune.metric}`, threshold {prune.threshold};",
+        f"Blocks are omitted with strategy `{prune.strategy}`, metric `{prune.metric}`, threshold {prune.threshold}"
+        + (f", {prune.direction} along the screenshots of a conversation;" if is_in_time(prune) else ";"),
         f"evaluate and serve with the settings in `{PRUNE_FILE}`.",
         "",
         "| fact | value |",

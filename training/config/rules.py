@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pixelprune.selection import check_settings
 from training.config.settings import Config, ConfigError
 
 PASSTHROUGH: dict[str, tuple[str, ...]] = {
@@ -65,6 +66,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             "distributed.zero_stage: with 1 in bfloat16 DeepSpeed takes an optimizer whose state cannot be saved by "
             "name; set distributed.zero_stage=2, or model.dtype=float32"
         )
+    try:
+        check_settings(config.prune)
+    except ValueError as error:
+        yield str(error)
+    if config.prune.strategy != "pred3d" and config.prune.direction != "auto":
+        yield f"prune.direction={config.prune.direction}: belongs to prune.strategy=pred3d, got {config.prune.strategy}"
+    if config.prune.strategy != "pred3d" and not config.prune.keep_replaced:
+        yield f"prune.keep_replaced=false: belongs to prune.strategy=pred3d, got {config.prune.strategy}"
     if kd.top_k and kd.source != "cached":
         yield f"kd.top_k: {kd.top_k} log-probabilities are kept in a cache; set kd.source=cached, or kd.top_k=0"
     if not schedule.max_steps and not schedule.epochs:

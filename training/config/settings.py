@@ -273,6 +273,11 @@ class Config:
     tracking: TrackingSettings = field(default_factory=TrackingSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
 
+    @property
+    def pruning(self) -> PruneSettings:
+        """`prune`, its direction decided by what is trained on."""
+        return self.prune.resolved(last_turn_only=self.data.last_turn_only)
+
 
 class ConfigError(UserError):
     """A recipe that cannot be run, in one line: which field, what was expected, what came."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pixelprune.attention.prefixes import Group, groups_apart, groups_of_full
-from pixelprune.pack import Pack, VisionGeometry, decoding_index, pack_samples, row_images
+from pixelprune.pack import Pack, VisionGeometry, decoding_index, pack_samples
 from pixelprune.records.prepare import PreparedRecord
 from pixelprune.sample import Sample
 from pixelprune.settings import MERGE
@@ -77,7 +77,7 @@ def with_full_rows(
     groups = groups_apart(len(samples)) if groups is None else groups
     full = pack_samples(full_samples, geometry, groups_of_full(groups, samples, full_samples))
     if decode:
-        index = decoding_index(row_images(samples, groups))
+        index = decoding_index(samples, groups)
         assert len(index) * MERGE * MERGE == full.num_patches, "every place of every image has a block"
         # Copied: an empty view would keep all pixels, and take them through shared memory.
         full = dataclasses.replace(full, blocks=full.blocks[:0].clone(), block_index=index)

@@ -24,10 +24,10 @@ from PIL import Image
 from pixelprune.attention.prefixes import picture_prefix
 from pixelprune.command import ProgressLine
 from pixelprune.files import whole_file
-from pixelprune.images.image import prune_image
 from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import OUT_OF_MEMORY, UNEXPECTED, RecordError
+from pixelprune.sessions.pruning import Shot, prune_shots
 from training.data.columns import refuse_unread_columns
 from training.data.index import SCHEMA, Index, read_index
 from training.data.index_folder import IndexFolder, open_folder
@@ -221,7 +221,7 @@ def _start_worker(
 ) -> tuple[Callable[[Chunk, int], dict], Callable[[Chunk, list[dict]], list[dict]]]:
     preparer = prepare.build()
     # The kernels are compiled, or read from their cache, with the first picture, which is no record's fault.
-    prune_image(Image.new("RGB", (70, 70)), prepare.prune, prepare.resize)
+    prune_shots([Shot(Image.new("RGB", (70, 70)))] * 2, preparer.prune, prepare.resize)
     return lambda chunk, row: measure(preparer, sources[chunk.source], row), _finish_chunk
 
 

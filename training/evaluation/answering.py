@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from pixelprune.flops import CostModel
 from pixelprune.hf import PrunedInputs, generate, prepare
 from pixelprune.prompter import Messages, Prompter
+from pixelprune.records.image_part import SESSION_KEY
 from pixelprune.records.images import read_image
 from pixelprune.records.keys import KeyRules
 from pixelprune.records.objects import PLAIN_STYLE, ObjectStyle
@@ -258,6 +259,7 @@ def _messages(task: Task) -> Messages:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             elif isinstance(part, ImageRef):
-                content.append({"type": "image", "image": read_image(part, task.root), **part.wish.stated})
+                session = {SESSION_KEY: True} if part.starts_session else {}
+                content.append({"type": "image", "image": read_image(part, task.root), **part.wish.stated, **session})
         messages.append({"role": message.role, "content": content, **message.template_fields})
     return messages

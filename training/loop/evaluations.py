@@ -93,7 +93,7 @@ def _grounding(context: RunContext) -> GroundingEvaluator | None:
         config.data,
         Prompter.load(
             context.files.path,
-            prune=config.prune,
+            prune=config.pruning,
             resize=config.resize,
             grounding_tokens=config.data.grounding_tokens,
             trust_remote_code=config.model.trust_remote_code,

@@ -6,7 +6,7 @@ from rich.table import Table
 from torch import nn
 
 from pixelprune.command import plain_console
-from pixelprune.selection.registry import is_recoverable
+from pixelprune.selection.registry import is_in_time, is_recoverable
 from training.config.settings import Config
 from training.loop.context import RunContext
 from training.loop.feed import Feed
@@ -35,8 +35,9 @@ def print_start_table(
         )
     table.add_row("data", feed.index.describe())
     table.add_row("shared prefixes", describe_sharing(config.data.share_prefix, feed.plan_input))
-    prune = config.prune
-    table.add_row("pruning", f"{prune.strategy}, metric {prune.metric}, threshold {prune.threshold:g}")
+    prune = config.pruning
+    along = f" {prune.direction}" if is_in_time(prune) else ""
+    table.add_row("pruning", f"{prune.strategy}{along}, metric {prune.metric}, threshold {prune.threshold:g}")
     if config.loss.kd_weight > 0:
         table.add_row("teacher", describe_teacher(config, feed))
     steps = f"{num_steps} of {config.data.samples_per_step} samples"

@@ -119,12 +119,12 @@ def test_sharing_changes_what_is_computed_and_nothing_else(setup, rank):
 def test_a_picture_of_many_records_is_prepared_once_in_a_pack(setup, monkeypatch):
     calls = []
 
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(args)
-        return prune_image(*args)
+        return prune_shots(*args, **options)
 
-    prune_image = preparing.prune_image
-    monkeypatch.setattr(preparing, "prune_image", counted)
+    prune_shots = preparing.prune_shots
+    monkeypatch.setattr(preparing, "prune_shots", counted)
     rows = [0, 4, 1, 5, 2, 12]
     for share in (True, False):
         calls.clear()
