@@ -25,6 +25,9 @@ from training.exit_codes import RESUMABLE
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
+SSH_FAILED = 255
+"""Of ssh itself, not of what ran on the other host. A rank that SIGHUP ended, through DeepSpeed's `sys.exit(-1)`, has
+the same code; the ranks answer SIGHUP with a save, so on several hosts it is ssh's."""
 KILLED = 128 + signal.SIGKILL
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -77,7 +80,12 @@ def supervise(
         guard.wait()
         if guard.returncode < 0:
             _kill_adopted(not_ours)
-    code = stopping.code if stopping.code is not None else _shell_code(guard.returncode)
+    code = stopping.code
+    if code is None and ranks_are_remote and guard.returncode == SSH_FAILED:
+        logger.error("a connection to a host broke, or could not be made: code %d of ssh", SSH_FAILED)
+        code = SSH_FAILED
+    elif code is None:
+        code = _shell_code(guard.returncode)
     was_stopped = bool(stops.signum) or bool(stop_file and stop_file.exists())
     return Outcome(code, was_stopped)
 

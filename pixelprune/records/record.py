@@ -45,8 +45,8 @@ class RecordError(ValueError):
 
 @contextmanager
 def of_the_record() -> Iterator[None]:
-    """Whatever goes wrong in here is the record's: RecordError, with reason `unexpected` where nobody thought of it, and
-    `out_of_memory` where memory was short, be it the record's fault or the machine's.
+    """Whatever goes wrong in here is the record's: RecordError, with reason `unexpected` where nobody thought of it,
+    and `out_of_memory` where memory was short, be it the record's fault or the machine's.
 
     A run of millions of records is not ended by one of them, and stops by itself when there are many. The error stays
     the cause; its kind, words and place stand in the message.

@@ -202,6 +202,16 @@ def test_finished_run_is_zero_and_a_killed_rank_is_named_by_its_signal(tmp_path)
     assert front.returncode == 128 + signal.SIGKILL
 
 
+@pytest.mark.parametrize(("where", "expected"), [((), 128 + signal.SIGHUP), (("--remote",), 255)])
+def test_the_code_of_a_broken_ssh_is_no_signal(tmp_path, where, expected):
+    """255 on one host is how DeepSpeed passes on a rank that SIGHUP ended; with other hosts it is ssh's own."""
+    code = "import sys; sys.exit(255)"
+    command = [sys.executable, HERE / "front_command.py", *where, tmp_path, "9", sys.executable, "-c", code]
+    front = subprocess.run(command, capture_output=True, text=True, env=FROM_CHECKOUT, check=False)
+    assert front.returncode == expected
+    assert ("a connection to a host broke" in front.stderr) == bool(where)
+
+
 def test_folder_stays_locked_until_the_last_rank_is_dead(tmp_path):
     drill = Drill(tmp_path, "deaf").wait_for_ranks()
     guard = next(p for p in descendants(drill.front.pid) if p.parent == drill.front.pid)

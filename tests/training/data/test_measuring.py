@@ -1,15 +1,20 @@
 """Processes that measure records: what hangs or dies costs a record, and the loader never meets it."""
 
+import dataclasses
+import io
+import json
 import logging
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pixelprune.pack import VisionGeometry
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
+from tests.samples import chat_row, write_jsonl
 from tests.training.data import hostile_measures
-from training.composition.toy import toy_config
+from training.composition.toy import build_tokenizer, toy_config
 from training.data import index_builder, measuring
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
@@ -52,16 +57,40 @@ def reasons(index) -> dict[str, str]:
     return {entry.record: entry.reason for entry in index.quarantined}
 
 
-def test_a_record_that_hangs_for_ever_is_left_out(
-    screens, prepare, monkeypatch, jumping_clock, caplog, tokenizer, cost
+RANGE = "{%- for i in range(99999) -%}"
+LOOPING = "{%- if 'loop' in messages[0].content | string -%}" + 3 * RANGE + 3 * "{%- endfor -%}" + "{%- endif -%}"
+
+
+def jpeg_of_many_scans(num: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again: small as a file, half a minute to decode."""
+    file = io.BytesIO()
+    Image.new("RGB", (4000, 4000), (90, 120, 200)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    scan = data.rindex(b"\xff\xda")
+    return data[:scan] + data[scan:-2] * num + data[-2:]
+
+
+def test_a_jpeg_of_3000_scans_and_a_template_of_nested_ranges_cost_their_records(
+    screens, prepare, tmp_path_factory, monkeypatch, jumping_clock, caplog, cost
 ):
-    index = build(screens, prepare, hostile_measures.hangs_at_3_and_5, monkeypatch)
+    """Decoders in C and templates in a sandbox hear no signal: their process is ended, and another one goes on."""
+    model = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = LOOPING + tokenizer.chat_template
+    tokenizer.save_pretrained(model)
+    toy_config(tokenizer).save_pretrained(model)
+    prepare = dataclasses.replace(prepare, model_path=str(model))
+    fresh = build(screens, prepare, num_workers=0, index_dir=str(screens / "fresh"))
+    (screens / "screen_3.png").write_bytes(jpeg_of_many_scans(3000))
+    rows = [json.loads(line) for line in (screens / "train.jsonl").read_text().splitlines()]
+    write_jsonl(screens / "train.jsonl", [*rows[:5], chat_row(None, "loop"), *rows[6:]])
+    monkeypatch.setattr(measuring, "POLL_SECONDS", 0.05)
+    index = build(screens, prepare, hostile_measures.tells_before_3_and_5, monkeypatch)
     assert reasons(index) == {"train:3": "too_slow", "train:5": "too_slow"}
     assert all("data.max_seconds_per_record=600" in entry.detail for entry in index.quarantined)
     assert len(index) == 22
     assert index.row.tolist() == [row for row in range(24) if row not in (3, 5)]
     assert caplog.text.count("its process replaced") == 2
-    fresh = build(screens, prepare, index_dir=str(screens / "fresh"))
     for name in ("content_hash", "num_supervised", "text_tokens"):
         np.testing.assert_array_equal(np.delete(getattr(fresh, name), [3, 5]), getattr(index, name))
 
