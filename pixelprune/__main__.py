@@ -1,11 +1,12 @@
 """What pruning does to images, and parity with vLLM: `python -m pixelprune COMMAND`.
 
-`stats PATH...`, `show IMAGE -o OUT.png`, `parity FOLDER IMAGE...`.
+`stats PATH...`, `show IMAGE... -o OUT.png`, `parity FOLDER IMAGE...`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -17,11 +18,13 @@ from PIL import Image
 from rich.table import Table
 
 from pixelprune.command import USER_ERROR, CommandParser, ProgressLine, plain_console, run_command
-from pixelprune.images.image import PrunedImage, decode_image, prune_pixels, resize_image
+from pixelprune.images.image import PrunedImage, decode_image, resize_image
 from pixelprune.selection import METRICS, check_settings
 from pixelprune.selection.overlay import draw_overlay, side_by_side
-from pixelprune.selection.registry import strategy_names
+from pixelprune.selection.registry import is_in_time, strategy_names
+from pixelprune.selection.selection import DIRECTIONS
 from pixelprune.selection.stats import DatasetStats, ImageStats, find_images, measure_files
+from pixelprune.sessions.pruning import Shot, prune_shots
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 from pixelprune.vllm.parity import TOLERANCE, run_parity
 
@@ -39,6 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--metric", choices=METRICS, default="max")
     shared.add_argument(
         "--thresholds", nargs="+", type=float, default=[0.0], metavar="T", help="0..1, default 0 (exact)"
+    )
+    shared.add_argument(
+        "--directions",
+        nargs="+",
+        choices=DIRECTIONS[1:],
+        default=None,
+        metavar="D",
+        help="of pred3d, over the images of a folder in the order of their names, or of the command line: "
+        "backward (default), forward",
     )
     shared.add_argument("--min-pixels", type=int, default=resize.min_pixels, help=f"default {resize.min_pixels}")
     shared.add_argument("--max-pixels", type=int, default=resize.max_pixels, help=f"default {resize.max_pixels}")
@@ -64,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         example="python -m pixelprune show data_tools/samples/images/settings-1366x768-dark.png "
         "-o runs/tutorial/settings.png",
     )
-    show.add_argument("image", type=Path)
+    show.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="several: a session, in the order of time")
     show.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png")
     show.add_argument("--panel-width", type=int, default=1280, help="pixels at most, default 1280")
     show.set_defaults(run=_show)
@@ -99,7 +111,15 @@ def _rules(options: argparse.Namespace, default: tuple[str, ...]) -> dict[str, P
     for strategy, threshold in itertools.product(options.strategies or default, options.thresholds):
         rule = PruneSettings(strategy=strategy, metric=options.metric, threshold=threshold)
         check_settings(rule)
-        rules[strategy if threshold == 0 else f"{strategy} {options.metric} <= {threshold:g}"] = rule
+        label = strategy if threshold == 0 else f"{strategy} {options.metric} <= {threshold:g}"
+        if not is_in_time(rule):
+            rules[label] = rule
+            continue
+        for direction in options.directions or ("backward",):
+            along = label.replace(strategy, f"{strategy} {direction}", 1) if options.directions else label
+            rules[along] = dataclasses.replace(rule, direction=direction)
+    if options.directions and not any(map(is_in_time, rules.values())):
+        raise ValueError(f"--directions: belongs to --strategies pred3d, got {', '.join(rules)}")
     return rules
 
 
@@ -162,12 +182,14 @@ def _show(options: argparse.Namespace) -> int:
     if options.panel_width < 64:
         raise ValueError(f"--panel-width: expected at least 64 pixels, got {options.panel_width}")
     resize = _resize(options)
-    image = resize_image(decode_image(options.image, resize), resize)
+    images = [resize_image(decode_image(path, resize), resize) for path in options.images]
+    shots = [Shot(path) for path in options.images]
     panels = []
     for label, rule in rules.items():
-        pruned = prune_pixels(image, rule, image.shape[:2])
-        kept, total = pruned.selection.num_kept, pruned.num_full_blocks
-        panels.append((f"{label}: keeps {kept} of {total} blocks ({kept / total:.1%})", _panel(image, pruned)))
+        for path, image, (pruned, _) in zip(options.images, images, prune_shots(shots, rule, resize), strict=True):
+            kept, total = pruned.selection.num_kept, pruned.num_full_blocks
+            name = f"{path.name}, {label}" if len(images) > 1 else label
+            panels.append((f"{name}: keeps {kept} of {total} blocks ({kept / total:.1%})", _panel(image, pruned)))
     sheet = side_by_side(panels, options.panel_width)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(options.output, format="PNG")

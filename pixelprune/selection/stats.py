@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pixelprune.images.image import ImageError, decode_image, prune_pixels, resize_image
+from pixelprune.selection.registry import is_in_time
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 
 __all__ = [
@@ -166,13 +169,45 @@ def find_images(paths: Iterable[Path]) -> tuple[list[Path], list[tuple[str, str]
 def measure_files(
     paths: Sequence[Path], rules: Mapping[str, PruneSettings], resize: ResizeSettings, num_threads: int
 ) -> Iterator[ImageStats | tuple[str, str]]:
-    """Measure each file in turn, on several threads; yields its statistics or (path, reason) if it cannot be used."""
+    """Measure each file in turn, on several threads; yields its statistics or (path, reason) if it cannot be used.
+
+    For rules that look at images in time, those of a folder are one session, in the order given; what cannot be read is
+    left out of it.
+    """
+    in_time = {label: rule for label, rule in rules.items() if is_in_time(rule)}
+    alone = {label: rule for label, rule in rules.items() if label not in in_time}
 
     def measure(path: Path) -> ImageStats | tuple[str, str]:
         try:
-            return measure_image(path, rules, resize)
+            return measure_image(path, alone, resize)
         except ImageError as error:
             return str(path), str(error)
 
     with ThreadPoolExecutor(num_threads) as threads:
-        yield from threads.map(measure, paths)
+        if not in_time:
+            yield from threads.map(measure, paths)
+            return
+        for _, session in itertools.groupby(paths, key=lambda path: path.parent):
+            yield from _of_session(list(threads.map(measure, session)), rules, in_time, resize)
+
+
+def _of_session(
+    outcomes: list[ImageStats | tuple[str, str]],
+    rules: Mapping[str, PruneSettings],
+    in_time: Mapping[str, PruneSettings],
+    resize: ResizeSettings,
+) -> Iterator[ImageStats | tuple[str, str]]:
+    """The same with what is kept of each image by the rules that look at all of them."""
+    from pixelprune.sessions.pruning import Shot, prune_shots
+
+    read = [outcome for outcome in outcomes if isinstance(outcome, ImageStats)]
+    kept: dict[str, dict[str, int]] = {image.path: dict(image.kept) for image in read}
+    for label, rule in in_time.items():
+        pruned = prune_shots([Shot(Path(image.path)) for image in read], rule, resize)
+        for image, (one, _) in zip(read, pruned, strict=True):
+            kept[image.path][label] = one.selection.num_kept
+    for outcome in outcomes:
+        if isinstance(outcome, ImageStats):
+            ordered = {label: kept[outcome.path][label] for label in rules}
+            outcome = dataclasses.replace(outcome, kept=ordered)
+        yield outcome

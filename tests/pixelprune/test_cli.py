@@ -15,7 +15,9 @@ from pixelprune.__main__ import main
 from pixelprune.selection import registry, select
 from pixelprune.selection.baselines import budget_size
 from pixelprune.selection.overlay import draw_overlay
+from pixelprune.sessions import select_session
 from tests.pixelprune.selection_reference import page
+from tests.samples import draw_walk
 
 
 @pytest.fixture
@@ -100,6 +102,38 @@ def test_show_draws_every_rule(tmp_path: Path, capsys: pytest.CaptureFixture) ->
         height, width = panel.shape[:2]
         corners = np.argwhere((sheet[:-height, :-width] == panel[0, 0]).all(axis=-1))
         assert any(np.array_equal(sheet[r : r + height, c : c + width], panel) for r, c in corners)
+
+
+def test_a_folder_and_the_images_shown_are_sessions_for_pred3d(tmp_path: Path, capsys) -> None:
+    walks = {"a": draw_walk(3, 1), "b": draw_walk(2, 2)}
+    for name, pictures in walks.items():
+        (tmp_path / name).mkdir()
+        for step, picture in enumerate(pictures):
+            picture.save(tmp_path / name / f"{step}.png")
+    (tmp_path / "a" / "1-broken.png").write_bytes(b"no picture")
+    sizes = ["--min-pixels", "1024", "--strategies", "pred3d", "pred2d", "--directions", "backward", "forward"]
+    assert main(["stats", str(tmp_path), "--json", *sizes]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["unreadable"]) == 1
+    expected = {}
+    for direction in ("backward", "forward"):
+        options = {"direction": direction, "keep_replaced": direction == "forward"}
+        expected[direction] = [
+            one for pictures in walks.values() for one in select_session(list(map(np.asarray, pictures)), **options)
+        ]
+        kept = [image["kept_blocks"][f"pred3d {direction}"] for image in found["images"]]
+        assert kept == [one.num_kept for one in expected[direction]]
+        assert sum(kept) < sum(image["kept_blocks"]["pred2d"] for image in found["images"])
+    sheet, shown = tmp_path / "sheet.png", [str(tmp_path / "a" / f"{step}.png") for step in range(3)]
+    assert main(["show", *shown, "-o", str(sheet), *sizes[:4], "--directions", "forward"]) == 0
+    pixels = np.asarray(Image.open(sheet))
+    for picture, one in zip(walks["a"], expected["forward"], strict=False):
+        panel = draw_overlay(np.asarray(picture), one)
+        corners = np.argwhere((pixels[: -panel.shape[0], : -panel.shape[1]] == panel[0, 0]).all(axis=-1))
+        assert any(np.array_equal(pixels[r : r + panel.shape[0], c : c + panel.shape[1]], panel) for r, c in corners)
+    capsys.readouterr()
+    assert main(["stats", str(tmp_path), "--directions", "forward"]) == 2
+    assert "--directions: belongs to --strategies pred3d" in capsys.readouterr().err
 
 
 def test_every_registered_strategy_is_offered(

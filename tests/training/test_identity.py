@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pixelprune.settings import PruneSettings
 from tests.ranks import ROOT
 from tests.training.debug_run import call, overrides
 from training.checkpoint.checkpointer import Checkpointer, RunState
@@ -75,6 +76,16 @@ def test_a_setting_that_the_older_recipe_did_not_have_counts_as_its_default():
     changed = with_sources("a.jsonl", system="You look at screens.")
     changed.optim.eps = 1e-6
     assert {change.key for change in changes_between(older, changed)} == {"optim.eps", "data.sources.0.system"}
+
+
+def test_a_direction_of_auto_is_compared_as_what_it_comes_to():
+    config = Config(prune=PruneSettings("pred3d"))
+    stored = config_to_dict(config)
+    config.prune = PruneSettings("pred3d", direction="forward")
+    assert changes_between(stored, config) == []
+    config = Config(prune=PruneSettings("pred3d"), data=DataSettings(last_turn_only=True))
+    changes = {change.key: (str(change), change.kind) for change in changes_between(stored, config)}
+    assert changes["prune.direction"] == ("prune.direction forward -> backward", "bound")
 
 
 def test_a_setting_that_is_none_any_more_is_said():

@@ -118,6 +118,12 @@ def test_a_bad_override_is_one_line_that_names_the_field(recipe, override, messa
         (MINIMAL + "optim: {learning_rte: 1}\n", "did you mean 'optim.lr'"),
         (MINIMAL + "run: {output_dir: a}\n", "did you mean 'run.folder'"),
         ("[" * 2000, "not valid YAML"),
+        (
+            MINIMAL + "prune: {direction: back}\n",
+            "prune.direction: expected one of auto, backward, forward, got 'back'",
+        ),
+        (MINIMAL + "prune: {direction: forward}\n", "prune.direction=forward: belongs to prune.strategy=pred3d"),
+        (MINIMAL + "prune: {keep_replaced: false}\n", "prune.keep_replaced=false: belongs to prune.strategy=pred3d"),
         ("data: {sources: [{path: a}]}\n", "model.path: expected a Hugging Face model folder"),
         ("model: {path: a}\n", "data.sources: expected at least one"),
     ],

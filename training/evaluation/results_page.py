@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pixelprune.images.image import ImageError, decode_image, prune_pixels, resi
 from pixelprune.prompter import Prompter
 from pixelprune.records.images import read_image
 from pixelprune.records.record import ImageRef
+from pixelprune.selection.registry import is_in_time
 from pixelprune.settings import PruneSettings, ResizeSettings
 from training.evaluation.answering import Task
 from training.evaluation.scoring import Prediction
@@ -142,7 +143,10 @@ def _shown(record: _Record) -> dict[str, Any]:
         "place_on": len(pictures) - 1 if is_place else None,
         "num_pictures": 1 if is_place else len(images),
         "no_picture": problem,
-        "given": {row: _given(prediction, prompter, sizes) for row, (prediction, prompter) in record.given.items()},
+        "given": {
+            row: _given(prediction, prompter) | {"masks": _masks(prompter, sizes, task, refs)}
+            for row, (prediction, prompter) in record.given.items()
+        },
     }
 
 
@@ -180,8 +184,7 @@ class _Sizes:
             return None
 
 
-def _given(prediction: Prediction, prompter: Prompter, sizes: _Sizes) -> dict[str, Any]:
-    is_pruned = prompter.prune.strategy != "none"
+def _given(prediction: Prediction, prompter: Prompter) -> dict[str, Any]:
     return {
         "text": prediction.text,
         "score": prediction.score,
@@ -190,8 +193,22 @@ def _given(prediction: Prediction, prompter: Prompter, sizes: _Sizes) -> dict[st
         "point": prediction.point,
         "kept": prediction.kept_blocks,
         "full": prediction.full_blocks,
-        "masks": [_mask(image, prompter.prune) for image in sizes.of(prompter.resize)] if is_pruned else [],
     }
+
+
+def _masks(prompter: Prompter, sizes: _Sizes, task: Task, refs: Sequence[ImageRef]) -> list[dict[str, Any] | None]:
+    """Of each picture that is shown (`refs` of the record's images); with pred3d all of the record are looked at."""
+    if prompter.prune.strategy == "none":
+        return []
+    seen, images = sizes.of(prompter.resize), task.record.images
+    if not is_in_time(prompter.prune):
+        return [_mask(image, prompter.prune) for image in seen]
+    try:
+        pruned = prompter.prune_images([replace(ref, source=read_image(ref, task.root)) for ref in images])
+    except ValueError:  # one that is not shown cannot be read by now
+        return [None for _ in seen]
+    shown = slice(-1, None) if len(refs) == 1 else slice(len(seen))
+    return [omitted_runs(image.selection.keep) for image in pruned[shown]]
 
 
 def _mask(image: np.ndarray | None, prune: PruneSettings) -> dict[str, Any] | None:
