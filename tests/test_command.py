@@ -22,6 +22,7 @@ WRONG = {
     "training.doctor": ["--json", "no/[such]/found.json"],
     "training.inspect": ["no/[such].yaml"],
     "training.cache_teacher": ["no/[such].yaml"],
+    "training.answer": ["no/[such]", "--data", "no/[such].jsonl", "--out", "out"],
     "training.evaluate": ["no/[such]", "--data", "no/[such].jsonl"],
     "training.report": ["no/[such]"],
     "training.tables": ["grounding", "--model", "no/[such]", "--data", "no/[such].jsonl", "--out", "out"],

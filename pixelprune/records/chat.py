@@ -22,6 +22,7 @@ from pixelprune.model_folder import ModelFolder
 from pixelprune.records.agents import split_reasoning, strings_in
 from pixelprune.records.record import Message, Record, RecordError
 from pixelprune.records.template import AnswerPlaces, Span, TemplateFacts, any_of, rewritten
+from pixelprune.records.token_answers import with_answer_tokens
 from pixelprune.sample import ChatTokens
 
 __all__ = ["GENERATION_TAG", "ChatEncoder", "control_tokens", "would_forge"]
@@ -88,9 +89,11 @@ class ChatEncoder:
 
         A token is supervised when it lies wholly inside what the assistant wrote, end token included: a token that
         began in the turn's header would be given, not predicted, when generating.
-        Raises RecordError with reason special_token, bad_text, template or no_supervised_token.
+        Raises RecordError with reason special_token, bad_text, template, bad_token_ids or no_supervised_token.
         """
         self._check_text(record)
+        if any(message.tokens for message in record.messages):
+            return self._encode_tokens(record)
         text, spans = self.render(record)
         # The template's own special tokens are in the text already: nothing is to be added.
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -106,6 +109,25 @@ class ChatEncoder:
             supervised,
             weights if (weights[supervised] != 1).any() else None,
         )
+
+    def _encode_tokens(self, record: Record) -> ChatTokens:
+        """A conversation whose last answer is token ids: the rendered prompt, and behind it the ids as they are."""
+        *before, answer = (self._with_reasoning_apart(message) for message in record.messages)
+        if answer.tokens is None or any(message.tokens for message in before):
+            raise RecordError("bad_token_ids", "token_ids stand in another turn than the last")
+        if not self.last_turn_only and any(message.supervised for message in before):
+            raise RecordError(
+                "bad_token_ids",
+                "an answer with token_ids is trained on alone: mark the answers before it as not to be trained on "
+                '("loss": false), or set data.last_turn_only',
+            )
+        self._refuse_what_has_no_place(before, record)
+        thinking = answer.tokens.enable_thinking
+        choice = {} if thinking is None else {"enable_thinking": thinking}
+        turns = [_template_turn(message) for message in before]
+        prompt = self._text(turns, tools=list(record.tools) or None, add_generation_prompt=True, **choice)
+        _refuse_lost_text(before, prompt)
+        return with_answer_tokens(self.tokenizer, prompt, answer)
 
     def _supervised(self, spans: list[Span], record: Record) -> list[tuple[Span, float]]:
         """The answers to be trained on, out of all of them, with the weight of each."""
@@ -168,6 +190,8 @@ class ChatEncoder:
     def _check_text(self, record: Record) -> None:
         """No string that the template sees may hold a control token, nor become one beside its <, > or |."""
         for message in record.messages:
+            if message.tokens is not None:
+                continue  # its text is not what is trained on
             self._check_strings([message.text], f"a {message.role} turn")
             self._check_strings(strings_in(message.template_fields), f"a {message.role} turn", is_structured=True)
             if "</think>" in message.reasoning or "<think>" in message.reasoning:

@@ -252,6 +252,8 @@ def hash_content(record: Record, pictures: list[bytes | Image.Image]) -> int:
             digest.update(text)
         if message.template_fields:
             digest.update(_json_bytes(message.template_fields))
+        if message.tokens is not None:
+            digest.update(b"\x00tokens" + _json_bytes(list(asdict(message.tokens).values())))
     if record.tools:
         digest.update(b"\x00tools" + _json_bytes(record.tools))
     for ref, picture in zip(record.images, pictures, strict=True):

@@ -8,7 +8,8 @@ messages   {"messages": [{"role": "user", "content": [{"type": "image", "image":
            source that take the next of `images`, or plain strings; without any mark, `images` come first (TRL).
 
 In both, `system` beside the turns is a system turn in front of them, and a turn's `loss`, `train`, `weight`, ... says
-whether it is trained on, or how much. An image stands exactly where its mark stood: the line break that ShareGPT files
+whether it is trained on, or how much. A last answer with `token_ids` is trained on by these
+(pixelprune/records/token_answers.py). An image stands exactly where its mark stood: the line break that ShareGPT files
 write behind `<image>` is text of the prompt, as LLaMA-Factory and ms-swift have it. Every key is read, known to say
 nothing about training, named by the user, or refused (pixelprune/records/keys.py): left out in silence it would train
 another task. Rows from Arrow and Parquet carry None for keys another row has: None always means absent.
@@ -39,6 +40,7 @@ from pixelprune.records.marks import image_marks
 from pixelprune.records.objects import with_objects
 from pixelprune.records.record import ImageRef, Message, Part, Record, RecordError, of_the_record
 from pixelprune.records.shapes import CALL_PART, as_messages, of_value_part
+from pixelprune.records.token_answers import MAX_WEIGHT, MIN_WEIGHT, TOKEN_KEYS, answer_tokens_of
 
 __all__ = [
     "BOX_KEYS",
@@ -59,12 +61,11 @@ MESSAGE_ROLES = {name: role for name, role in SHAREGPT_ROLES.items() if name not
 BOX_KEYS = ("bbox", "bboxes")
 SUPERVISION_KEYS = ("loss", "train", "weight", "training", "trainable", "loss_scale", "loss_weight")
 """ms-swift's, OpenAI's, axolotl's and their kind: how much a turn is trained on."""
-MIN_WEIGHT, MAX_WEIGHT = 1e-4, 1e4
 _CONVERSATIONS = ("conversations", "messages")
 _NOT_METADATA = (*_CONVERSATIONS, "images", "image", "system", "metadata", "weight", "tools", "objects")
 RECORD_KEYS = (*_NOT_METADATA, *BOX_KEYS)
 _TURN_KEYS = ("role", "content", *SUPERVISION_KEYS)
-_ROLE_KEYS = {"assistant": (*REASONING_KEYS, "tool_calls"), "tool": ("name", "tool_call_id")}
+_ROLE_KEYS = {"assistant": (*REASONING_KEYS, "tool_calls", *TOKEN_KEYS), "tool": ("name", "tool_call_id")}
 _TEXT_KEYS = ("type", "text")
 _IMAGE_PART_KEYS = ("type", *IMAGE_KEYS)
 
@@ -74,7 +75,7 @@ def parse_record(row: Any, record_format: str = "auto", rules: KeyRules = NO_RUL
 
     Raises RecordError with reason not_an_object, unknown_format, empty_conversation, unknown_role, bad_content,
     empty_turn, image_count, remote_image, bad_image, bad_size, image_in_answer, two_systems, preference_data,
-    unread_key, bad_box, bad_objects, object_count, bad_tools, bad_weight, out_of_memory or unexpected.
+    unread_key, bad_box, bad_objects, object_count, bad_tools, bad_weight, bad_token_ids, out_of_memory or unexpected.
     """
     if record_format not in FORMATS:
         raise ValueError(f"unknown format {record_format!r}, expected one of {', '.join(FORMATS)} (sources[].format)")
@@ -171,6 +172,8 @@ def _read_turn(turn: Any, roles: dict[str, str], supply: _ImageSupply) -> Messag
     if not isinstance(name, str) or name not in roles:
         raise RecordError("unknown_role", f"role {name!r}, expected one of {', '.join(roles)}")
     role, content = roles[name], turn.get("value", turn.get("content"))
+    if (tokens := answer_tokens_of(turn, content)) is not None:
+        return Message(role, (content,) if content else (), _turn_weight(turn, role), tokens=tokens)
     reasoning, calls = reasoning_of(turn), tool_calls_of(turn.get("tool_calls"), supply.rules)
     if name in CALL_ROLES and not calls:
         content, calls = "", tool_calls_of(content, supply.rules)
@@ -334,7 +337,7 @@ def _check_turns(messages: list[Message]) -> None:
         has_image = any(isinstance(part, ImageRef) for part in message.parts)
         if message.role == "assistant" and has_image:
             raise RecordError("image_in_answer", "an assistant turn holds an image, which no model here can predict")
-        if not message.parts and not message.tool_calls and message.role != "tool":
+        if not (message.parts or message.tool_calls or message.tokens) and message.role != "tool":
             raise RecordError("empty_turn", f"a {message.role} turn is empty")
 
 

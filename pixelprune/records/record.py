@@ -17,6 +17,7 @@ __all__ = [
     "OUT_OF_MEMORY",
     "ROLES",
     "UNEXPECTED",
+    "AnswerTokens",
     "ImageRef",
     "Message",
     "ObjectMark",
@@ -93,6 +94,20 @@ Part = str | ImageRef | ObjectMark
 
 
 @dataclass(frozen=True)
+class AnswerTokens:
+    """An answer as the ids that a model wrote: its text need not tokenise back to them.
+
+    ids: with the end token where the model wrote one; an answer cut at its limit has none. weights: what each token's
+    loss is multiplied with; empty where all are 1. enable_thinking: how the chat template asked for the answer; None
+    for its default.
+    """
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    enable_thinking: bool | None = None
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn: `role` is one of ROLES, `parts` are text and images in order.
 
@@ -100,6 +115,7 @@ class Message:
     without meaning in other turns.
     reasoning, tool_calls: what an assistant turn says beside its text; calls in OpenAI's form, arguments as objects.
     answers: `name` and `tool_call_id` of a tool's turn, where they are given.
+    tokens: the last answer as token ids, which are trained on in place of its text.
     """
 
     role: str
@@ -108,6 +124,7 @@ class Message:
     reasoning: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     answers: dict[str, str] = field(default_factory=dict)
+    tokens: AnswerTokens | None = None
 
     @property
     def supervised(self) -> bool:

@@ -19,7 +19,7 @@ from pixelprune.flops import CostModel
 from pixelprune.hf import PrunedInputs, generate, prepare
 from pixelprune.prompter import Messages, Prompter
 from pixelprune.records.image_part import SESSION_KEY
-from pixelprune.records.images import read_image
+from pixelprune.records.images import Root, read_image
 from pixelprune.records.keys import KeyRules
 from pixelprune.records.objects import PLAIN_STYLE, ObjectStyle
 from pixelprune.records.prepare import hash_content, with_objects_written
@@ -90,7 +90,7 @@ def read_tasks(
             try:
                 record = parse_record(source.rows[row], source.settings.format, rules)
                 record = source.settings.preset().apply(with_objects_written(record, source.root, object_style))
-                _question(record)
+                num_question_turns(record)
                 target = target_of(record)
                 tasks.append(Task(record_id, record, target, source.root, _fingerprint(record, target, source.root)))
             except (RecordError, TargetError) as error:
@@ -126,7 +126,10 @@ def prepare_task(task: Task, prompter: Prompter, template_kwargs: Mapping[str, A
     Raises ValueError for a record whose images cannot be used or have another size than `metadata.image_size`.
     """
     inputs = prepare(
-        prompter, _messages(task), tools=list(task.record.tools) or None, template_kwargs=dict(template_kwargs)
+        prompter,
+        question_of(task.record, task.root),
+        tools=list(task.record.tools) or None,
+        template_kwargs=dict(template_kwargs),
     )
     images = inputs.samples[0].images
     if not images:
@@ -241,7 +244,7 @@ def _describe_file(name: str, root: Path | RemoteFolder | None) -> bytes:
     return f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}".encode(errors="replace")
 
 
-def _question(record: Record) -> int:
+def num_question_turns(record: Record) -> int:
     """Number of turns before the last answer. Raises TargetError when they do not end with the user."""
     turns = len(record.messages)
     if turns and record.messages[-1].role == "assistant":
@@ -251,15 +254,16 @@ def _question(record: Record) -> int:
     return turns
 
 
-def _messages(task: Task) -> Messages:
+def question_of(record: Record, root: Root | None) -> Messages:
+    """The turns before the last answer as `pixelprune.hf.prepare` takes them, with the bytes of their images."""
     messages: Messages = []
-    for message in task.record.messages[: _question(task.record)]:
+    for message in record.messages[: num_question_turns(record)]:
         content: list[dict[str, Any]] = []
         for part in message.parts:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
             elif isinstance(part, ImageRef):
                 session = {SESSION_KEY: True} if part.starts_session else {}
-                content.append({"type": "image", "image": read_image(part, task.root), **part.wish.stated, **session})
+                content.append({"type": "image", "image": read_image(part, root), **part.wish.stated, **session})
         messages.append({"role": message.role, "content": content, **message.template_fields})
     return messages

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from torch import nn
 
 from pixelprune.command import ProgressLine, plain_console
 from pixelprune.flops import CostModel
@@ -97,10 +98,15 @@ def target_bytes(config: Config, teacher: ModelFolder, num_supervised: int) -> i
 
 def target_values(pack: Pack, teacher: OnlineTeacher, config: Config) -> dict[str, torch.Tensor]:
     """What is stored for a full row: `hidden` (N, D), or `log_probs` (N, k) and `ids` (N, k); on the CPU."""
-    hidden = teacher.hidden(pack)
+    return stored_values(teacher.hidden(pack), teacher.head, config)
+
+
+def stored_values(hidden: torch.Tensor, head: nn.Module, config: Config) -> dict[str, torch.Tensor]:
+    """As `target_values`, of final hidden states (N, D) that are there already, and the teacher's output head."""
     if not config.kd.top_k:
         return {"hidden": hidden.to(_stored_dtype(config)).cpu()}
-    chunks = [_top_k(rows, teacher, config) for rows in hidden.split(config.loss.chunk_size)]
+    device = next(head.parameters()).device
+    chunks = [_top_k(rows.to(device), head, config) for rows in hidden.split(config.loss.chunk_size)]
     return {
         "log_probs": torch.cat([log_probs for log_probs, _ in chunks]),
         "ids": torch.cat([ids for _, ids in chunks]),
@@ -108,8 +114,8 @@ def target_values(pack: Pack, teacher: OnlineTeacher, config: Config) -> dict[st
 
 
 @torch.no_grad()
-def _top_k(hidden: torch.Tensor, teacher: OnlineTeacher, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    log_probs = tempered_log_softmax(teacher.head(hidden), config.loss.temperature)
+def _top_k(hidden: torch.Tensor, head: nn.Module, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probs = tempered_log_softmax(head(hidden), config.loss.temperature)
     if config.kd.top_k >= log_probs.shape[1]:
         raise UserError(f"kd.top_k: expected fewer than the vocabulary's {log_probs.shape[1]}, got {config.kd.top_k}")
     values, ids = log_probs.topk(config.kd.top_k, dim=-1)
