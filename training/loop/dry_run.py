@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText
 
-from pixelprune.family import family_of
 from pixelprune.model_folder import ModelFolder
 from pixelprune.records.prepare import Preparer
 from pixelprune.records.record import RecordError
@@ -19,7 +18,7 @@ from training.data.settings import SourceSettings
 from training.data.sources import HUB, Source, open_sources
 from training.errors import UserError
 from training.loop.feed import prepare_settings
-from training.loop.memory import Recomputation, estimate_memory, teacher_weights
+from training.loop.memory import Recomputation, estimate_memory, is_estimated, state_bytes, teacher_weights
 from training.model.loading import is_hub_id, load_model_files
 from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts
@@ -96,13 +95,14 @@ def _sampled(source: Source, preparer: Preparer) -> str:
 def _memory(config: Config, files: ModelFolder, num_ranks: int, attention_for_auto: str) -> list[str]:
     """The estimate of `training.loop.memory` from the model's config alone: with as little recomputed as the recipe
     allows, and with as much."""
-    family = family_of(files.config)
-    if family.linear_attention or family.experts:
-        return ["not estimated for this family"]
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(files.config, trust_remote_code=config.model.trust_remote_code)
     freeze_parts(model, config.optim)
     add_adapters(model, config.lora)
+    if not is_estimated(files.config):
+        states = state_bytes(config, model, num_ranks)
+        listed = ", ".join(f"{name} {size / 1e9:.3g}" for name, size in states.items())
+        return [f"{sum(states.values()) / 1e9:.3g} GB ({listed}) and activations, which are not estimated here"]
     teacher = None
     if config.loss.kd_weight > 0 and config.kd.source == "online":
         teacher = TeacherPlan(load_teacher_files(config.kd, config.model, files))

@@ -158,8 +158,6 @@ def estimate_memory(
     """
     text, vision = model.config.text_config, model.config.vision_config
     b = ITEMSIZE[config.model.dtype]
-    num_weights = sum(p.numel() for p in model.parameters())
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     llm = llm_bytes(text, config.data.pack_tokens, b, attention, fused=config.model.liger)
     vit = vit_bytes(vision, config.data.pack_patches, b, attention)
     trains_vit = any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vit")
@@ -167,16 +165,30 @@ def estimate_memory(
         vit = TowerBytes(vit.num_layers, 0.0, 0.0, vit.outside)
     head = _head_bytes(config, text, b, trained=model.get_output_embeddings().weight.requires_grad)
     return MemoryEstimate(
-        weights=b * num_weights,
-        optimizer=12 * num_trained / world_size,
-        gradients=_gradient_bytes(
-            config, num_trained, bucket_elements(config.distributed.reduce_bucket_size, model), world_size, b
-        ),
+        **state_bytes(config, model, world_size),
         vit=vit.saved(policy.vit),
         llm=llm.saved(policy.llm),
         workspace=max(head, llm.workspace(policy.llm), vit.workspace(policy.vit) - llm.saved(policy.llm)),
         teacher=teacher_weights * ITEMSIZE[config.kd.dtype or config.model.dtype],
     )
+
+
+def state_bytes(config: Config, model: Any, world_size: int) -> dict[str, float]:
+    """Weights, optimizer and gradients of `MemoryEstimate`: what every family has alike, whatever is in a pack."""
+    b = ITEMSIZE[config.model.dtype]
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    bucket = bucket_elements(config.distributed.reduce_bucket_size, model)
+    return {
+        "weights": float(b * sum(p.numel() for p in model.parameters())),
+        "optimizer": 12 * num_trained / world_size,
+        "gradients": _gradient_bytes(config, num_trained, bucket, world_size, b),
+    }
+
+
+def is_estimated(hf_config: Any) -> bool:
+    """Whether the formulas describe the family's layers: neither linear attention nor experts."""
+    family = family_of(hf_config)
+    return not (family.linear_attention or family.experts)
 
 
 def _gradient_bytes(config: Config, num_trained: int, bucket: int, world_size: int, itemsize: int) -> float:
@@ -255,8 +267,8 @@ def choose_recomputation(
     Warns where nothing fits. Families whose layers the formulas do not describe (linear attention, experts) recompute
     every layer.
     """
-    family, asked = family_of(model.config), (config.model.recompute_vit, config.model.recompute_llm)
-    if family.linear_attention or family.experts:
+    asked = (config.model.recompute_vit, config.model.recompute_llm)
+    if not is_estimated(model.config):
         return MemoryPlan(Recomputation(*(1 if every == AUTO else every for every in asked)), None, available)
     choices = [EVERY if every == AUTO else (every,) for every in asked]
     policies = [Recomputation(vit, llm) for vit, llm in itertools.product(*choices)]
