@@ -53,7 +53,8 @@ _FLAGS = (
     "--disable-default-apps",
     "--disable-dev-shm-usage",
     "--disable-extensions",
-    "--disable-features=HttpsUpgrades,Translate,MediaRouter,OptimizationHints,DialMediaRouteProvider",
+    "--disable-features=HttpsUpgrades,Translate,MediaRouter,OptimizationHints,DialMediaRouteProvider,RenderDocument,"
+    "BackForwardCache",
     "--disable-gpu",
     "--disable-lcd-text",
     "--disable-sync",
@@ -197,6 +198,11 @@ class Browser:
         tab = Tab(self, session["sessionId"], target)
         self._tabs[tab.session_id] = tab
         return tab
+
+    def close_tab(self, tab: Tab) -> None:
+        """Close a tab and forget what it showed."""
+        self._tabs.pop(tab.session_id, None)
+        self.call("Target.closeTarget", {"targetId": tab.target_id}, deadline=time.monotonic() + 30)
 
     def send(self, method: str, params: dict, session_id: str | None = None) -> int:
         """Send one command and return its number, without waiting."""

@@ -1,5 +1,6 @@
 // Runs in an isolated world of the page: finds what a person could click, as it is visible now.
-// Returns {elements: [Element], report: JSON}; boxes are CSS pixels of the viewport; reason: why one is left out, or "".
+// Returns {elements: [Element], report: JSON}; boxes are CSS pixels of the viewport; reason: why one is left out, or "";
+// use: what it is for a person who acts on the page.
 (minSide) => {
   const CLICKABLE =
     'a[href], button, input:not([type=hidden]), select, textarea, summary, [contenteditable=""], [contenteditable=true],' +
@@ -94,6 +95,47 @@
     return last && last.getBoundingClientRect().top <= box.top + 1 ? squeeze(last.innerText) : "";
   };
 
+  // What a person would expect of an element before acting on it.
+  const TYPED = "input:not([type]), input[type=text], input[type=search], input[type=email], input[type=url]," +
+    "input[type=tel], input[type=password], input[type=number], textarea, [contenteditable=''], [contenteditable=true]";
+  const DIALOGS = "dialog[open], [role=dialog], [role=alertdialog]";
+  const MENUS = "[role=menu], [role=listbox], [popover]";
+  const isShown = (element) => !isHidden(element) && size(visibleBox(element).box) > 0;
+  const shown = (selector) => [...document.querySelectorAll(selector)].filter(isShown);
+  const use = (element) => {
+    const link = element.closest("a[href]");
+    const isSame = link && (!link.target || link.target === "_self");
+    let kind = "other";
+    if (element.matches(TYPED) && !element.readOnly) kind = "field";
+    else if (element.matches("select, input[type=file], input[type=color], input[type=date], input[type=time], a[download]")) {
+      kind = "native";
+    } else if (element.matches("[role=tab]")) kind = "tab";
+    else if (element.matches("summary, [aria-haspopup], [aria-expanded], [popovertarget]")) kind = "opener";
+    else if (link) kind = "link";
+    const layer = element.closest(DIALOGS) ? "dialog" : element.closest(MENUS) ? "menu" : "";
+    return {
+      kind, layer, href: link ? (isSame ? link.href : "elsewhere") : "",
+      value: kind === "field" ? element.value || (element.isContentEditable ? element.textContent : "") || "" : "",
+      focused: document.activeElement === element,
+      chosen: element.matches("[aria-selected=true], [aria-current]"),
+    };
+  };
+  // Areas that scroll, with how far they can, in CSS pixels; the page itself first.
+  const scrollAreas = () => {
+    const page = document.scrollingElement || document.documentElement;
+    const inner = [...document.body.querySelectorAll("*")].filter((element) =>
+      element.scrollHeight > element.clientHeight + 8 && element.clientHeight > 60 &&
+      /(auto|scroll)/.test(getComputedStyle(element).overflowY) && isShown(element));
+    return [page, ...inner].map((element) => {
+      const box = element === page ? viewport : visibleBox(element).box;
+      const up = element.scrollTop;
+      const down = element.scrollHeight - element.clientHeight - up;
+      const x = (box.left + box.right) / 2, y = (box.top + box.bottom) / 2;
+      const hit = document.elementFromPoint(x, y);
+      return { x, y, up, down, height: box.bottom - box.top, reached: !!hit && (element === page || element.contains(hit)) };
+    }).filter((area) => area.up + area.down > 8 && area.reached);
+  };
+
   const elements = [];
   const found = [];
   const dropped = {};
@@ -119,7 +161,10 @@
       heading: headingOf(element, box),
       title: squeeze(element.getAttribute("title")),
       aria: squeeze(element.getAttribute("aria-label")),
+      use: use(element),
     });
   }
-  return { elements, report: JSON.stringify({ found, dropped, href: location.href }) };
+  const layers = { dialogs: shown(DIALOGS).length, menus: shown(MENUS).length };
+  const report = { found, dropped, href: location.href, layers, scroll: document.body ? scrollAreas() : [] };
+  return { elements, report: JSON.stringify(report) };
 }

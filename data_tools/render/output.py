@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections import deque
@@ -10,17 +11,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
 
 from data_tools.render.png import encode_png
-from data_tools.render.shot import Shot
 from pixelprune.files import PARTIAL, whole_file
+
+ImageFormat = Literal["png", "webp"]
+"""Both lossless; WebP takes about half of the bytes."""
 
 
 def prepare_out(out: Path, *, overwrite: bool) -> None:
     """Make the output folder. Raises ValueError when it holds records already and `overwrite` is not set."""
     names = [f"{split}.jsonl{end}" for split in ("train", "eval") for end in ("", PARTIAL)]
-    old = [out / name for name in (*names, "report.json", "sheet.png", "images")]
+    old = [out / name for name in (*names, "sessions.jsonl", "report.json", "sheet.png", "images")]
     present = [path.name for path in old if path.exists()]
     if present and not overwrite:
         raise ValueError(f"--out {out}: holds {', '.join(present)} already; choose another folder or pass --overwrite")
@@ -38,8 +44,9 @@ class RenderOutput:
     The JSONL files bear `.partial` in their names until the run is complete; a killed run leaves them so.
     """
 
-    def __init__(self, out: Path, splits: Sequence[str], png_level: int) -> None:
+    def __init__(self, out: Path, splits: Sequence[str], png_level: int, file_format: ImageFormat = "png") -> None:
         self._out = out
+        self._format: ImageFormat = file_format
         self._png_level = png_level
         self._open = ExitStack()
         self._files = {}
@@ -58,12 +65,22 @@ class RenderOutput:
         self._pool.shutdown(wait=True)
         self._open.__exit__(kind, error, trace)
 
-    def add(self, shot: Shot, split: str, records: list[dict[str, Any]]) -> None:
-        """Write one screenshot and its records. Raises OSError, also for an earlier image."""
+    def add_image(self, name: str, image: np.ndarray) -> None:
+        """Write one screenshot, uint8 (height, width, 3). Raises OSError, also for an earlier one."""
         if len(self._writes) > 8:  # bounds the pixels in memory
             self._writes.popleft().result()
-        path = self._out / "images" / f"{shot.name}.png"
-        self._writes.append(self._pool.submit(lambda: path.write_bytes(encode_png(shot.image, level=self._png_level))))
+        path = self._out / "images" / f"{name}.{self._format}"
+        self._writes.append(self._pool.submit(lambda: path.write_bytes(self._encoded(image))))
+
+    def _encoded(self, image: np.ndarray) -> bytes:
+        if self._format == "png":
+            return encode_png(image, level=self._png_level)
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "WEBP", lossless=True, quality=80, method=4)
+        return buffer.getvalue()
+
+    def add_records(self, split: str, records: list[dict[str, Any]]) -> None:
+        """Write records of a split, a line each."""
         for record in records:
             self._files[split].write(json.dumps(record, ensure_ascii=False) + "\n")
 

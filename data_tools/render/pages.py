@@ -160,7 +160,8 @@ def render(
                 if not made:
                     report.dropped_images["no usable element"] += 1
                     continue
-                output.add(shot, split, made)
+                output.add_image(shot.name, shot.image)
+                output.add_records(split, made)
                 report.num_images += 1
                 report.num_records[split] += len(made)
             report.num_pages += 1

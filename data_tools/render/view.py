@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -28,10 +29,11 @@ _HIDE = """(async () => {
     return element;
   };
   style(`*, *::before, *::after { animation: none !important; transition: none !important;
-    caret-color: transparent !important; scroll-behavior: auto !important }`);
+    CARET !important; scroll-behavior: auto !important }`);
   await document.fonts.ready;
   globalThis.pixelpruneHidden = style('html { display: none !important }');
 })()"""
+_CARETS = {False: "caret-color: transparent", True: "caret-animation: manual"}
 _UNHIDE = "globalThis.pixelpruneHidden.remove()"
 # Input fields, and the roles ARIA gives to things that are chosen or switched.
 ROLE_WORDS = {
@@ -101,12 +103,19 @@ class PageView:
     """Shows pages of `site` in a tab. Foreign pages run no script unless `javascript` is set.
 
     Every request is answered from the site's folder or refused; requests refused are counted in `blocked`.
+    follow: the page may go to other pages of the site. caret: text fields show a caret, which does not blink.
     """
 
-    def __init__(self, tab: Tab, site: Site, *, javascript: bool = False) -> None:
+    def __init__(
+        self, tab: Tab, site: Site, *, javascript: bool = False, follow: bool = False, caret: bool = False
+    ) -> None:
         self.tab = tab
         self.site = site
         self.blocked: Counter[str] = Counter()
+        self.report: dict[str, Any] = {}
+        """What elements.js said before the last picture was taken."""
+        self._follow = follow
+        self._hide = _HIDE.replace("CARET", _CARETS[caret])
         self._wanted = ""
         self._shown = ""
         self._main_frame = ""
@@ -129,6 +138,8 @@ class PageView:
         url = event["request"]["url"].partition("#")[0]
         request = event["requestId"]
         is_main = event.get("resourceType") == "Document" and event.get("frameId") == self._main_frame
+        if is_main and self._follow and self.site.page_of(url) is not None:
+            self._wanted = url
         if is_main and url != self._wanted:  # a refresh or a script that would leave the page we measure
             self.blocked["navigation"] += 1
             self.tab.notify("Fetch.failRequest", {"requestId": request, "errorReason": "Aborted"})
@@ -152,7 +163,12 @@ class PageView:
         )
 
     def show(self, page: str, viewport: Viewport, theme: str) -> None:
-        """Load `page` and wait until it is complete. Raises PageError and its kinds."""
+        """Load `page`, wait until it is complete, and make it stand still. Raises PageError and its kinds."""
+        self.load(page, viewport, theme)
+        self.prepare()
+
+    def load(self, page: str, viewport: Viewport, theme: str) -> None:
+        """Load `page` and wait until it is complete."""
         tab = self.tab
         tab.call(
             "Emulation.setDeviceMetricsOverride",
@@ -176,16 +192,29 @@ class PageView:
                 or (self.blocked["navigation"] > blocked and self._num_stops > stops)
             )
         )
+
+    def prepare(self) -> None:
+        """Make a page that has loaded stand still, and draw it anew."""
         self._shown = self._wanted
-        self._world = tab.call(
+        self._world = self.tab.call(
             "Page.createIsolatedWorld",
             {"frameId": self._main_frame, "worldName": "pixelprune", "grantUniveralAccess": False},
         )["executionContextId"]
-        self._evaluate(_HIDE)
-        tab.call("Page.captureScreenshot", {"format": "png", "optimizeForSpeed": True})
-        self._evaluate(_UNHIDE)
+        self.evaluate(self._hide)
+        self.tab.call("Page.captureScreenshot", {"format": "png", "optimizeForSpeed": True})
+        self.evaluate(_UNHIDE)
 
-    def _evaluate(self, expression: str) -> object:
+    @property
+    def page(self) -> str:
+        """The page of the site that is shown."""
+        return self.site.page_of(self._wanted) or ""
+
+    def is_leaving(self, event: dict) -> bool:
+        """Whether a navigation (Page.frameRequestedNavigation) leaves the document that is shown, be it for itself."""
+        url, hash_mark, _ = event["url"].partition("#")
+        return event["frameId"] == self._main_frame and not (hash_mark and url == self._shown)
+
+    def evaluate(self, expression: str) -> object:
         answer = self.tab.call(
             "Runtime.evaluate",
             {"expression": expression, "contextId": self._world, "returnByValue": True, "awaitPromise": True},
@@ -196,12 +225,12 @@ class PageView:
 
     def page_height(self) -> float:
         """Scrollable height of the page, CSS pixels."""
-        value = self._evaluate("Math.max(document.documentElement.scrollHeight, innerHeight)")
+        value = self.evaluate("Math.max(document.documentElement.scrollHeight, innerHeight)")
         return float(str(value))
 
     def scroll_to(self, top: float) -> float:
         """Scroll, let lazy images load, and return where the page came to stand (CSS pixels)."""
-        value = self._evaluate(
+        value = self.evaluate(
             f"(async () => {{ scrollTo(0, {top}); await Promise.all([...document.images].filter(i => !i.complete && "
             "i.getBoundingClientRect().top < innerHeight).map(i => i.decode().catch(() => 0))); return scrollY; })()"
         )
@@ -235,6 +264,7 @@ class PageView:
         Boxes are read before and after the picture is taken; what moved or was covered meanwhile is left out.
         """
         before, handle = self.boxes()
+        self.report = before
         image = self.screenshot()
         expected = (round(viewport.height * viewport.scale), round(viewport.width * viewport.scale))
         if image.shape[:2] != expected:

@@ -82,10 +82,61 @@ def _computer_use() -> Preset:
     )
 
 
+def _computer_use_agent() -> Preset:
+    """What Qwen3-VL's computer agents are told on OSWorld: every action of a session, relative coordinates."""
+    actions = {
+        "key": "Performs key down presses on the arguments passed in order, then performs key releases in reverse "
+        "order.",
+        "type": "Type a string of text on the keyboard.",
+        "mouse_move": "Move the cursor to a specified (x, y) pixel coordinate on the screen.",
+        "left_click": "Click the left mouse button at a specified (x, y) pixel coordinate on the screen.",
+        "scroll": "Performs a scroll of the mouse scroll wheel.",
+        "wait": "Wait specified seconds for the change to happen.",
+        "terminate": "Terminate the current task and report its completion status.",
+    }
+    properties = {
+        "action": {
+            "description": "\n".join(f"* `{name}`: {text}" for name, text in actions.items()),
+            "enum": list(actions),
+            "type": "string",
+        },
+        "keys": {"description": "Required only by `action=key`.", "type": "array"},
+        "text": {"description": "Required only by `action=type`.", "type": "string"},
+        "coordinate": {"description": "The x,y coordinates for mouse actions.", "type": "array"},
+        "pixels": {"description": "The amount of scrolling.", "type": "number"},
+        "time": {"description": "The seconds to wait.", "type": "number"},
+        "status": {"description": "The status of the task.", "type": "string", "enum": ["success", "failure"]},
+    }
+    description = (
+        "Use a mouse and keyboard to interact with a computer, and take screenshots.\n* The screen's resolution is "
+        "1000x1000.\n* Make sure to click any buttons, links, icons, etc with the cursor tip in the center of the "
+        "element."
+    )
+    parameters = {"properties": properties, "required": ["action"], "type": "object"}
+    tool = {
+        "type": "function",
+        "function": {"name": "computer_use", "description": description, "parameters": parameters},
+    }
+    return Preset(
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        "You are provided with function signatures within <tools></tools> XML tags:\n"
+        f"<tools>\n{json.dumps(tool)}\n</tools>\n\n"
+        "For each function call, return a json object with function name and arguments within <tool_call></tool_call> "
+        'XML tags:\n<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>\n\n'
+        "# Response format\n\nResponse format for every step:\n"
+        "1) Action: a short imperative describing what to do in the UI.\n"
+        "2) A single <tool_call>...</tool_call> block containing only the JSON.\n\n"
+        "Rules:\n- Output exactly in the order: Action, <tool_call>.\n- Be brief: one sentence for Action.\n"
+        "- Do not output anything else outside those parts.\n- If finishing, use action=terminate in the tool call."
+    )
+
+
 PRESETS = {
     "as_recorded": Preset(),
     # The tool prompt that the instruct models are evaluated with on ScreenSpot Pro: one tool, one action.
     "computer_use": _computer_use(),
+    # The same tool with every action, as the instruct models' agents are asked over a session of screenshots.
+    "computer_use_agent": _computer_use_agent(),
     "point": Preset(
         template="Where is the element for this instruction? Answer with its point as (x, y), both from 0 to 1000.\n"
         "Instruction: {question}"
@@ -110,7 +161,8 @@ PRESETS = {
     ),
 }
 """DocVQA, InfoVQA and ChartQA: short_answer; AI2D and MMMU: select_option; other options: option_letter; OCRBench and
-olmOCRBench: as_recorded; MMLongBench-Doc: document; ScreenSpot and UI-Vision: computer_use or point."""
+olmOCRBench: as_recorded; MMLongBench-Doc: document; ScreenSpot and UI-Vision: computer_use or point; sessions:
+computer_use_agent."""
 
 
 AS_RECORDED = PRESETS["as_recorded"]

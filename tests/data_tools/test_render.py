@@ -132,7 +132,7 @@ def test_a_page_reaches_neither_the_network_nor_other_files(browser: Browser, tm
     assert (image == (1, 200, 3)).all(axis=2).sum() == 2500
     assert view.blocked["outside the folder"] == 3
     assert view.blocked["missing file"] == 2  # ../secret.txt is resolved to /secret.txt; and the symbolic link
-    assert "gone" not in str(view._evaluate("document.body.innerText"))
+    assert "gone" not in str(view.evaluate("document.body.innerText"))
 
 
 def test_the_network_is_dead_below_the_interception_too(browser: Browser, tmp_path: Path) -> None:
