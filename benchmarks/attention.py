@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.parts.record import markdown_table, write_record
+from pixelprune.attention.borders import Borders
 from training.composition.toy import build_toy_model
 from training.config.settings import ATTENTION_NAMES
 from training.diagnosis.check import Bench, milliseconds
@@ -45,7 +46,7 @@ def measure(bench: Bench, attention: str, shorten: int) -> dict[str, dict[str, f
     model = load_pretrained(str(folder), attention=attention, dtype=dtype)
     for name, (heads, length) in ROWS.items():
         lengths = [max(1, length // shorten)] * NUM_SAMPLES
-        attend = attention_of(model, heads, lengths, bench.device)
+        attend = attention_of(model, heads, Borders.of_lengths(lengths, is_causal=heads.is_causal), bench.device)
         rows = [
             torch.randn(sum(lengths), number, heads.width, device=bench.device, dtype=dtype, requires_grad=True)
             for number in (heads.heads, heads.kv_heads, heads.kv_heads)

@@ -105,6 +105,11 @@ class CostModel:
         )
         return sum(parts.values())
 
+    def vision_flops(self, image_tokens: Any, patch_squares: Any, *, training: bool) -> Any:
+        """FLOPs of the vision tower and its mergers; numbers or arrays, as in `batch_flops`."""
+        parts = self._parts(image_tokens, patch_squares, 0, 0, training)
+        return sum(parts[name] for name in ("vit_attention", "vit_linear", "merger", "deepstack"))
+
     def prefill_flops(
         self,
         *,

@@ -22,9 +22,9 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from pixelprune.attention.segments import takes_borders
 from pixelprune.family import family_of
-from pixelprune.pack import Pack, VisionGeometry, model_inputs, vision_inputs
+from pixelprune.pack import Pack, VisionGeometry, model_inputs, row_inputs, vision_inputs
 
-__all__ = ["DELTA_CHUNK", "KERNEL_PACKAGES", "final_hidden", "group_by_length", "takes_packed_rows"]
+__all__ = ["DELTA_CHUNK", "KERNEL_PACKAGES", "final_hidden", "group_by_length", "image_features", "takes_packed_rows"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ def final_hidden(
 ) -> torch.Tensor:
     """Final hidden states (L, D) of a pack's tokens, in the order of the row; equal to running its samples apart.
 
-    Of a prefix that samples share there is one state per token. Raises ValueError for a model that cannot share one.
+    A picture that the pack encodes once goes through the vision tower once, and its features to every place. Of a
+    prefix that samples share there is one state per token. Raises ValueError for a model that cannot share one.
     model: the stock model with its output head; the pack is on its device. dtype: of the pixels, the model's if None.
     in_one_call: pad all samples to the longest instead of grouping them by length. For ranks that share a model's
     layers (ZeRO-3) and must therefore run it equally often.
@@ -58,13 +59,37 @@ def final_hidden(
             "row; pack without groups"
         )
     if takes_packed_rows(model):
-        inputs = model_inputs(pack, geometry, dtype, with_borders=takes_borders(model))
+        inputs = _packed_inputs(model, pack, geometry, dtype)
         if is_flash_attention_requested(model.config):
             # Borders are the cumulative lengths; row 0 would only be searched for them once more, and waited for.
             inputs["position_ids"] = inputs["position_ids"][1:]
         return model.model(**inputs).last_hidden_state[0]
     groups = [list(range(pack.num_samples))] if in_one_call else group_by_length(pack.sample_lens)
     return _unpacked_hidden(model, pack, geometry, dtype, groups)
+
+
+def _packed_inputs(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict[str, Any]:
+    """`model_inputs`, or the row with the features of its pictures, where one picture stands in several places."""
+    if pack.image_order is None:
+        return model_inputs(pack, geometry, dtype, with_borders=takes_borders(model))
+    inputs = row_inputs(pack, geometry, with_borders=takes_borders(model))
+    return inputs | {"mm_encoder_outputs": {"image": image_features(model, pack, geometry, dtype)}}
+
+
+def image_features(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> Any:
+    """What the stock vision tower says of the row's images, in their order: one run over those that are encoded.
+
+    A stock output: pooler_output holds features (kept, D) of each image, deepstack_features the same per tapped layer,
+    where the family has any. Images of one picture have one tensor in common, in which their gradients meet. The pack
+    has an image.
+    """
+    inputs = vision_inputs(pack, geometry, dtype, with_borders=takes_borders(model))
+    output = model.model.get_image_features(**inputs, return_dict=True)
+    if pack.image_order is not None:
+        output.pooler_output = tuple(output.pooler_output[number] for number in pack.image_order)
+        if layers := getattr(output, "deepstack_features", None):
+            output.deepstack_features = [tuple(layer[number] for number in pack.image_order) for layer in layers]
+    return output
 
 
 def takes_packed_rows(model: Any) -> bool:
@@ -169,9 +194,7 @@ def _places(pack: Pack, groups: list[list[int]], longest: list[int], starts: lis
 
 def _images_by_sample(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     """Features (kept, D) of each sample's images: the vision tower runs once over all images of the pack."""
-    features: tuple[Any, ...] = ()
-    if inputs := vision_inputs(pack, geometry, dtype, with_borders=takes_borders(model)):
-        features = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+    features = image_features(model, pack, geometry, dtype).pooler_output if pack.num_patches else ()
     borders = [0, *accumulate(pack.num_images_per_sample)]
     return [tuple(features[start:stop]) for start, stop in pairwise(borders)]
 

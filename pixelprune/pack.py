@@ -8,21 +8,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Self
 
 import numpy as np
 import torch
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from pixelprune.attention.borders import Borders
 from pixelprune.attention.prefixes import Group, Piece, SharedPrefix, groups_apart, pieces_of, row_borders
 from pixelprune.extras import INFERENCE, TRAINING, require_transformers
-from pixelprune.family import family_of
+from pixelprune.images.distinct import distinct_images
+from pixelprune.images.geometry import VisionGeometry, vision_fields
 from pixelprune.images.image import PrunedImage
+from pixelprune.images.patches import normalised_patches
 from pixelprune.sample import Sample
-from pixelprune.settings import BLOCK, MERGE, PATCH
+from pixelprune.settings import MERGE
 
 __all__ = [
     "Pack",
@@ -31,49 +31,12 @@ __all__ = [
     "model_inputs",
     "normalise_blocks",
     "pack_samples",
+    "row_inputs",
+    "row_pictures",
     "vision_inputs",
 ]
 
 # L = tokens of the row, S = samples, I = images, K = kept blocks, P = 4 K = ViT patches, N = supervised tokens
-
-
-@dataclass(frozen=True)
-class VisionGeometry:
-    """What the builder needs to know of a model: the vision tower's grid, the pixel normalisation, and whether the
-    language model has linear-attention layers, whose convolution takes sample borders as `seq_idx`."""
-
-    image_token_id: int
-    num_grid_per_side: int
-    interpolation_mode: str
-    align_corners: bool
-    temporal_patch: int = 2
-    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    linear_attention: bool = False
-
-    @classmethod
-    def from_config(cls, config: Any, preprocessor: dict[str, Any] | None = None) -> VisionGeometry:
-        """From a Hugging Face model config and, if at hand, the content of its preprocessor_config.json.
-
-        Raises ValueError for an unsupported family or for patch sizes other than 16 with a merge of 2.
-        """
-        family, vision = family_of(config), config.vision_config
-        if (vision.patch_size, vision.spatial_merge_size) != (PATCH, MERGE):
-            raise ValueError(
-                f"expected ViT patches of {PATCH} merged {MERGE}x{MERGE}, got patch_size={vision.patch_size}, "
-                f"spatial_merge_size={vision.spatial_merge_size} in the model's config"
-            )
-        preprocessor = preprocessor or {}
-        return cls(
-            image_token_id=config.image_token_id,
-            num_grid_per_side=int(vision.num_position_embeddings**0.5),
-            interpolation_mode=family.interpolation_mode,
-            align_corners=family.align_corners,
-            temporal_patch=vision.temporal_patch_size,
-            image_mean=tuple(preprocessor.get("image_mean", cls.image_mean)),
-            image_std=tuple(preprocessor.get("image_std", cls.image_std)),
-            linear_attention=family.linear_attention,
-        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +46,7 @@ class Pack:
     input_ids int64 (L,); position_ids int64 (4, L): row 0 counts 0..n-1 in every sample (a gap would be read as a
     border), rows 1-3 are MRoPE of the unpruned sequences; cu_seqlens int32 (S+1,) sample borders, those of the
     segments where samples share a prefix; max_seqlen: tokens of the longest sample.
+    cu_seqlens_k int32 (S+1,): the same of the keys that each sees, other ones where samples share a prefix.
     blocks uint8 (K, 32, 32, 3); block_index int64 (K',) or None: when set, row i of the vision tower's input is
     blocks[block_index[i]] (the decoder of an exact strategy: Proposition 1).
     vit_position_ids int64 (P, 2), vit_interp_indices int64 (P, 4), vit_interp_weights float32 (P, 4): rows of the
@@ -92,11 +56,14 @@ class Pack:
     weights float32 (N,): what the loss of each is multiplied with, all 1 unless is_weighted; loss_weight: their sum.
     Per sample, with what it shares: num_supervised_per_sample, sample_lens, num_images_per_sample, record_ids, and
     num_kept_blocks, num_full_blocks summed over samples. shared: the prefixes that stand in the row once for several.
+    image_order: of each image in the row, which of those in blocks and vit_* gives its features, where a picture of
+    several places is encoded once; None where every image is encoded.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
+    cu_seqlens_k: torch.Tensor
     max_seqlen: int
     blocks: torch.Tensor
     vit_position_ids: torch.Tensor
@@ -118,6 +85,7 @@ class Pack:
     borders: Borders
     vit_borders: Borders
     shared: tuple[SharedPrefix, ...] = ()
+    image_order: tuple[int, ...] | None = None
     block_index: torch.Tensor | None = None
 
     @property
@@ -138,6 +106,14 @@ class Pack:
     def num_patches(self) -> int:
         """ViT patches that are computed: those of a shared image once."""
         return len(self.vit_position_ids)
+
+    @property
+    def repeated_images(self) -> tuple[int, ...]:
+        """Kept blocks of each image in the row whose features are those of an image encoded before it."""
+        order = self.image_order or ()
+        is_first = (number not in order[:place] for place, number in enumerate(order))
+        lengths = self.vit_borders.lengths
+        return tuple(lengths[n] // (MERGE * MERGE) for n, first in zip(order, is_first, strict=True) if not first)
 
     @property
     def num_supervised(self) -> int:
@@ -166,11 +142,19 @@ class Pack:
         return self.mapped(lambda tensor: tensor.pin_memory())
 
 
-def pack_samples(samples: list[Sample], geometry: VisionGeometry, groups: Sequence[Group] | None = None) -> Pack:
+def pack_samples(
+    samples: list[Sample],
+    geometry: VisionGeometry,
+    groups: Sequence[Group] | None = None,
+    *,
+    pictures: Sequence[int] | None = None,
+) -> Pack:
     """Put samples behind each other in one row. Raises ValueError for an empty list.
 
     groups: samples that share a prefix (`attention.prefixes.find_groups`), which then stands in the row once; None
     shares nothing. What is supervised stays in the order of the samples either way.
+    pictures: of each image in the row the number of its picture (`row_pictures`): one that stands in several places is
+    encoded once. None encodes every image.
     """
     if not samples:
         raise ValueError("a pack needs at least one sample; a rank without work gets a dummy sample")
@@ -178,7 +162,7 @@ def pack_samples(samples: list[Sample], geometry: VisionGeometry, groups: Sequen
     pieces = pieces_of(samples, groups)
     borders = row_borders(pieces)
     starts = [0, *accumulate(borders.lengths)]
-    images = [image for piece in pieces for image in _images_of(samples, piece)]
+    encoded, image_order = _encoded_once([samples[sample].images[n] for sample, n in _places(pieces)], pictures)
     ids = np.concatenate([samples[piece.sample].input_ids[piece.start : piece.stop] for piece in pieces])
     row_positions = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
     mrope = np.concatenate(
@@ -191,6 +175,7 @@ def pack_samples(samples: list[Sample], geometry: VisionGeometry, groups: Sequen
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(np.concatenate([row_positions[None], mrope])),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        cu_seqlens_k=torch.tensor([0, *accumulate(borders.key_lengths)], dtype=torch.int32),
         max_seqlen=max(map(len, samples)),
         logit_index=torch.from_numpy(logit_index),
         labels=torch.from_numpy(ids[logit_index + 1]),
@@ -205,28 +190,53 @@ def pack_samples(samples: list[Sample], geometry: VisionGeometry, groups: Sequen
         num_full_blocks=sum(image.num_full_blocks for sample in samples for image in sample.images),
         borders=borders,
         shared=tuple(SharedPrefix.of_group(samples, group) for group in groups if len(group.members) > 1),
-        **_vision_fields(images, geometry),
+        image_order=image_order,
+        **vision_fields(encoded, geometry),
     )
 
 
-def _images_of(samples: list[Sample], piece: Piece) -> list[PrunedImage]:
-    return samples[piece.sample].images[slice(*piece.images)]
+def _encoded_once(
+    images: list[PrunedImage], pictures: Sequence[int] | None
+) -> tuple[list[PrunedImage], tuple[int, ...] | None]:
+    """The images that are encoded, and `Pack.image_order`: None where no picture stands in two places."""
+    if pictures is None:
+        return images, None
+    first = dict(zip(reversed(pictures), reversed(images), strict=True))
+    if len(first) == len(images):
+        return images, None
+    return [first[number] for number in range(len(first))], tuple(pictures)
 
 
-def decoding_index(samples: list[Sample], groups: Sequence[Group] | None = None) -> torch.Tensor:
+def row_pictures(samples: list[Sample], groups: Sequence[Group] | None = None) -> tuple[int, ...]:
+    """Of each image in the row of `pack_samples`, in order, the number of its picture: what `pictures` takes there."""
+    pieces = pieces_of(samples, groups_apart(len(samples)) if groups is None else groups)
+    return distinct_images([(samples[sample].images, n) for sample, n in _places(pieces)])
+
+
+def _places(pieces: list[Piece]) -> list[tuple[int, int]]:
+    """(sample, its image's number) of every image in the row."""
+    return [(piece.sample, n) for piece in pieces for n in range(*piece.images)]
+
+
+def decoding_index(
+    samples: list[Sample], groups: Sequence[Group] | None = None, pictures: Sequence[int] | None = None
+) -> torch.Tensor:
     """`Pack.block_index` of the full images: for every place in order, which of the row's kept blocks stands there.
 
-    int64 (all blocks,), for the row that `pack_samples` makes of the same samples and groups. Exact for recoverable
-    strategies (`registry.is_recoverable`, Proposition 1), across the images of a sample too.
+    int64 (all blocks,), for the row that `pack_samples` makes of the same samples, groups and pictures. Exact for
+    recoverable strategies (`registry.is_recoverable`, Proposition 1), across the images of a sample too.
     """
     pieces = pieces_of(samples, groups_apart(len(samples)) if groups is None else groups)
-    row: list[tuple[int, int]] = [(piece.sample, n) for piece in pieces for n in range(*piece.images)]
-    kept = [samples[sample].images[n].selection.num_kept for sample, n in row]
-    starts = dict(zip(row, accumulate(kept, initial=0), strict=False))
+    row = _places(pieces)
+    numbers_of_row = range(len(row)) if pictures is None else pictures
+    first = dict(zip(reversed(numbers_of_row), reversed(row), strict=True))
+    encoded = [first[number] for number in range(len(first))]
+    starts_of_pictures = list(accumulate((samples[s].images[n].selection.num_kept for s, n in encoded), initial=0))
+    starts = {place: starts_of_pictures[number] for number, place in zip(numbers_of_row, row, strict=True)}
     # Who brings a prefix's images to the row, for every sample that shares it.
     owners = {piece.sample: pieces[piece.prefix].sample for piece in pieces if piece.prefix is not None}
     parts = [np.empty(0, dtype=np.int64)]
-    for sample, n in row:
+    for sample, n in encoded:
         images, owner = samples[sample].images, owners.get(sample, sample)
         selection = images[n].selection
         numbers = np.full(selection.source.shape, n) if selection.image is None else selection.image
@@ -249,10 +259,21 @@ def model_inputs(
     the packed mask is not built and samples leak into each other. Nothing in here waits for the device.
     with_borders: hand on the host integers too, for models whose attention reads them
     (`pixelprune.attention.segments.takes_borders`); any other would drop them without a word.
-    Raises ValueError for a row that only such attention keeps apart, without with_borders.
+    Raises ValueError for a row that only such attention keeps apart, without with_borders, and for one whose pictures
+    are encoded once: their features go in through `pixelprune.model_call.final_hidden`.
     A family with linear-attention layers takes these inputs only where its compiled kernels are installed and raises
     otherwise; `pixelprune.model_call.final_hidden` runs it anywhere.
     """
+    if pack.image_order is not None:
+        raise ValueError(
+            "a row whose pictures are encoded once: expected a call through pixelprune.model_call.final_hidden"
+        )
+    inputs = row_inputs(pack, geometry, with_borders=with_borders)
+    return inputs | vision_inputs(pack, geometry, dtype, with_borders=with_borders)
+
+
+def row_inputs(pack: Pack, geometry: VisionGeometry, *, with_borders: bool = False) -> dict[str, Any]:
+    """The part of `model_inputs` that concerns tokens; placeholders of images wait for their features."""
     require_transformers(TRAINING, "a packed row in the stock model")
     if not with_borders and not pack.borders.are_apart:
         raise ValueError(
@@ -263,7 +284,7 @@ def model_inputs(
         "input_ids": pack.input_ids[None],
         "position_ids": pack.position_ids[:, None],
         "cu_seq_lens_q": pack.cu_seqlens,
-        "cu_seq_lens_k": pack.cu_seqlens,
+        "cu_seq_lens_k": pack.cu_seqlens_k,
         "max_length_q": pack.max_seqlen,
         "max_length_k": pack.max_seqlen,
         "use_cache": False,
@@ -272,7 +293,7 @@ def model_inputs(
         inputs["seq_idx"] = _sample_of_token(pack)[None]
     if with_borders:
         inputs["row_borders"] = pack.borders
-    return inputs | vision_inputs(pack, geometry, dtype, with_borders=with_borders)
+    return inputs
 
 
 def _sample_of_token(pack: Pack) -> torch.Tensor:
@@ -284,7 +305,7 @@ def _sample_of_token(pack: Pack) -> torch.Tensor:
 def vision_inputs(
     pack: Pack, geometry: VisionGeometry, dtype: torch.dtype, *, with_borders: bool = False
 ) -> dict[str, Any]:
-    """The part of `model_inputs` that concerns images; empty for a pack without one."""
+    """The part of `model_inputs` that concerns images, those that are encoded; empty for a pack without one."""
     if pack.num_patches == 0:
         return {}
     require_transformers(INFERENCE, "pruned images in the stock model")
@@ -305,86 +326,11 @@ def vision_inputs(
 
 
 def normalise_blocks(blocks: torch.Tensor, geometry: VisionGeometry) -> torch.Tensor:
-    """uint8 blocks (K, 32, 32, 3) to float32 patches (4 K, 3 * temporal * 256), in the HF processor's layout.
-
-    Every uint8 value has one float32 image under scale and normalise, so a table looked up per channel gives the HF
-    processor's bits on any device: it multiplies by 1/255 in float64, rounds to float32, then normalises in float32.
-    """
-    table = _normalisation_table(geometry.image_mean, geometry.image_std, blocks.device)
-    channel_offset = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=blocks.device).view(3, 1, 1)
-    values = table[_by_patch(blocks).to(torch.int32) + channel_offset]
-    return _twice(values, geometry.temporal_patch)
-
-
-def patches_of_blocks(blocks: torch.Tensor, temporal_patch: int) -> torch.Tensor:
-    """uint8 blocks (K, 32, 32, 3) to uint8 patches (4 K, 3 * temporal * 256), in the HF processor's layout."""
-    return _twice(_by_patch(blocks), temporal_patch)
-
-
-def _by_patch(blocks: torch.Tensor) -> torch.Tensor:
-    """(K, 32, 32, 3) to (K, 2, 2, 3, 16, 16): the patches of a block, row by row, channels first."""
-    return blocks.view(len(blocks), MERGE, PATCH, MERGE, PATCH, 3).permute(0, 1, 3, 5, 2, 4)
-
-
-def _twice(patches: torch.Tensor, temporal_patch: int) -> torch.Tensor:
-    """(K, 2, 2, 3, 16, 16) to (4 K, 3 * temporal * 256): an image is a video whose frames are all the same."""
-    frames = patches.unsqueeze(4).expand(-1, -1, -1, -1, temporal_patch, -1, -1)
-    return frames.reshape(len(patches) * MERGE * MERGE, 3 * temporal_patch * PATCH * PATCH)
-
-
-@lru_cache(maxsize=8)
-def _normalisation_table(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    per_channel = [(scaled - np.float32(m)) / np.float32(s) for m, s in zip(mean, std, strict=True)]
-    return torch.from_numpy(np.concatenate(per_channel)).to(device)
+    """uint8 blocks (K, 32, 32, 3) to float32 patches (4 K, 3 * temporal * 256), as the HF processor gives them."""
+    return normalised_patches(blocks, geometry.image_mean, geometry.image_std, geometry.temporal_patch)
 
 
 def _predictors(sample: Sample) -> np.ndarray:
     """Positions in the sample whose logits predict a supervised token."""
     assert not sample.supervised[0], f"record {sample.record_id!r}: nothing precedes its first token to predict it from"
     return np.flatnonzero(sample.supervised) - 1
-
-
-def _vision_fields(images: list[PrunedImage], geometry: VisionGeometry) -> dict[str, Any]:
-    if not images:
-        return {
-            "blocks": torch.empty(0, BLOCK, BLOCK, 3, dtype=torch.uint8),
-            "vit_position_ids": torch.empty(0, 2, dtype=torch.int64),
-            "vit_interp_indices": torch.empty(0, 4, dtype=torch.int64),
-            "vit_interp_weights": torch.empty(0, 4, dtype=torch.float32),
-            "vit_cu_seqlens": torch.zeros(1, dtype=torch.int32),
-            "vit_max_seqlen": 0,
-            "vit_borders": Borders([], is_causal=False),
-        }
-    grids = [_kept_rows(image.selection.keep, geometry) for image in images]
-    num_patches = [len(positions) for positions, _, _ in grids]
-    return {
-        "blocks": torch.from_numpy(np.concatenate([image.blocks for image in images])),
-        "vit_position_ids": torch.cat([positions for positions, _, _ in grids]),
-        "vit_interp_indices": torch.cat([indices for _, indices, _ in grids]),
-        "vit_interp_weights": torch.cat([weights for _, _, weights in grids]),
-        "vit_cu_seqlens": torch.tensor([0, *accumulate(num_patches)], dtype=torch.int32),
-        "vit_max_seqlen": max(num_patches),
-        "vit_borders": Borders.of_lengths(num_patches, is_causal=False),
-    }
-
-
-def _kept_rows(keep: np.ndarray, geometry: VisionGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Position and interpolation rows of the kept patches, taken from those of the full grid."""
-    full = _full_grid(keep.shape, geometry)
-    kept_patches = torch.from_numpy(keep.reshape(-1)).repeat_interleave(MERGE * MERGE)
-    return tuple(rows[kept_patches] for rows in full)
-
-
-@lru_cache(maxsize=64)
-def _full_grid(shape: tuple[int, int], geometry: VisionGeometry) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All rows of a grid of blocks, from the stock helpers. Screenshots come in few sizes, so they are remembered."""
-    grid_thw = torch.tensor([[1, shape[0] * MERGE, shape[1] * MERGE]])
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grid_thw,
-        num_grid_per_side=geometry.num_grid_per_side,
-        mode=geometry.interpolation_mode,
-        align_corners=geometry.align_corners,
-        spatial_merge_size=MERGE,
-    )
-    return get_vision_position_ids(grid_thw, MERGE), indices, weights

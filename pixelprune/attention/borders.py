@@ -36,6 +36,8 @@ class Borders:
         self.num_tokens = self.segments[-1].queries[1] if self.segments else 0
         self.lengths = tuple(stop - start for (start, stop), _ in self.segments)
         """Queries of each segment."""
+        self.key_lengths = tuple(sum(last - first for first, last in keys) for _, keys in self.segments)
+        """Keys that each segment sees."""
         self.are_apart = all(segment.keys == (segment.queries,) for segment in self.segments)
         """Every segment sees itself and nothing else: what cumulative lengths can say."""
         self._check()

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from pixelprune.attention.borders import Borders, Segment
-from pixelprune.images.image import PrunedImage
+from pixelprune.images.distinct import image_key
 from pixelprune.sample import Sample
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "find_groups",
     "groups_apart",
     "groups_of_full",
+    "picture_hash",
     "picture_prefix",
     "pieces_of",
     "row_borders",
@@ -174,13 +175,18 @@ def picture_prefix(sample: Sample, image_token_id: int) -> tuple[int, int]:
     return max(key, 1), end - kept
 
 
+def picture_hash(sample: Sample) -> int:
+    """Of a sample's first image alone, whatever stands before it (63 bits, above 0); 0 for a sample without one."""
+    return -image_key(sample.images, 0, {}) if sample.images else 0
+
+
 def _sequence(sample: Sample, image_token_id: int, keys: dict[int, int]) -> np.ndarray:
     """What may be shared of a sample: int64 (P, 4), per token its id, or its image's key, and its MRoPE position."""
     supervised = np.flatnonzero(sample.supervised)
     length = max(min(len(sample), int(supervised[0]) if len(supervised) else len(sample)) - 1, 0)
     ids, is_image = sample.input_ids.copy(), sample.input_ids == image_token_id
     kept = [image.selection.num_kept for image in sample.images]
-    ids[is_image] = np.repeat([_image_key(sample.images, number, keys) for number in range(len(kept))], kept)
+    ids[is_image] = np.repeat([image_key(sample.images, number, keys) for number in range(len(kept))], kept)
     whole = int(np.cumsum([0, *kept])[_num_images(sample, image_token_id, length)])
     if whole < is_image[:length].sum():  # ends within an image, which is shared as a whole or not at all
         length = int(np.flatnonzero(is_image)[whole])
@@ -192,28 +198,6 @@ def _num_images(sample: Sample, image_token_id: int, length: int) -> int:
     num_tokens = int((sample.input_ids[:length] == image_token_id).sum())
     ends = list(accumulate(image.selection.num_kept for image in sample.images))
     return sum(end <= num_tokens for end in ends)
-
-
-def _image_key(images: Sequence[PrunedImage], number: int, keys: dict[int, int]) -> int:
-    """A negative number that stands for a prepared image: kept pixels, where they stand, what they decode to.
-
-    An image that stands on others of its conversation is the same where these are, too: its pixels, which a teacher is
-    given, are decoded from theirs. keys: those of images that the caller keeps, by id(image); one picture, or one
-    conversation, of many records is hashed once.
-    """
-    image = images[number]
-    if id(image) not in keys:
-        selection = image.selection
-        digest = xxhash.xxh3_64(repr(selection.keep.shape).encode())
-        arrays = [image.blocks, np.packbits(selection.keep), selection.source]
-        if selection.image is not None:
-            arrays.append(selection.image)
-            for other in np.unique(selection.image).tolist():
-                arrays += [images[other].blocks, np.packbits(images[other].selection.keep)]
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array).data)
-        keys[id(image)] = -1 - (digest.intdigest() >> 1)
-    return keys[id(image)]
 
 
 def _common_len(one: np.ndarray, other: np.ndarray) -> int:

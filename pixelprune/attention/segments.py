@@ -12,8 +12,10 @@ The names it is registered under hold "flash", which makes the stock vision towe
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -41,7 +43,14 @@ def use_borders(model: PreTrainedModel, kernel: str = "sdpa") -> None:
 
 def takes_borders(model: Any) -> bool:
     """Whether the model's attention reads `Borders`. Stock functions swallow an argument they do not know."""
-    return model.config._attn_implementation in _NAMES.values()
+    functions = AttentionInterface()
+    name = model.config._attn_implementation
+    return name in functions and _names_borders(functions[name])
+
+
+@lru_cache
+def _names_borders(function: Callable[..., Any]) -> bool:
+    return "row_borders" in inspect.signature(function).parameters
 
 
 def segment_attention(
@@ -137,11 +146,10 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
     return function
 
 
-def _segment_eager(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    return segment_attention(*args, kernel="eager", **kwargs)
-
-
-_ATTENTIONS: dict[str, Callable[..., Any]] = {"sdpa": segment_attention, "eager": _segment_eager}
+_ATTENTIONS: dict[str, Callable[..., Any]] = {
+    "sdpa": segment_attention,
+    "eager": partial(segment_attention, kernel="eager"),
+}
 
 
 def mask_beside_borders(

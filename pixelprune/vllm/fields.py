@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pixelprune.images.image import PrunedImage
-from pixelprune.pack import VisionGeometry, normalise_blocks, patches_of_blocks
+from pixelprune.images.patches import patches_of_blocks
+from pixelprune.pack import VisionGeometry, normalise_blocks
 from pixelprune.settings import BLOCK, MERGE
 
 # I = images, B = blocks of all images before pruning, K = kept blocks, P = 4 K patches

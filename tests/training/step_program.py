@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pixelprune.attention.prefixes import find_groups
-from pixelprune.pack import pack_samples
+from pixelprune.pack import pack_samples, row_pictures
 from pixelprune.records.collator import dummy_sample
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
@@ -84,6 +84,7 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
             pack,
             files.geometry,
             find_groups(pack, files.geometry.image_token_id) if packing == "two screenshots, shared" else None,
+            pictures=row_pictures(pack) if packing == "two screenshots, encoded once" else None,
         )
         for pack in packs[ranks.rank :: ranks.world_size]
     ]
@@ -106,7 +107,8 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
         run_step(engine, batches, meter)
         metrics = meter.finish()
         steps.append({"loss": metrics["loss"], "grad_norm": float(engine.get_global_grad_norm())})
-    counts = {name: metrics[name] for name in ("num_samples", "num_supervised", "shared_prefix")}
+    names = ("num_samples", "num_supervised", "shared_prefix", "shared_vision")
+    counts = {name: metrics[name] for name in names}
     return {"steps": steps, **counts, "layer_calls_per_pack": len(calls) / (3 * 2 * len(mine))}
 
 
@@ -114,7 +116,7 @@ def main() -> None:
     out, model_path = without_launcher_arguments(sys.argv[1:])
     torch.set_num_threads(1)
     ranks = join_ranks()
-    packings = ["four packs", "text beside images", "two screenshots, shared"]
+    packings = ["four packs", "text beside images", "two screenshots, shared", "two screenshots, encoded once"]
     packings += ["one pack", "two screenshots"] if ranks.world_size == 1 else []
     results = {packing: train_three_steps(packing, model_path, ranks) for packing in packings}
     if ranks.is_first:

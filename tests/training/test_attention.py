@@ -11,6 +11,9 @@ import pytest
 import torch
 from transformers import masking_utils
 
+from pixelprune.attention.borders import Borders, Segment
+from pixelprune.attention.gathered import gather_keys
+from pixelprune.attention.prefixes import find_groups
 from pixelprune.attention.segments import mask_beside_borders
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, pack_samples
@@ -30,6 +33,7 @@ from training.model.attention import (
     use_varlen,
     varlen_attention,
 )
+from training.model.attention_check import LIMITS, attention_by_definition
 
 CPU = torch.device("cpu")
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -345,3 +349,72 @@ def test_a_kernel_without_what_is_passed_is_not_taken(kernel, take_kernel):
 
 def test_this_torchs_kernel_is_known():
     assert _has_varlen()
+
+
+def shared_pack(tokenizer, geometry: VisionGeometry) -> Pack:
+    """Two screenshots with three questions each, interleaved, and samples of their own between them."""
+    asked = [make_sample(tokenizer, [screen(4, 5, n % 2)], f"Where is {'it, ' * n}then?", "Here.") for n in range(6)]
+    samples = [one_token(tokenizer, "first"), *asked, make_sample(tokenizer, [], "Why?", "Because.")]
+    pack = pack_samples(samples, geometry, find_groups(samples, geometry.image_token_id))
+    assert len(pack.shared) == 2
+    return pack
+
+
+def test_varlen_on_a_shared_prefix_equals_sdpa(models, toy_tokenizer, geometry):
+    """sdpa per segment is held to samples one by one in test_prefixes.py."""
+    pack = shared_pack(toy_tokenizer, geometry)
+    logits, gradients = logits_and_gradients(models["varlen"], pack, geometry)
+    expected_logits, expected_gradients = logits_and_gradients(models["sdpa"], pack, geometry)
+    assert_close_to_scale(logits, expected_logits, "logits")
+    for name, expected in expected_gradients.items():
+        assert_close_to_scale(gradients[name], expected, name)
+
+
+def test_gathered_keys_and_their_gradients_by_definition():
+    borders = Borders(
+        [Segment((0, 3), ((0, 3),)), Segment((3, 4), ((0, 3), (3, 4))), Segment((4, 6), ((0, 3), (4, 6)))],
+        is_causal=True,
+    )
+    x = torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    gathered = gather_keys(x, borders)
+    order = [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 4, 5]
+    assert torch.equal(gathered, x[order])
+    given = torch.randn(gathered.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    gathered.backward(given)
+    expected = torch.zeros(6, 2, 4, dtype=torch.float64).index_add(0, torch.tensor(order), given.double())
+    assert torch.equal(x.grad, expected.bfloat16()), "summed exactly, rounded once"
+
+
+def test_a_shared_prefix_reaches_the_kernel_as_unequal_borders(toy_tokenizer, geometry, take_kernel):
+    """What the kernel on a GPU is given, with one in its place that keeps to its contract: queries and keys of unequal
+    length per segment, causal as window (-1, 0), aligned at the lower right."""
+    calls = []
+
+    def kernel(query, key, value, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        if window_size == (-1, 0):
+            assert (len(query), len(key)) == (cu_q[-1], cu_k[-1])
+            assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+            assert bool((cu_k.diff() >= cu_q.diff()).all())
+            calls.append((len(query), len(key)))
+        return reference_varlen(query, key, value, cu_q, cu_k, scaling=scale, is_causal=window_size == (-1, 0))
+
+    take_kernel(kernel)
+    pack = shared_pack(toy_tokenizer, geometry)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(pack.num_tokens, n, 16, generator=generator).bfloat16() for n in (4, 2, 2)]
+    keys, values = (gather_keys(row, pack.borders) for row in rows[1:])
+    most = max(pack.borders.lengths), max(pack.borders.key_lengths)
+    actual = attention._cuda_varlen(rows[0], keys, values, pack.cu_seqlens, pack.cu_seqlens_k, *most, 16**-0.5, True)
+    expected = attention_by_definition(*(row.double() for row in rows), pack.borders, scaling=16**-0.5)
+    assert (actual.double() - expected).norm() < LIMITS[torch.bfloat16] * expected.norm()
+    assert calls == [(pack.num_tokens, sum(pack.borders.key_lengths))]
+
+
+@torch.no_grad()
+def test_shared_rows_without_their_borders_are_refused(models, toy_tokenizer, geometry):
+    pack = shared_pack(toy_tokenizer, geometry)
+    inputs = model_inputs(pack, geometry, torch.float32, with_borders=True)
+    inputs["position_ids"] = inputs["position_ids"][1:]
+    inputs["row_borders"] = Borders([Segment((0, 5), ((0, 5),)), Segment((5, 7), ((0, 5), (5, 7)))], is_causal=True)
+    with pytest.raises(ValueError, match="expected cu_seq_lens_k and borders of a row of"):
+        models["varlen"].model(**inputs)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AttentionInterface
 
+from pixelprune.attention.borders import Borders
 from pixelprune.attention.segments import segment_attention
 from tests.kernels import needs_plain_layers
 from training.composition.toy import build_toy_model
@@ -22,6 +23,7 @@ from training.model.attention_check import (
     attention_errors,
     check_attention,
     heads_of,
+    shared_row,
 )
 from training.model.loading import prepare_layers
 
@@ -37,7 +39,8 @@ def load(folder, attention="sdpa", dtype=torch.float32):
 def test_the_definition_written_out_for_one_query_at_a_time(is_causal):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(9, n, 4, generator=generator, dtype=torch.float64) for n in (4, 2, 2))
-    actual = attention_by_definition(query, key, value, (1, 5, 1, 2), scaling=0.3, is_causal=is_causal)
+    borders = Borders.of_lengths((1, 5, 1, 2), is_causal=is_causal)
+    actual = attention_by_definition(query, key, value, borders, scaling=0.3)
     sample = [0, 1, 1, 1, 1, 1, 2, 3, 3]
     for t in range(9):
         seen = [s for s in range(9) if sample[s] == sample[t] and (s <= t or not is_causal)]
@@ -51,9 +54,11 @@ def test_the_definition_written_out_for_one_query_at_a_time(is_causal):
 @pytest.mark.parametrize("attention", REGISTERED)
 def test_right_attention_passes(attention, dtype, toy_folder):
     model = load(toy_folder, attention, dtype)
-    check_attention(model, CPU)
-    for heads in (Heads("language model", 16, 8, 128, True), Heads("vision tower", 16, 16, 72, False)):
-        errors = attention_errors(model, heads, (1, 60, 1, 33), CPU, dtype)
+    check_attention(model, CPU, shares_prefix=True)
+    text, vision = Heads("language model", 16, 8, 128, True), Heads("vision tower", 16, 16, 72, False)
+    apart = {heads: Borders.of_lengths((1, 60, 1, 33), is_causal=heads.is_causal) for heads in (text, vision)}
+    for heads, borders in (*apart.items(), (text, shared_row(60, (1, 33, 9)))):
+        errors = attention_errors(model, heads, borders, CPU, dtype)
         assert max(errors.values()) < LIMITS[dtype], errors
         if dtype == torch.float32:
             assert max(errors.values()) < 1e-5, errors
@@ -117,18 +122,32 @@ def test_a_wrong_attention_is_named_and_refused(broken, said, toy_folder, monkey
     prepare_layers(model, settings, CPU)
 
 
+def forgets_the_prefix(module, *args, row_borders=None, **kwargs):
+    """A kernel that takes borders of queries for those of keys: a suffix sees itself alone."""
+    if row_borders is not None:
+        row_borders = Borders.of_lengths(row_borders.lengths, is_causal=True)
+        kwargs["cu_seq_lens_k"] = kwargs["cu_seq_lens_q"]
+    return varlen_attention(module, *args, row_borders=row_borders, **kwargs)
+
+
+def test_a_kernel_that_is_wrong_on_shared_prefixes_alone_is_found_where_they_are_asked_for(toy_folder, monkeypatch):
+    model = load(toy_folder, "varlen")
+    monkeypatch.setitem(AttentionInterface._global_mapping, REGISTERED["varlen"], forgets_the_prefix)
+    settings = ModelSettings(recompute_vit=0, recompute_llm=0)
+    prepare_layers(model, settings, CPU)
+    with pytest.raises(RankError, match=r"language model: .*, a shared prefix\).*set data\.share_prefix=off or model"):
+        prepare_layers(model, settings, CPU, shares_prefix=True)
+
+
 def test_a_wrong_vision_tower_is_found_too(toy_folder, monkeypatch):
     """Its attention alone is causal by mistake."""
     model = load(toy_folder)
     always_causal = partial(segment_attention)
 
-    def broken(module, *args, is_causal=None, borders=None, **kwargs):
+    def broken(module, *args, is_causal=None, borders=None, row_borders=None, **kwargs):
         if is_causal is False:
-            from pixelprune.attention.borders import Borders
-
-            kwargs["row_borders"] = Borders.of_lengths(borders.lengths, is_causal=True)
-            return always_causal(module, *args, is_causal=True, **kwargs)
-        return always_causal(module, *args, is_causal=is_causal, **kwargs)
+            row_borders, is_causal = Borders.of_lengths(borders.lengths, is_causal=True), True
+        return always_causal(module, *args, is_causal=is_causal, row_borders=row_borders, **kwargs)
 
     monkeypatch.setitem(AttentionInterface._global_mapping, REGISTERED["sdpa"], broken)
     with pytest.raises(RankError, match=r"\(vision tower: "):

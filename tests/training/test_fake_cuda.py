@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from pixelprune.pack import Pack, _normalisation_table
+from pixelprune.images.patches import normalisation_table
+from pixelprune.pack import Pack
 from tests.training.test_host_sync import KNOWN, Syncs
 from training.config.settings import ModelSettings
 from training.diagnosis.steps import toy_pack
@@ -72,7 +73,7 @@ def fake_step(toy_folder, geometry):
     (pack,) = toy_pack(toy_folder)
     model: Any = load_pretrained(str(toy_folder), attention="varlen", dtype=torch.bfloat16).train()
     enable_recomputation(model, ModelSettings(recompute_vit=1, recompute_llm=1))
-    _normalisation_table.cache_clear()  # by device: a fake must not be found by others
+    normalisation_table.cache_clear()  # by device: a fake must not be found by others
     fakes = Fakes()
     fakes.move(model)
     moved = fakes.of_pack(pack)
@@ -80,7 +81,7 @@ def fake_step(toy_folder, geometry):
         with fakes.mode:
             yield SupervisedModel(model, geometry, LossSettings()), moved
     finally:
-        _normalisation_table.cache_clear()
+        normalisation_table.cache_clear()
 
 
 def test_forward_and_loss_stay_on_the_device_and_only_stock_code_waits(toy_folder, geometry, monkeypatch):

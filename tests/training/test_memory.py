@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from pixelprune.attention.prefixes import find_groups
 from pixelprune.model_call import final_hidden
 from pixelprune.pack import Pack, VisionGeometry, pack_samples
 from tests.conftest import screen
@@ -79,6 +80,19 @@ def test_activations_are_what_autograd_saves(dtype, every, toy_folder, toy_token
     llm = llm_bytes(model.config.text_config, pack.num_tokens, dtype.itemsize, "sdpa").saved(every)
     assert vit == pytest.approx(measured["vit"], rel=TOLERANCE)
     assert llm == pytest.approx(measured["llm"], rel=TOLERANCE)
+
+
+def test_keys_in_front_of_suffixes_are_counted(toy_folder, toy_tokenizer, geometry):
+    asked = [("Where? " * number, "There.") for number in range(1, 9)]
+    samples = [make_sample(toy_tokenizer, [screen(9, 12)], *texts, strategy="none") for texts in asked]
+    pack = pack_samples(samples, geometry, find_groups(samples, geometry.image_token_id))
+    model = load_pretrained(str(toy_folder), attention="sdpa", dtype=torch.float32).train()
+    measured = saved_bytes(model, pack, geometry)["llm"]
+    gathered, text = sum(pack.borders.key_lengths[1:]), model.config.text_config
+    estimated = llm_bytes(text, pack.num_tokens, 4, "sdpa", gathered_keys=gathered).saved(0)
+    assert estimated == pytest.approx(measured, rel=TOLERANCE)
+    assert llm_bytes(text, pack.num_tokens, 4, "sdpa").saved(0) < (1 - TOLERANCE) * measured
+    assert llm_bytes(text, pack.num_tokens, 4, "varlen", gathered_keys=gathered).saved(0) < estimated
 
 
 POLICIES = [pair for pair in itertools.product((0, 2, 1), (0, 2, 1)) if pair != (0, 0)]

@@ -21,7 +21,7 @@ class Pack:
     record_ids = ("a",)
     num_samples, num_supervised, num_tokens, num_full_tokens, num_kept_blocks, num_full_blocks = 1, 4, 10, 16, 6, 12
     loss_weight = 8.0
-    num_shared_tokens = 2
+    num_shared_tokens, num_patches = 2, 12
 
     def to(self, device, non_blocking=False):
         return self
@@ -73,6 +73,7 @@ def test_waiting_for_data_is_part_of_the_step():
         assert metrics["token_accuracy"] == 0.5, "over the tokens"
         assert metrics["retain_ratio"] == 0.5
         assert metrics["shared_prefix"] == 2 / 12, "of what each record has"
+        assert metrics["shared_vision"] == 0.5, "3 of 6 blocks are encoded"
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,22 @@ def test_a_rank_killed_while_saving_costs_nothing(reference):
     assert has_equal_bits(run, reference)
 
 
-def test_shared_prefixes_give_the_same_curve_and_a_kill_costs_them_nothing(reference):
-    shared, killed = (make_run(reference.folder.parent, name, "data.share_prefix=step") for name in ("shared", "cut"))
+def most(run, figure: str) -> float:
+    return max(row[figure] for row in read_metrics(run.folder) if figure in row)
+
+
+def test_shared_prefixes_and_pictures_give_the_same_curve(reference):
+    shared = make_run(reference.folder.parent, "shared", "data.share_prefix=step", "data.share_vision=step")
     shared.finish(2)
-    assert max(row["shared_prefix"] for row in read_metrics(shared.folder) if "shared_prefix" in row) > 0
+    assert most(shared, "shared_prefix") > 0
     assert largest_difference(shared, reference) < 1e-5
+
+
+def test_a_kill_costs_an_order_over_screenshots_nothing(reference):
+    shared, killed = (make_run(reference.folder.parent, name, "data.share_prefix=group") for name in ("over", "cut"))
+    shared.finish(2)
+    assert most(shared, "shared_prefix") > 0.1
+    assert largest_difference(shared, reference) > 1e-3, "it is another order"
     killed.kill(Kill("one rank"), random.Random(3))
     killed.finish(2)
     assert has_equal_bits(killed, shared)

@@ -9,7 +9,7 @@ import torch
 
 from pixelprune.attention.prefixes import find_groups
 from pixelprune.attention.segments import use_borders
-from pixelprune.pack import pack_samples
+from pixelprune.pack import pack_samples, row_pictures
 from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 from tests.pixelprune.test_borders import assert_equal_gradients
@@ -23,16 +23,17 @@ from training.model.supervised import SupervisedModel
 from training.teacher.teachers import OnlineTeacher
 
 
-def pack_of(tokenizer, geometry, pictures: list[int], *, share: bool) -> DistillationPack:
-    """Questions about each picture, interleaved, with the teacher's row beside them."""
+def pack_of(tokenizer, geometry, pictures: list[int], share: str = "", *, decode: bool = True) -> DistillationPack:
+    """Questions about each picture, interleaved, with the teacher's row beside them; share: "prefix" or "vision"."""
     wanted = [(number, texts) for texts in QUESTIONS[:4] for number in pictures]
     samples, fulls = (
         [make_sample(tokenizer, [screen(4, 5, number)], *texts, strategy=strategy) for number, texts in wanted]
         for strategy in ("pred2d", "none")
     )
-    groups = find_groups(samples, geometry.image_token_id) if share else None
-    pack = pack_samples(samples, geometry, groups)
-    return with_full_rows(pack, samples, fulls, geometry, decode=True, groups=groups)
+    groups = find_groups(samples, geometry.image_token_id) if share == "prefix" else None
+    same = row_pictures(samples) if share == "vision" else None
+    pack = pack_samples(samples, geometry, groups, pictures=same)
+    return with_full_rows(pack, samples, fulls, geometry, decode=decode, groups=groups, pictures=same)
 
 
 def sums_and_gradients(module: SupervisedModel, pack: DistillationPack):
@@ -50,8 +51,20 @@ def student(toy_model):
     return model
 
 
-@pytest.mark.parametrize("trained", ["all", "language model", "vision tower", "adapters"])
-def test_distillation_on_a_shared_row_equals_rows_apart(student, toy_model, toy_tokenizer, geometry, trained):
+@pytest.mark.parametrize(
+    ("share", "trained", "decode"),
+    [
+        ("prefix", "all", True),
+        ("prefix", "language model", True),
+        ("prefix", "vision tower", True),
+        ("prefix", "adapters", True),
+        ("vision", "all", False),
+        ("vision", "adapters", True),
+    ],
+)
+def test_distillation_on_a_shared_row_equals_rows_apart(
+    student, toy_model, toy_tokenizer, geometry, share, trained, decode
+):
     teacher_model = copy.deepcopy(toy_model).eval().requires_grad_(False)
     use_borders(teacher_model)
     with torch.no_grad():
@@ -71,9 +84,10 @@ def test_distillation_on_a_shared_row_equals_rows_apart(student, toy_model, toy_
         LossSettings(ce_weight=0.5, kd_weight=1.0, temperature=2.0),
         OnlineTeacher(teacher_model, teacher_model.lm_head, geometry),
     )
-    apart, shared = (pack_of(toy_tokenizer, geometry, [0, 1], share=share) for share in (False, True))
-    assert shared.num_tokens < apart.num_tokens
-    assert shared.full.num_tokens < apart.full.num_tokens
+    apart, shared = (pack_of(toy_tokenizer, geometry, [0, 1], how, decode=decode) for how in ("", share))
+    computed = "num_tokens" if share == "prefix" else "num_patches"
+    assert getattr(shared, computed) < getattr(apart, computed)
+    assert getattr(shared.full, computed) < getattr(apart.full, computed)
     expected_sums, expected = sums_and_gradients(module, apart)
     sums, gradients = sums_and_gradients(module, shared)
     assert sums[:2] == pytest.approx(expected_sums[:2], rel=1e-6), "total, cross-entropy"

@@ -43,7 +43,15 @@ def test_shared_prefixes_train_as_rows_apart(results, num_ranks):
     shared = results[num_ranks]["two screenshots, shared"]
     assert_same(shared, results[1]["two screenshots"])
     assert shared["shared_prefix"] > 0.2
-    assert results[1]["two screenshots"]["shared_prefix"] == 0
+    assert shared["shared_vision"] == 0.5, "four samples of a pack have two pictures"
+    assert results[1]["two screenshots"]["shared_prefix"] == results[1]["two screenshots"]["shared_vision"] == 0
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_pictures_that_are_encoded_once_train_as_rows_apart(results, num_ranks):
+    once = results[num_ranks]["two screenshots, encoded once"]
+    assert_same(once, results[1]["two screenshots"])
+    assert (once["shared_prefix"], once["shared_vision"]) == (0, 0.5)
 
 
 def test_the_steps_learn(results):

@@ -61,6 +61,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "model.path: expected a Hugging Face model folder or hub id, got ''"
     if not config.data.sources:
         yield "data.sources: expected at least one data set, got []"
+    if config.data.share_prefix == config.data.share_vision == "group":
+        yield (
+            "data.share_vision: group orders records by their picture, data.share_prefix=group by all they begin with; "
+            "set one of them to step, which shares what meets"
+        )
     if config.distributed.zero_stage == 1 and config.model.dtype == "bfloat16":
         yield (
             "distributed.zero_stage: with 1 in bfloat16 DeepSpeed takes an optimizer whose state cannot be saved by "

@@ -41,6 +41,7 @@ class PrefixColumns(NamedTuple):
     """Which samples begin alike, one row per sample, and what all but one of those in a pack do not compute.
 
     group: int64 (S,), equal numbers share a prefix; tokens, patches: int64 (S,) and cost: float64 (S,), of the prefix.
+    Where the vision tower alone is shared, no tokens, and patches and cost of the picture.
     """
 
     group: np.ndarray
@@ -90,7 +91,7 @@ def pack_groups(
         """Tokens, patches and cost of a piece, shared where the pack will share it."""
         n, first = len(piece) - 1, piece[0]
         whole = int(tokens[piece].sum())
-        if n * prefix_tokens[first] < LEAST_SAVING * whole:
+        if 0 < n * prefix_tokens[first] < LEAST_SAVING * whole:
             n = 0
         return (
             whole - n * int(prefix_tokens[first]),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pixelprune.attention.prefixes import Group, groups_apart, groups_of_full
-from pixelprune.pack import Pack, VisionGeometry, decoding_index, pack_samples
+from pixelprune.pack import Pack, VisionGeometry, decoding_index, pack_samples, row_pictures
 from pixelprune.records.prepare import PreparedRecord
 from pixelprune.sample import Sample
 from pixelprune.settings import MERGE
@@ -65,19 +65,25 @@ def with_full_rows(
     *,
     decode: bool,
     groups: Sequence[Group] | None = None,
+    pictures: Sequence[int] | None = None,
 ) -> DistillationPack:
     """The pack of `samples` with the row of `full_samples` beside it.
 
     decode: the teacher's pixels are decoded from the pack's (recoverable pruning); otherwise they travel too.
-    groups: those that the pack was made with; the teacher's row shares the same prefixes.
+    groups, pictures: those that the pack was made with; the teacher's row shares the same prefixes and encodes a
+    picture of several places once, too. Pixels of its own may differ where the student's do not: they are told apart.
     Raises AlignmentError when a record's supervised tokens differ between the two.
     """
     for sample, full_sample in zip(samples, full_samples, strict=True):
         check_aligned(sample, full_sample)
     groups = groups_apart(len(samples)) if groups is None else groups
-    full = pack_samples(full_samples, geometry, groups_of_full(groups, samples, full_samples))
+    full_groups = groups_of_full(groups, samples, full_samples)
+    full_pictures = pictures  # equal kept blocks decode to equal images
+    if pictures is not None and not decode:
+        full_pictures = row_pictures(full_samples, full_groups)
+    full = pack_samples(full_samples, geometry, full_groups, pictures=full_pictures)
     if decode:
-        index = decoding_index(samples, groups)
+        index = decoding_index(samples, groups, pictures)
         assert len(index) * MERGE * MERGE == full.num_patches, "every place of every image has a block"
         # Copied: an empty view would keep all pixels, and take them through shared memory.
         full = dataclasses.replace(full, blocks=full.blocks[:0].clone(), block_index=index)

@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("full_blocks", pa.list_(pa.int32())),
         ("prefix_hash", pa.int64()),  # of everything up to the end of the first image; 0: none that could be shared
         ("prefix_text", pa.int32()),  # tokens of it that are not the image's
+        ("picture_hash", pa.int64()),  # of the first image alone; 0: none
     ]
 )
 
@@ -46,7 +47,7 @@ class Index:
     kept_blocks, full_blocks: int64 (I,), blocks of all images in order; those of record i are at image_starts[i] to
     image_starts[i + 1] (int64 (n + 1,)).
     prefix_hash, prefix_text: int64 (n,), equal for records that begin alike up to their first image
-    (`pixelprune.attention.prefixes.picture_prefix`).
+    (`pixelprune.attention.prefixes.picture_prefix`). picture_hash: int64 (n,), equal for records with one first image.
     """
 
     sources: list[Source]
@@ -62,6 +63,7 @@ class Index:
     full_blocks: np.ndarray
     prefix_hash: np.ndarray
     prefix_text: np.ndarray
+    picture_hash: np.ndarray
     quarantined: list[Quarantined] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     """The Parquet sidecar of each source."""
@@ -201,15 +203,11 @@ class Index:
             copies=source_weight * self.weight,
             source=self.source,
             prefixes=self._prefixes(cost, teacher_cost or cost, with_teacher=with_teacher),
+            pictures=self._pictures(cost, teacher_cost or cost, with_teacher=with_teacher),
         )
 
     def _prefixes(self, cost: CostModel, teacher_cost: CostModel, *, with_teacher: bool) -> PrefixColumns:
-        """Which records can share their first image, and what one of them then does not compute."""
-        has_prefix = self.prefix_hash > 0
-        first = np.minimum(self.image_starts[:-1], max(len(self.kept_blocks) - 1, 0))
-
-        def first_blocks(per_image: np.ndarray) -> np.ndarray:
-            return np.where(has_prefix, per_image[first] if len(per_image) else 0, 0)
+        """Which records can share all up to the end of their first image, and what that is worth."""
 
         def flops(model: CostModel, blocks: np.ndarray, *, training: bool) -> np.ndarray:
             return model.batch_flops(
@@ -220,15 +218,28 @@ class Index:
                 training=training,
             )
 
-        blocks = first_blocks(self.kept_blocks)
-        prefix_cost = flops(cost, blocks, training=True)
+        kept, full = (self._first_blocks(self.prefix_hash, blocks) for blocks in (self.kept_blocks, self.full_blocks))
+        blocks, prefix_cost = kept, flops(cost, kept, training=True)
         if with_teacher:
-            blocks = first_blocks(self.full_blocks)
-            prefix_cost = prefix_cost + flops(teacher_cost, blocks, training=False)
-        numbers = np.unique(self.prefix_hash, return_inverse=True)[1].reshape(-1)
-        # A record without a prefix is alone: numbers of its own behind those of the others.
-        group = np.where(has_prefix, numbers, len(self) + np.arange(len(self)))
-        return PrefixColumns(group, self.prefix_text + blocks, MERGE * MERGE * blocks, prefix_cost)
+            blocks, prefix_cost = full, prefix_cost + flops(teacher_cost, full, training=False)
+        return PrefixColumns(
+            _numbered(self.prefix_hash), self.prefix_text + blocks, MERGE * MERGE * blocks, prefix_cost
+        )
+
+    def _pictures(self, cost: CostModel, teacher_cost: CostModel, *, with_teacher: bool) -> PrefixColumns:
+        """Which records have one first image, and what the vision tower then does not compute again."""
+        kept, full = (self._first_blocks(self.picture_hash, blocks) for blocks in (self.kept_blocks, self.full_blocks))
+        blocks, vision_cost = kept, cost.vision_flops(kept, (MERGE * MERGE * kept) ** 2, training=True)
+        if with_teacher:
+            full_cost = teacher_cost.vision_flops(full, (MERGE * MERGE * full) ** 2, training=False)
+            blocks, vision_cost = full, vision_cost + full_cost
+        no_tokens = np.zeros(len(self), dtype=np.int64)
+        return PrefixColumns(_numbered(self.picture_hash), no_tokens, MERGE * MERGE * blocks, vision_cost)
+
+    def _first_blocks(self, hashes: np.ndarray, per_image: np.ndarray) -> np.ndarray:
+        """Blocks of each record's first image, int64 (n,); 0 where the record's hash says that it has none to share."""
+        first = np.minimum(self.image_starts[:-1], max(len(per_image) - 1, 0))
+        return np.where(hashes > 0, per_image[first] if len(per_image) else 0, 0)
 
     def _flops(self, cost: CostModel, blocks: np.ndarray, *, training: bool) -> np.ndarray:
         """FLOPs per record when its images have these blocks: float64 (n,)."""
@@ -241,9 +252,15 @@ class Index:
         )
 
 
+def _numbered(hashes: np.ndarray) -> np.ndarray:
+    """Equal numbers for equal hashes; a record of hash 0 is alone, with a number behind those of the others."""
+    numbers = np.unique(hashes, return_inverse=True)[1].reshape(-1)
+    return np.where(hashes > 0, numbers, len(hashes) + np.arange(len(hashes)))
+
+
 COLUMNS = (
     "source", "row", "content_hash", "text_tokens", "num_supervised", "loss_weight", "weight", "prefix_hash",
-    "prefix_text",
+    "prefix_text", "picture_hash",
 )  # fmt: skip
 
 

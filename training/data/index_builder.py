@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pixelprune.attention.prefixes import picture_prefix
+from pixelprune.attention.prefixes import picture_hash, picture_prefix
 from pixelprune.command import ProgressLine
 from pixelprune.files import whole_file
 from pixelprune.records.prepare import Preparer, PrepareSettings
@@ -143,6 +143,7 @@ def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
         "full_blocks": [image.num_full_blocks for image in sample.images],
         "prefix_hash": prefix_hash,
         "prefix_text": prefix_text,
+        "picture_hash": picture_hash(sample),
     }
 
 
@@ -161,6 +162,7 @@ def _unmeasured(row: int, reason: str, detail: str) -> dict:
         "full_blocks": [],
         "prefix_hash": 0,
         "prefix_text": 0,
+        "picture_hash": 0,
     }
 
 

@@ -88,8 +88,8 @@ class LoaderSettings:
     """How packs are prepared.
 
     device: packs arrive there when it is CUDA (pinned memory, copied in the background). num_workers 0: in-process.
-    dummy_image: see `PixelPruneCollator`. share_prefix: see `PackDataset`. max_quarantined_share: of all records, lost
-    within one epoch.
+    dummy_image: see `PixelPruneCollator`. share_prefix, share_vision: see `PackDataset`. max_quarantined_share: of all
+    records, lost within one epoch.
     report: JSONL file for records that went bad while running (one file per rank).
     """
 
@@ -97,6 +97,7 @@ class LoaderSettings:
     prefetch_packs: int = 2
     dummy_image: bool = True
     share_prefix: bool = False
+    share_vision: bool = False
     device: torch.device = CPU
     max_quarantined_share: float = 0.01
     report: Path | None = None
@@ -133,7 +134,7 @@ class PackLoader:
 
         first_step: steps done before the cursor; by default those that this plan has before it.
         targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead.
-        saved_flops: what a pack with a shared prefix costs less than planned.
+        saved_flops: what a pack costs less than its samples apart, for a prefix or a picture that they share.
         """
         self.saved_flops = saved_flops
         self.index, self.inputs, self.plan_settings, self.settings = index, inputs, plan_settings, settings
@@ -142,7 +143,13 @@ class PackLoader:
         self.first_step = self._global_step(self.start) if first_step is None else first_step
         self.last_step = num_steps if num_steps is not None else self._global_step(Cursor(self.start.epoch + 1, 0))
         self._dataset = PackDataset(
-            index.sources, prepare, geometry, settings.dummy_image, targets, share_prefix=settings.share_prefix
+            index.sources,
+            prepare,
+            geometry,
+            settings.dummy_image,
+            targets,
+            share_prefix=settings.share_prefix,
+            share_vision=settings.share_vision,
         )
         self._lost_in_epoch = [self.start.epoch, 0]
         self._data_loader: DataLoader | None = None

@@ -29,7 +29,8 @@ class PlanInput:
 
     tokens, patches: int64 (n,), what counts against the caps; cost: float64 (n,), FLOPs of one pass over the sample.
     num_supervised: int64 (n,). loss_weight: float64 (n,), sum of the weights of these tokens. copies: float64 (n,),
-    uses per epoch. source: int (n,), which source a record is of. prefixes: needed by plans that share them.
+    uses per epoch. source: int (n,), which source a record is of. prefixes, pictures: of records that begin alike up to
+    their first image, and of records with one first image, whatever stands before it; needed by plans that share them.
     """
 
     tokens: np.ndarray
@@ -40,6 +41,7 @@ class PlanInput:
     copies: np.ndarray
     source: np.ndarray
     prefixes: PrefixColumns | None = None
+    pictures: PrefixColumns | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -56,6 +58,9 @@ class PlanSettings:
     seed: int = 0
     max_shared: int = 0
     """Records of one screenshot that meet in a step; 0: the order is drawn over records, whatever they share."""
+    over_pictures: bool = False
+    """Records of one screenshot are those of one first image, and share the vision tower alone; otherwise those that
+    begin alike up to its end, and share all of it."""
 
     def __post_init__(self):
         for name in ("samples_per_step", "pack_tokens", "pack_patches"):
@@ -124,12 +129,12 @@ class EpochPlan:
         return self._step(step)
 
     def _pack(self, step: int) -> StepPlan:
-        rows, settings, prefixes = self.rows_of_step(step), self.settings, self.inputs.prefixes
+        rows, settings = self.rows_of_step(step), self.settings
         tokens, patches, cost = (column[rows] for column in (self.inputs.tokens, self.inputs.patches, self.inputs.cost))
         caps = Caps(self.world_size, settings.pack_tokens, settings.pack_patches)
         if settings.max_shared:
-            assert prefixes is not None, "a plan that shares prefixes needs to know them"
-            bins, num_micro, loads = pack_groups(tokens, patches, cost, prefixes.of(rows), caps)
+            shared = _shared_columns(self.inputs, settings).of(rows)
+            bins, num_micro, loads = pack_groups(tokens, patches, cost, shared, caps)
             apart = self._loads(cost, bins, num_micro)
         else:
             bins, num_micro = pack_step(tokens, patches, cost, **caps._asdict())
@@ -156,8 +161,13 @@ def order_of(inputs: PlanInput, settings: PlanSettings, epoch: int) -> np.ndarra
     order = epoch_order(inputs, seed=settings.seed, epoch=epoch, shuffle=settings.shuffle)
     if not settings.max_shared:
         return order
-    assert inputs.prefixes is not None, "an order over screenshots needs to know them"
-    return order_over_groups(order, inputs.prefixes.group[order], settings, epoch)
+    return order_over_groups(order, _shared_columns(inputs, settings).group[order], settings, epoch)
+
+
+def _shared_columns(inputs: PlanInput, settings: PlanSettings) -> PrefixColumns:
+    columns = inputs.pictures if settings.over_pictures else inputs.prefixes
+    assert columns is not None, "a plan over screenshots needs to know them"
+    return columns
 
 
 def order_over_groups(order: np.ndarray, group: np.ndarray, settings: PlanSettings, epoch: int) -> np.ndarray:

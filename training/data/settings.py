@@ -82,8 +82,12 @@ class DataSettings:
     """off, step or group: what samples of a pack have in common at their beginning (a screenshot that many records ask
     about) is computed for each, or once: with the same order and steps, equal up to rounding, or with an order drawn
     over screenshots, so that their questions meet (docs/sharing.md)."""
+    share_vision: Literal["off", "step", "group"] = "off"
+    """off, step or group, as share_prefix, but of the vision tower alone: a picture that several records of a pack show
+    is encoded once and its features go to each; the language model computes every record for itself. For every family
+    and attention, and for records whose instructions stand before the picture and differ (docs/sharing.md)."""
     max_shared: int = 16
-    """Records of one screenshot that share_prefix=group lets meet in a step."""
+    """Records of one screenshot that share_prefix=group or share_vision=group lets meet in a step."""
     shuffle: bool = True
     """A new order every epoch from (seed, epoch); otherwise the order of the files."""
     max_quarantined_share: float = 0.01

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pixelprune.attention.prefixes import find_groups
-from pixelprune.pack import Pack, VisionGeometry, pack_samples
+from pixelprune.pack import Pack, VisionGeometry, pack_samples, row_pictures
 from pixelprune.records.collator import PixelPruneCollator
 from pixelprune.records.prepare import PictureMemo, PreparedRecord, PrepareSettings
 from pixelprune.records.record import RecordError
@@ -63,13 +63,15 @@ class PackDataset(torch.utils.data.Dataset):
         targets: TargetReader | None = None,
         *,
         share_prefix: bool = False,
+        share_vision: bool = False,
     ):
         """targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead.
 
-        share_prefix: what samples of a pack begin with alike stands in its row once.
+        share_prefix: what samples of a pack begin with alike stands in its row once. share_vision: a picture that
+        stands in several places of a row is encoded once.
         """
         self.sources, self.prepare, self.geometry, self.dummy_image = sources, prepare, geometry, dummy_image
-        self.targets, self.share_prefix = targets, share_prefix
+        self.targets, self.share_prefix, self.share_vision = targets, share_prefix, share_vision
         self._collator: PixelPruneCollator | None = None
 
     def __getstate__(self) -> dict:
@@ -108,14 +110,17 @@ class PackDataset(torch.utils.data.Dataset):
     def _pack(self, collator: PixelPruneCollator, records: list[PreparedRecord]) -> Pack:
         samples = collator.with_dummy([record.sample for record in records])
         groups = find_groups(samples, self.geometry.image_token_id) if self.share_prefix else None
-        pack = pack_samples(samples, self.geometry, groups)
+        pictures = row_pictures(samples, groups) if self.share_vision else None
+        pack = pack_samples(samples, self.geometry, groups, pictures=pictures)
         if self.targets is not None:
             return with_cached_targets(pack, records, self.targets)
         if self.prepare.with_full:
             full_samples = [record.full for record in records if record.full is not None]
             full_samples += samples[len(records) :]  # the dummy
             decode = is_recoverable(self.prepare.prune)
-            return with_full_rows(pack, samples, full_samples, self.geometry, decode=decode, groups=groups)
+            return with_full_rows(
+                pack, samples, full_samples, self.geometry, decode=decode, groups=groups, pictures=pictures
+            )
         return pack
 
 

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pixelprune.attention.borders import Borders
 from training.composition.toy import build_toy_model
 from training.config.settings import ATTENTION_NAMES
 from training.diagnosis.check import Bench, Check, Finding, milliseconds
 from training.loss.supervised import LossSettings, LossSums, supervised_loss
 from training.model.attention import choose_attention, load_pretrained, obstacle
-from training.model.attention_check import LIMITS, Heads, attention_errors
+from training.model.attention_check import LIMITS, Heads, attention_errors, shared_row
+from training.model.sharing import SHARING_ATTENTIONS
 
 HEADS = (
     Heads("language model", 16, 8, 128, True),
@@ -46,10 +48,13 @@ def _attention(name: str) -> Callable[[Bench], Finding]:
         model = load_pretrained(str(folder), attention=name, dtype=dtype)
         # A CPU takes seconds for the definition in float64: shorter rows there.
         lengths = LENGTHS if bench.on_gpu else tuple(max(1, length // 8) for length in LENGTHS)
-        errors = {
-            str(heads): attention_errors(model, heads, lengths, bench.device, dtype)
-            for heads in (HEADS if bench.on_gpu else HEADS[::2])
-        }
+        errors = {}
+        for heads in HEADS if bench.on_gpu else HEADS[::2]:
+            apart = Borders.of_lengths(lengths, is_causal=heads.is_causal)
+            errors[str(heads)] = attention_errors(model, heads, apart, bench.device, dtype)
+            if heads.is_causal and name in SHARING_ATTENTIONS:
+                shared = shared_row(lengths[1], (lengths[0], lengths[3], lengths[2]))
+                errors[f"{heads}, a shared prefix"] = attention_errors(model, heads, shared, bench.device, dtype)
         worst = max(error for case in errors.values() for error in case.values())
         limit = LIMITS[dtype]
         figure = f"off by {worst:.1e} of the definition, at most {limit:.0e} ({len(errors)} shapes, both directions)"

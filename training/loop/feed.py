@@ -61,8 +61,10 @@ class Feed:
         settings = self.plan_settings
         over_screens: dict[str, Any] = {}
         if settings.max_shared:
-            records.update(self.index.prefix_hash.tobytes())
-            over_screens = {"data.share_prefix": "group", "data.max_shared": settings.max_shared}
+            hashes = self.index.picture_hash if settings.over_pictures else self.index.prefix_hash
+            records.update(hashes.tobytes())
+            setting = "data.share_vision" if settings.over_pictures else "data.share_prefix"
+            over_screens = {setting: "group", "data.max_shared": settings.max_shared}
         return {
             "usable records": len(self.index),
             "hash of records and weights": records.hexdigest(),
@@ -138,7 +140,8 @@ def build_feed(
         pack_patches=data.pack_patches,
         shuffle=shuffle and data.shuffle,
         seed=config.run.seed,
-        max_shared=data.max_shared if data.share_prefix == "group" else 0,
+        max_shared=data.max_shared if "group" in (data.share_prefix, data.share_vision) else 0,
+        over_pictures=data.share_vision == "group",
     )
     if teacher_plan is None:
         return Feed(index, prepare, index.plan_input(cost), plan_settings, saved_flops=SavedFlops(cost))
@@ -250,6 +253,7 @@ def _loader_settings(context: RunContext, report: str, *, dummy_image: bool) -> 
         prefetch_packs=data.prefetch_packs,
         dummy_image=dummy_image,
         share_prefix=data.share_prefix != "off",
+        share_vision=data.share_vision != "off",
         device=context.ranks.device,
         max_quarantined_share=data.max_quarantined_share,
         report=context.folder / f"{report}_rank{context.ranks.rank}.jsonl",

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText
 from pixelprune.family import family_of
 from pixelprune.flops import CostModel
 from training.config.settings import AUTO, Config, ModelSettings
+from training.data.settings import DataSettings
 from training.distributed.engine import bucket_elements
 from training.distributed.ranks import Ranks
 from training.loop.context import RunContext
@@ -99,8 +100,14 @@ class TowerBytes:
         return self.kept * (2 if every else 1)
 
 
-def llm_bytes(text: Any, num_tokens: int, itemsize: int, attention: str, *, fused: bool = False) -> TowerBytes:
-    """Activations of the language model: text_config of Qwen3-VL, T tokens. fused: RMSNorm and SwiGLU of liger."""
+def llm_bytes(
+    text: Any, num_tokens: int, itemsize: int, attention: str, *, fused: bool = False, gathered_keys: float = 0
+) -> TowerBytes:
+    """Activations of the language model: text_config of Qwen3-VL, T tokens. fused: RMSNorm and SwiGLU of liger.
+
+    gathered_keys: tokens whose keys and values a layer keeps a second time, in front of suffixes that share a prefix.
+    sdpa and eager keep them for all heads: with the mask that a suffix needs the stock functions repeat them.
+    """
     width, inner, heads, kv_heads = (
         text.hidden_size,
         text.intermediate_size,
@@ -123,6 +130,7 @@ def llm_bytes(text: Any, num_tokens: int, itemsize: int, attention: str, *, fuse
         per_token += b * 2 * (heads - kv_heads) * head_dim
         pairs = (4 + 2 * b) * heads
     kept = per_token * num_tokens + pairs * num_tokens**2
+    kept += b * 2 * (kv_heads if attention == "varlen" else heads) * head_dim * gathered_keys
     final_norm = norm * width * num_tokens
     return TowerBytes(text.num_hidden_layers, kept, b * width * num_tokens, final_norm)
 
@@ -158,7 +166,8 @@ def estimate_memory(
     """
     text, vision = model.config.text_config, model.config.vision_config
     b = ITEMSIZE[config.model.dtype]
-    llm = llm_bytes(text, config.data.pack_tokens, b, attention, fused=config.model.liger)
+    gathered = _most_gathered_keys(config.data)
+    llm = llm_bytes(text, config.data.pack_tokens, b, attention, fused=config.model.liger, gathered_keys=gathered)
     vit = vit_bytes(vision, config.data.pack_patches, b, attention)
     trains_vit = any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vit")
     if not trains_vit:  # without a trained weight before or in it nothing of a layer is kept
@@ -189,6 +198,16 @@ def is_estimated(hf_config: Any) -> bool:
     """Whether the formulas describe the family's layers: neither linear attention nor experts."""
     family = family_of(hf_config)
     return not (family.linear_attention or family.experts)
+
+
+def _most_gathered_keys(data: DataSettings) -> float:
+    """Tokens of all prefixes and suffixes of a full pack, every prefix counted for each suffix that sees it.
+
+    step: the plan counts every sample for itself, so that all of them fit into a pack, and a prefix stands in two of
+    them at least. group: it counts a prefix once, and a pack may be little else than prefixes of max_shared samples.
+    """
+    most = {"off": 0.0, "step": 1.5, "group": 1.0 + data.max_shared}
+    return most[data.share_prefix] * data.pack_tokens
 
 
 def _gradient_bytes(config: Config, num_trained: int, bucket: int, world_size: int, itemsize: int) -> float:

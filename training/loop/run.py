@@ -155,7 +155,8 @@ def _build(context: RunContext, teacher_plan: TeacherPlan | None) -> tuple[Engin
     freeze_parts(model, config.optim)
     add_adapters(model, config.lora)
     memory = plan_memory(context, model, attention, teacher_plan)
-    prepare_layers(model, memory.applied_to(config.model), ranks.device)
+    shares_prefix = config.data.share_prefix != "off"
+    prepare_layers(model, memory.applied_to(config.model), ranks.device, shares_prefix=shares_prefix)
     teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, attention, config.data.share_prefix)
     module = SupervisedModel(model, context.files.geometry, config.loss, teacher)
     return build_engine(module, ranks, config.distributed, config.optim, config.model.dtype), attention, memory

@@ -34,7 +34,7 @@ def print_start_table(
             f"  {count.part}", f"{count.num_trained:,} of {count.num_total:,} trained, {layers}, lr {count.lr:g}"
         )
     table.add_row("data", feed.index.describe())
-    table.add_row("shared prefixes", describe_sharing(config.data.share_prefix, feed.plan_input))
+    table.add_row("shared", describe_sharing(config.data, feed.plan_input))
     prune = config.pruning
     along = f" {prune.direction}" if is_in_time(prune) else ""
     table.add_row("pruning", f"{prune.strategy}{along}, metric {prune.metric}, threshold {prune.threshold:g}")

@@ -8,7 +8,8 @@ What "auto" takes, the first that can run:
     varlen                                 `torch.nn.attention.varlen`: torch's own flash kernels over rows with borders
     sdpa                                   anywhere, once per sample and image (`pixelprune.attention.segments`)
 
-The first three take sample borders as cumulative lengths: one call per layer for a whole row, whatever is in it. None
+The first three take sample borders as cumulative lengths: one call per layer for a whole row, whatever is in it; a
+prefix that samples share is gathered in front of each for varlen, and refused for flash-attn. None
 builds an (L, L) mask for a packed row; `eager`, the definition for comparisons, runs per sample too.
 
 varlen is registered with transformers as `flash_varlen`: a name with "flash" in it makes the stock vision tower hand
@@ -34,6 +35,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None
+from pixelprune.attention.borders import Borders
+from pixelprune.attention.gathered import gather_keys
 from pixelprune.attention.segments import KERNELS, mask_beside_borders, use_borders
 from training.config.settings import ATTENTION_NAMES
 from training.errors import UserError
@@ -129,6 +132,7 @@ def varlen_attention(
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    row_borders: Borders | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: query (B, H, T, E), key and value (B, H_kv, T, E), result (B, T, H, E).
@@ -136,8 +140,11 @@ def varlen_attention(
     A row with borders (B = 1, cu_seq_lens int32 (S + 1,)) runs through torch's varlen kernel on CUDA, and on any other
     device through `reference_varlen`, which is written from the definition for tests. A batch without borders (padded
     training batches of hybrid models, generation) is no varlen problem and runs through sdpa.
+    row_borders: of the samples of a token row, which reach the vision tower too and are not read there. Where samples
+    share a prefix, keys and values are gathered for every segment, and cu_seq_lens_k are the borders of those.
 
-    Raises UserError for float32 on CUDA, ValueError for a packed row without borders and for borders without maxima.
+    Raises UserError for float32 on CUDA, ValueError for a packed row without borders, for borders without maxima and
+    for those of another row.
     """
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if cu_seq_lens_q is None:
@@ -154,11 +161,19 @@ def varlen_attention(
     if dropout:
         raise ValueError(f"varlen attention has no dropout, the model asks for {dropout}; use model.attention=sdpa")
     # (1, H, T, E) -> (T, H, E)
-    rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    q, k, v = (row[0].transpose(0, 1) for row in (query, key, value))
+    if causal and row_borders is not None and not row_borders.are_apart:
+        if row_borders.num_tokens != query.shape[2] or cu_seq_lens_k is None:
+            raise ValueError(
+                f"varlen attention: expected cu_seq_lens_k and borders of a row of {query.shape[2]} tokens, got "
+                f"{row_borders.num_tokens}; take them from one pack (pack.model_inputs)"
+            )
+        k, v = gather_keys(k, row_borders), gather_keys(v, row_borders)
+        max_length_q, max_length_k = max(row_borders.lengths), max(row_borders.key_lengths)
     if query.is_cuda:
-        out = _cuda_varlen(*rows, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling, causal)
+        out = _cuda_varlen(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scaling, causal)
     else:
-        out = reference_varlen(*rows, cu_seq_lens_q, scaling=scaling, is_causal=causal)
+        out = reference_varlen(q, k, v, cu_seq_lens_q, cu_seq_lens_k, scaling=scaling, is_causal=causal)
     return out.unsqueeze(0), None
 
 
@@ -168,24 +183,29 @@ def reference_varlen(
     key: torch.Tensor,
     value: torch.Tensor,
     borders: torch.Tensor,
+    key_borders: torch.Tensor | None = None,
     *,
     scaling: float | None,
     is_causal: bool,
 ) -> torch.Tensor:
     """Attention (T, H, E) within each segment, from the definition: softmax(Q K^T * scaling) V, one after the other.
 
-    query (T, H, E), key and value (T, H_kv, E); borders (S + 1,) reaches from 0 to T. Waits for the device and loops
-    over segments: for tests, on the CPU.
+    query (T, H, E), key and value (M, H_kv, E); borders (S + 1,) reaches from 0 to T, key_borders, those of the queries
+    if None, from 0 to M. Causal: query i of n sees keys 0 .. m - n + i of m, aligned at the lower right, as flash
+    kernels have it (torch's documents do not say; `attention_check` looks). Waits for the device and loops over
+    segments: for tests, on the CPU.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     group = query.shape[1] // key.shape[1]
     segments = []
-    for start, stop in pairwise(borders.tolist()):
+    own, seen = (pairwise(edges.tolist()) for edges in (borders, borders if key_borders is None else key_borders))
+    for (start, stop), (first, last) in zip(own, seen, strict=True):
         q = query[start:stop].transpose(0, 1)  # (H, n, E)
-        k, v = (x[start:stop].transpose(0, 1).repeat_interleave(group, dim=0) for x in (key, value))
+        k, v = (x[first:last].transpose(0, 1).repeat_interleave(group, dim=0) for x in (key, value))
         scores = (q @ k.transpose(1, 2)).float() * scaling
         if is_causal:
-            future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=q.device).triu(1)
+            n, m = stop - start, last - first
+            future = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(m - n + 1)
             scores = scores.masked_fill(future, -torch.inf)
         segments.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1))
     return torch.cat(segments)

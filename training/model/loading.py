@@ -95,13 +95,16 @@ def enable_recomputation(model: PreTrainedModel, settings: ModelSettings) -> Non
             part.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
 
-def prepare_layers(model: PreTrainedModel, settings: ModelSettings, device: torch.device) -> None:
+def prepare_layers(
+    model: PreTrainedModel, settings: ModelSettings, device: torch.device, *, shares_prefix: bool = False
+) -> None:
     """How this model's layers compute, as the settings say: recomputed, with fused kernels, compiled. Not what.
 
-    Raises RankError where its attention computes wrong on this device.
+    shares_prefix: it will be given rows whose samples share one. Raises RankError where its attention computes wrong on
+    this device.
     """
     if settings.check_attention:
-        check_attention(model, device)
+        check_attention(model, device, shares_prefix=shares_prefix)
     enable_recomputation(model, settings)
     if settings.liger:
         use_fused(model, device)

@@ -1,4 +1,4 @@
-"""Shared prefixes in a run: who can, and what is not computed because of them.
+"""Shared prefixes and shared pictures in a run: who can, and what is not computed because of them.
 
 What a pack shares is found where it is made (`training.data.worker`); the plan knows nothing of it, so that order and
 membership of steps stay what they are without sharing, and the plan's caps and costs are upper bounds.
@@ -6,25 +6,29 @@ membership of steps stay what they are without sharing, and the plan's caps and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from pixelprune.attention.prefixes import SharedPrefix
 from pixelprune.attention.segments import KERNELS
 from pixelprune.family import family_of
 from pixelprune.flops import CostModel
 from pixelprune.pack import Pack
+from training.data.balance import PrefixColumns
 from training.data.distillation import DistillationPack
 from training.data.plan import PlanInput
+from training.data.settings import DataSettings
 from training.errors import UserError
+
+SHARING_ATTENTIONS = (*KERNELS, "varlen")
+"""Attentions, of `training.model.attention`, that show a suffix its prefix."""
 
 
 @dataclass(frozen=True)
 class SavedFlops:
-    """What a pack costs less than the plan says: every prefix once for each sample that does not compute it again.
+    """What a pack costs less than its samples apart: every prefix once for each sample that does not compute it again,
+    and the vision tower for every image whose features are those of an image before it.
 
     teacher: of an online one, whose rows share the same prefixes. Exact where causal attention is counted by its half,
     as plans do: a suffix sees its prefix either way.
@@ -34,14 +38,16 @@ class SavedFlops:
     teacher: CostModel | None = None
 
     def __call__(self, pack: Pack) -> float:
-        saved = _saved(self.student, pack.shared, training=True)
+        saved = _saved(self.student, pack, training=True)
         if self.teacher is not None and isinstance(pack, DistillationPack) and pack.full is not None:
-            saved += _saved(self.teacher, pack.full.shared, training=False)
+            saved += _saved(self.teacher, pack.full, training=False)
         return saved
 
 
-def _saved(cost: CostModel, prefixes: Iterable[SharedPrefix], *, training: bool) -> float:
-    return sum(
+def _saved(cost: CostModel, pack: Pack, *, training: bool) -> float:
+    again = pack.repeated_images
+    saved = cost.vision_flops(sum(again), cost.patch_squares(again), training=training)
+    return float(saved) + sum(
         (prefix.num_samples - 1)
         * cost.sample_flops(
             kept_blocks=prefix.kept_blocks,
@@ -49,21 +55,35 @@ def _saved(cost: CostModel, prefixes: Iterable[SharedPrefix], *, training: bool)
             supervised_tokens=0,
             training=training,
         )
-        for prefix in prefixes
+        for prefix in pack.shared
     )
 
 
-def describe_sharing(share_prefix: str, inputs: PlanInput) -> str:
-    """The setting, and what there is to share: records that begin alike up to their first image, and what it weighs."""
+def describe_sharing(data: DataSettings, inputs: PlanInput) -> str:
+    """The settings, and what there is to share: records that begin alike up to their first image, and records of one
+    picture whatever stands before it, with what they weigh."""
     assert inputs.prefixes is not None, "an index gives them"
-    _, first, counts = np.unique(inputs.prefixes.group, return_index=True, return_counts=True)
+    assert inputs.pictures is not None, "an index gives them"
+    prefixes = (inputs.prefixes, inputs.prefixes.tokens, inputs.tokens)
+    pictures = (inputs.pictures, inputs.pictures.patches, inputs.patches)
+    parts = [
+        _potential("prefix", data.share_prefix, "beginnings up to their first image", "tokens", *prefixes),
+        _potential("vision", data.share_vision, "first images", "ViT patches", *pictures),
+    ]
+    return "; ".join(parts)
+
+
+def _potential(
+    what: str, setting: str, names: str, unit: str, columns: PrefixColumns, sizes: np.ndarray, every: np.ndarray
+) -> str:
+    _, first, counts = np.unique(columns.group, return_index=True, return_counts=True)
     several = counts > 1
     if not several.any():
-        return f"{share_prefix}; no two records begin alike up to an image"
-    saved = int(((counts - 1) * inputs.prefixes.tokens[first]).sum())
+        return f"{what} {setting}, no two records share one"
+    saved = int(((counts - 1) * sizes[first]).sum())
     return (
-        f"{share_prefix}; {int(counts[several].sum())} records have {int(several.sum())} beginnings up to their first "
-        f"image, {saved / inputs.tokens.sum():.0%} fewer tokens if each of these were computed once"
+        f"{what} {setting}, {int(counts[several].sum())} records have {int(several.sum())} {names}: "
+        f"{saved / every.sum():.0%} fewer {unit} if each of these were computed once"
     )
 
 
@@ -75,10 +95,12 @@ def check_sharing(share_prefix: str, config: Any, attention: str) -> None:
     if family.linear_attention:
         raise UserError(
             f"data.share_prefix={share_prefix}: {family.model_type} has linear-attention layers, whose state runs "
-            "along the row and not from a prefix into several suffixes; set data.share_prefix=off"
+            "along the row and not from a prefix into several suffixes; set data.share_prefix=off, and "
+            f"data.share_vision={share_prefix} to encode a picture of several records once"
         )
-    if attention not in KERNELS:
+    if attention not in SHARING_ATTENTIONS:
         raise UserError(
             f"data.share_prefix={share_prefix}: model.attention={attention} gives every query the keys of its own "
-            f"sample alone; set model.attention={KERNELS[0]}, or data.share_prefix=off"
+            f"sample alone; set model.attention=varlen or sdpa, or data.share_prefix=off with "
+            f"data.share_vision={share_prefix}, which needs no other attention"
         )

@@ -11,11 +11,15 @@ import torch
 
 from pixelprune.pack import Pack
 from pixelprune.records.collator import DUMMY_ID, DUMMY_TOKENS
+from pixelprune.settings import MERGE
 from training.distributed.ranks import Ranks
 from training.loss.supervised import LossSums
 from training.tracking.hardware import host_memory_gb, peak_flops, peak_memory_gb
 
-_COUNTS = ("num_samples", "num_supervised", "kept_tokens", "full_tokens", "shared_tokens", "kept_blocks", "full_blocks")
+_COUNTS = (
+    "num_samples", "num_supervised", "kept_tokens", "full_tokens", "shared_tokens", "kept_blocks", "full_blocks",
+    "encoded_blocks",
+)  # fmt: skip
 _TIMES = ("data_wait", "forward", "backward", "optimizer")
 
 
@@ -30,6 +34,7 @@ class RunTotals:
     shared_tokens: int = 0
     kept_blocks: int = 0
     full_blocks: int = 0
+    encoded_blocks: int = 0
 
 
 class StepMeter:
@@ -71,6 +76,7 @@ class StepMeter:
         self._counts["shared_tokens"] += pack.num_shared_tokens
         self._counts["kept_blocks"] += pack.num_kept_blocks - has_dummy
         self._counts["full_blocks"] += pack.num_full_blocks - has_dummy
+        self._counts["encoded_blocks"] += pack.num_patches // (MERGE * MERGE) - has_dummy
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
@@ -123,6 +129,8 @@ class StepMeter:
             "retain_ratio": self.retain_ratio,
             # Of the records' kept tokens, those that a shared prefix left to be computed by another record.
             "shared_prefix": sums["shared_tokens"] / max(1.0, sums["kept_tokens"] + sums["shared_tokens"]),
+            # Of the records' kept blocks, those that the vision tower did not see again.
+            "shared_vision": 1 - sums["encoded_blocks"] / sums["kept_blocks"] if sums["kept_blocks"] else 0.0,
             "step_s": step_seconds,
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
             "host_memory_gb": host_memory_gb(),

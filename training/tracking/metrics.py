@@ -56,6 +56,7 @@ METRICS = (
     Metric("mfu", "MFU on kept tokens", picture="speed"),
     Metric("retain_ratio", "retain ratio", "retain {:.1%}", {"retain ratio": _last}),
     Metric("shared_prefix", "share of kept tokens that shared prefixes save"),
+    Metric("shared_vision", "share of kept blocks that are not encoded again"),
     Metric("step_s", "seconds of a step", summary={"step s": _median}),
     Metric("data_wait_share", "share of the step that waits for data", summary={"data wait share": _median}),
     Metric("peak_memory_gb", _DEVICE_MEMORY, summary={"peak memory GB": max}, picture="memory"),

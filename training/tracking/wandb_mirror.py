@@ -21,7 +21,7 @@ STEP = "step"
 _PARTS = {
     "speed": ("samples_per_s", "kept_tokens_per_s", "full_tokens_per_s", "step_s", "mfu", "rank_imbalance"),
     "memory": ("peak_memory_gb", "host_memory_gb"),
-    "data": ("retain_ratio", "num_samples", "num_supervised", "shared_prefix"),
+    "data": ("retain_ratio", "num_samples", "num_supervised", "shared_prefix", "shared_vision"),
     "optim": ("grad_norm", "num_skipped"),
 }
 _BEGINNINGS = {"eval_": "eval", "lr_": "optim"}

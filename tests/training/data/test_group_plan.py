@@ -8,12 +8,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from tests.samples import chat_row, write_jsonl
 from tests.training.data.test_loader import same_pack
 from tests.training.data.test_sharing import PLAN as SMALL_PLAN
 from tests.training.data.test_sharing import Setup, flops_by_definition, folder  # noqa: F401
 from training.data.balance import Caps, PrefixColumns, pack_groups, pack_step
 from training.data.loader import LoaderSettings, PackLoader
 from training.data.plan import PlanInput, PlanSettings, plan_epoch
+from training.data.settings import DataSettings
 from training.model.sharing import SavedFlops, describe_sharing
 
 NO_CAP = 2**40
@@ -146,15 +148,15 @@ def setup(folder, model_folder) -> Setup:  # noqa: F811
     return Setup(folder, model_folder)
 
 
-def loader(setup: Setup, **options) -> PackLoader:
-    plan = PlanSettings(**{**vars(SMALL_PLAN), "max_shared": 4})
+def loader(setup: Setup, over: str = "prefix", **options) -> PackLoader:
+    plan = PlanSettings(**{**vars(SMALL_PLAN), "max_shared": 4, "over_pictures": over == "vision"})
     return PackLoader(
         setup.index,
         setup.index.plan_input(setup.cost),
         plan,
         setup.prepare,
         setup.geometry,
-        LoaderSettings(share_prefix=True),
+        LoaderSettings(**{f"share_{over}": True}),
         saved_flops=SavedFlops(setup.cost),
         **options,
     )
@@ -172,31 +174,54 @@ def test_the_index_knows_which_records_begin_alike(setup):
 def test_the_start_of_a_run_says_what_there_is_to_share(setup):
     inputs = setup.index.plan_input(setup.cost)
     saved = sum(3 * int(inputs.prefixes.tokens[row]) for row in (0, 4, 8)) / int(inputs.tokens.sum())
-    said = describe_sharing("off", inputs)
+    said = describe_sharing(DataSettings(share_vision="step"), inputs)
     assert said == (
-        f"off; 12 records have 3 beginnings up to their first image, {saved:.0%} fewer tokens if each of these were "
+        f"prefix off, 12 records have 3 beginnings up to their first image: {saved:.0%} fewer tokens if each of these "
+        "were computed once; vision step, 12 records have 3 first images: 75% fewer ViT patches if each of these were "
         "computed once"
     )
     assert 0.2 < saved < 0.9
     alone = PlanInput(**{**vars(inputs), "prefixes": PrefixColumns(np.arange(13), *inputs.prefixes[1:])})
-    assert describe_sharing("step", alone) == "step; no two records begin alike up to an image"
+    assert describe_sharing(DataSettings(share_prefix="step"), alone).startswith("prefix step, no two records share")
 
 
+@pytest.mark.parametrize("over", ["prefix", "vision"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_the_loader_shares_what_the_plan_let_meet(setup, world_size):
-    batches = [b for rank in range(world_size) for b in loader(setup, rank=rank, world_size=world_size)]
+def test_the_loader_shares_what_the_plan_let_meet(setup, world_size, over):
+    batches = [b for rank in range(world_size) for b in loader(setup, over, rank=rank, world_size=world_size)]
     seen = Counter(record for batch in batches for record in batch.record_ids if record != "dummy")
     assert seen == Counter(f"train:{row}" for row in range(13))
     for batch in batches:
         if "dummy" not in batch.record_ids:
             assert batch.flops == pytest.approx(flops_by_definition(setup.cost, batch.pack), rel=1e-12)
-    assert sum(batch.pack.num_shared_tokens for batch in batches) > 0
+    assert (sum(batch.pack.num_shared_tokens for batch in batches) > 0) == (over == "prefix")
+    assert (sum(len(batch.pack.repeated_images) for batch in batches) > 0) == (over == "vision")
 
 
-def test_resumed_packs_are_bit_equal(setup):
-    whole = list(loader(setup, num_steps=4))
+def test_a_plan_over_pictures_weighs_what_its_rows_compute(setup):
+    plan = plan_epoch(setup.index.plan_input(setup.cost), loader(setup, "vision").plan_settings, epoch=0, world_size=1)
+    costs = [cost for step in plan for cost in step.cost[:, 0].tolist()]
+    for cost, batch in zip(costs, loader(setup, "vision"), strict=True):
+        if "dummy" not in batch.record_ids:
+            assert batch.flops == pytest.approx(cost, rel=1e-12)
+
+
+def test_records_of_one_picture_are_known_whatever_stands_before_it(folder, model_folder):  # noqa: F811
+    rows = [chat_row(f"screen_{number % 2}.png", f"Where is number {number}?") for number in range(4)]
+    for number, row in enumerate(rows):
+        row["messages"].insert(0, {"role": "system", "content": f"You are model {number}."})
+    write_jsonl(folder / "train.jsonl", rows)
+    index = Setup(folder, model_folder).index
+    assert len(set(index.prefix_hash.tolist())) == 4
+    assert index.picture_hash[:2].tolist() == index.picture_hash[2:].tolist()
+    assert len(set(index.picture_hash.tolist())) == 2
+
+
+@pytest.mark.parametrize("over", ["prefix", "vision"])
+def test_resumed_packs_are_bit_equal(setup, over):
+    whole = list(loader(setup, over, num_steps=4))
     for stop in range(1, len(whole)):
-        rest = list(loader(setup, cursor=whole[stop - 1].cursor, num_steps=4))
+        rest = list(loader(setup, over, cursor=whole[stop - 1].cursor, num_steps=4))
         expected = [batch for batch in whole if batch.step >= rest[0].step]
         assert len(rest) == len(expected)
         for one, other in zip(rest, expected, strict=True):

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from pixelprune.attention.prefixes import find_groups
 from pixelprune.flops import CostModel
-from pixelprune.pack import VisionGeometry, pack_samples
+from pixelprune.pack import VisionGeometry, pack_samples, row_pictures
 from pixelprune.records import prepare as preparing
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
@@ -52,21 +52,28 @@ class Setup:
         sources = [SourceSettings(str(folder / "train.jsonl"))]
         self.index = build_index(sources, self.prepare, num_workers=0, show_progress=False)
 
-    def batches(self, share_prefix: bool, **options):
+    def batches(self, share: str = "", **options):
         loader = PackLoader(
             self.index,
             self.index.plan_input(self.cost),
             PLAN,
             self.prepare,
             self.geometry,
-            LoaderSettings(share_prefix=share_prefix),
+            LoaderSettings(share_prefix=share == "prefix", share_vision=share == "vision"),
             saved_flops=SavedFlops(self.cost),
             **options,
         )
         return list(loader)
 
-    def dataset(self, share_prefix: bool = True) -> PackDataset:
-        return PackDataset(self.index.sources, self.prepare, self.geometry, True, share_prefix=share_prefix)
+    def dataset(self, share: str = "prefix") -> PackDataset:
+        return PackDataset(
+            self.index.sources,
+            self.prepare,
+            self.geometry,
+            True,
+            share_prefix=share == "prefix",
+            share_vision=share == "vision",
+        )
 
 
 @pytest.fixture
@@ -95,9 +102,10 @@ def flops_by_definition(cost: CostModel, pack) -> float:
     )
 
 
+@pytest.mark.parametrize("share", ["prefix", "vision"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_sharing_changes_what_is_computed_and_nothing_else(setup, rank):
-    apart, shared = (setup.batches(share, rank=rank, world_size=2) for share in (False, True))
+def test_sharing_changes_what_is_computed_and_nothing_else(setup, rank, share):
+    apart, shared = (setup.batches(how, rank=rank, world_size=2) for how in ("", share))
     assert len(apart) == len(shared)
     saved = 0
     for one, other in zip(apart, shared, strict=True):
@@ -109,7 +117,10 @@ def test_sharing_changes_what_is_computed_and_nothing_else(setup, rank):
             assert getattr(one.pack, name) == getattr(other.pack, name)
         assert one.pack.num_shared_tokens == 0
         assert other.pack.num_tokens + other.pack.num_shared_tokens == one.pack.num_tokens
-        saved += other.pack.num_shared_tokens
+        saved += other.pack.num_shared_tokens + len(other.pack.repeated_images)
+        if share == "vision":
+            assert torch.equal(one.pack.input_ids, other.pack.input_ids)
+            assert one.pack.num_patches - 4 * sum(other.pack.repeated_images) == other.pack.num_patches
         for batch in (one, other):
             if "dummy" not in batch.record_ids:
                 assert batch.flops == pytest.approx(flops_by_definition(setup.cost, batch.pack), rel=1e-12)
@@ -126,11 +137,11 @@ def test_a_picture_of_many_records_is_prepared_once_in_a_pack(setup, monkeypatch
     prune_shots = preparing.prune_shots
     monkeypatch.setattr(preparing, "prune_shots", counted)
     rows = [0, 4, 1, 5, 2, 12]
-    for share in (True, False):
+    for share, encoded in (("prefix", 2), ("vision", 2), ("", 5)):
         calls.clear()
         pack = setup.dataset(share)[task_of(rows)].pack
         assert len(calls) == 2, "two screenshots in six records"
-        assert len(pack.vit_cu_seqlens) - 1 == (2 if share else 5)
+        assert len(pack.vit_cu_seqlens) - 1 == encoded
 
 
 def test_a_group_whose_first_record_went_bad_keeps_its_picture(setup):
@@ -144,18 +155,22 @@ def test_a_group_whose_first_record_went_bad_keeps_its_picture(setup):
     assert result.pack.num_shared_tokens > 0
 
 
+@pytest.mark.parametrize("share", ["prefix", "vision"])
 @pytest.mark.parametrize("prune", [PruneSettings(), PruneSettings(threshold=0.1)])
-def test_the_teachers_row_shares_the_same_prefixes_and_sees_its_own_pixels(folder, model_folder, prune):
+def test_the_teachers_row_shares_the_same_and_sees_its_own_pixels(folder, model_folder, prune, share):
     setup = Setup(folder, model_folder, with_full=True)
     setup.prepare = dataclasses.replace(setup.prepare, prune=prune)
     rows = [0, 4, 1, 5, 2, 12]
-    pack = setup.dataset()[task_of(rows)].pack
+    pack = setup.dataset(share)[task_of(rows)].pack
     full = pack.full_pack()
     unpruned = dataclasses.replace(setup.prepare, prune=PruneSettings(strategy="none"), with_full=False)
     preparer, source = unpruned.build(), setup.index.sources[0]
     samples = [preparer.prepare(source.rows[row], source.root, record_id=f"train:{row}").sample for row in rows]
-    expected = pack_samples(samples, setup.geometry, find_groups(samples, setup.geometry.image_token_id))
-    assert full.shared == expected.shared
+    groups = find_groups(samples, setup.geometry.image_token_id) if share == "prefix" else None
+    pictures = row_pictures(samples) if share == "vision" else None
+    expected = pack_samples(samples, setup.geometry, groups, pictures=pictures)
+    assert (full.shared, full.image_order) == (expected.shared, expected.image_order)
+    assert full.shared or full.image_order
     assert full.borders == expected.borders
     assert torch.equal(full.input_ids, expected.input_ids)
     assert torch.equal(full.logit_index, expected.logit_index)
@@ -168,7 +183,7 @@ def test_the_teachers_row_shares_the_same_prefixes_and_sees_its_own_pixels(folde
 def test_hybrid_families_and_attention_without_borders_are_refused_by_name():
     hybrid, dense = ({"model_type": name} for name in ("qwen3_5", "qwen3_vl"))
     configs = [type("Config", (), values)() for values in (hybrid, dense)]
-    with pytest.raises(UserError, match=r"qwen3_5 has linear-attention layers.*data.share_prefix=off"):
+    with pytest.raises(UserError, match=r"qwen3_5 has linear-attention layers.*share_prefix=off.*share_vision=step"):
         check_sharing("step", configs[0], "sdpa")
     with pytest.raises(UserError, match=r"model.attention=flash_attention_2 gives.*set model.attention=sdpa"):
         check_sharing("step", configs[1], "flash_attention_2")
