@@ -23,7 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.kill import ROOT, DrillError, Run, has_equal_bits, prepare
+from benchmarks.parts.drill_runs import ROOT, DrillError, Run, has_equal_bits, prepare
 from benchmarks.parts.record import markdown_table, write_record
 from benchmarks.parts.two_hosts import ADDRESSES, DEVICE, NAMES, TwoHosts, enter_own_mounts, why_not
 from training.checkpoint.files import complete_checkpoints

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kill import ROOT, Kill, Run, has_equal_bits, largest_difference, prepare
+from benchmarks.parts.drill_runs import ROOT, Kill, Run, has_equal_bits, largest_difference, prepare
 from tests.samples import draw_walk, walk_row, write_jsonl
 from training.exit_codes import RESUMABLE
 from training.tracking.tracker import read_metrics

@@ -29,6 +29,8 @@ TOO_SLOW = "too_slow"
 POLL_SECONDS = 0.5
 DEATHS_PER_RECORD = 2
 """A process that dies may have been ended for what others did (memory): its record is tried once more."""
+TRIES_TO_START = 2
+"""In a row: one process may be killed by chance, two that cannot start have a reason."""
 _PR_SET_PDEATHSIG = 1
 
 Row = dict[str, Any]
@@ -84,6 +86,7 @@ class MeasuringPool:
         """
         self._chunks, self._left = chunks, deque(range(len(chunks)))
         self._deaths: Counter[tuple[int, int]] = Counter()
+        self._failed_starts = 0
         self._workers: list[_Worker] = [self._started() for _ in range(min(self.num_workers, len(chunks)))]
         num_done = 0
         try:
@@ -126,6 +129,8 @@ class MeasuringPool:
         if kind == "done":
             assert worker.number is not None
             done, worker.number, worker.known = (worker.number, value), None, {}
+        elif kind == "ready":
+            self._failed_starts = 0
         worker.is_ready = True
         self._assign(worker)
         return done
@@ -164,6 +169,11 @@ class MeasuringPool:
     def _replace_dead(self, worker: _Worker) -> None:
         worker.process.join()
         how = _ending(worker.process.exitcode)
+        if not worker.is_ready and self._failed_starts < TRIES_TO_START - 1:
+            self._failed_starts += 1
+            logger.warning("a process that measures records died as it started (%s) and is replaced", how)
+            self._replace(worker)
+            return
         if not worker.is_ready:
             raise ValueError(
                 f"a process that measures records could not start: {how}; most likely memory is short: use fewer than "
