@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import filecmp
+import io
 import os
 import shutil
 from functools import lru_cache
 from pathlib import Path
 
 from data_tools.convert.dropped import DropError
-from pixelprune.files import whole_file
-from pixelprune.images.image import decode_image, read_size
+from pixelprune.files import whole_file, write_whole
+from pixelprune.images.image import ImageError, decode_image, open_image, read_size
 from pixelprune.settings import ResizeSettings
 
 
@@ -62,6 +63,24 @@ class ImageFiles:
         except (OSError, ValueError, RuntimeError):
             # ValueError: a NUL in the name, or no image; RuntimeError: a loop of symlinks.
             return "image unreadable"
+
+    def add(self, stem: str, data: bytes) -> str:
+        """A picture that was no file, written below the folder as the bytes it is; returns its name. Raises DropError.
+
+        stem: its name without suffix, which the picture's format gives.
+        """
+        try:
+            with open_image(io.BytesIO(data), stem) as image:
+                name = f"{stem}.{str(image.format).lower()}"
+        except (ImageError, OSError, ValueError) as error:
+            raise DropError("image is no picture") from error
+        target = self._path(name)
+        if not target.is_relative_to(self.folder):
+            raise DropError("image outside the image folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_bytes() != data:
+            write_whole(target, data)
+        return name
 
     def _path(self, name: str) -> Path:
         """An absolute path into the folder means itself; else it starts at the folder, as some corpora write theirs."""

@@ -45,6 +45,11 @@ class Preset:
 
 
 def _computer_use() -> Preset:
+    """Its words are those of ScreenSpot Pro's evaluation of Qwen3-VL (models/qwen3vl.py of
+    ScreenSpot-Pro-GUI-Grounding, as github.com/anaicalledsolaris/ScreenSpot-Pro-GUI-Grounding has it, commit 573b40e),
+    its frame is that of Qwen3-VL's own cookbooks/computer_use.ipynb (github.com/QwenLM/Qwen3-VL, commit 96a8f59): the
+    tool as JSON. The evaluation's copy of it is none: lines break within texts, and a brace is missing.
+    """
     tool = {
         "type": "function",
         "function": {
@@ -83,7 +88,10 @@ def _computer_use() -> Preset:
 
 
 def _computer_use_agent() -> Preset:
-    """What Qwen3-VL's computer agents are told on OSWorld: every action of a session, relative coordinates."""
+    """What Qwen3-VL's computer agents are told on OSWorld: the actions of a session, relative coordinates.
+
+    Fewer actions and shorter words than the cookbook's tool (cookbooks/utils/agent_function_call.py, commit 0dcc180).
+    """
     actions = {
         "key": "Performs key down presses on the arguments passed in order, then performs key releases in reverse "
         "order.",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -325,3 +328,88 @@ def test_screenspot_refuses_fractions(tmp_path: Path, entry: dict):
     (tmp_path / "a.json").write_text(json.dumps([entry, entry | {"bbox": [10, 10, 30, 40]}]))
     assert len(convert(tmp_path, "screenspot", "a.json")) == 1
     assert dropped(tmp_path) == {"bbox is fractions of the image, expected pixels": 1}
+
+
+# ---- the hub's Parquet, pictures in it ----
+
+
+def write_parquet(path: Path, rows: list[dict]) -> None:
+    """As the `datasets` library stores an image column: a struct of the file's bytes and its name."""
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pa.Table.from_pylist(rows)
+    pictures = pa.array([row["image"] for row in rows], image)
+    pq.write_table(table.set_column(table.column_names.index("image"), "image", pictures), path)
+
+
+def as_stored(color: str, size: tuple[int, int] = (200, 100), image_format: str = "PNG") -> dict:
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, image_format)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+HUB_ROWS = {
+    "docvqa": {"questionId": "49", "question": "Who?", "question_types": ["form"], "answers": ["Ann"], "docId": 1},
+    "infovqa": {"questionId": "9", "question": "How many?", "answers": ["9"], "answer_type": ["single span"]},
+    "chartqa": {"type": "human_test", "question": "How many bars?", "answer": "14"},
+    "ocrbench": {"dataset": "IIIT5K", "question": "what?", "question_type": "Regular", "answer": ["CENTRE"]},
+    "osworld-g": {
+        "id": "a", "image_path": "elsewhere.png", "image_size": [200, 100], "instruction": "Click OK",
+        "box_type": "bbox", "box_coordinates": [10, 10, 20, 10], "GUI_types": ["Button"],
+    },
+    "vstar": {"text": "Color?\n(A) red\n(B) blue", "category": "direct_attributes", "question_id": "7", "label": "B"},
+    "mcq": {"index": 241, "question": "Which?", "hint": "nan", "A": "x", "B": "y", "C": "nan", "answer": "B",
+            "category": "kind", "L2-category": "wide"},
+}  # fmt: skip
+"""A row of each command's table, without its picture."""
+ANSWERS = {"docvqa": "Ann", "infovqa": "9", "chartqa": "14", "ocrbench": "centre", "osworld-g": "(100, 150)",
+           "vstar": "B", "mcq": "B"}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", HUB_ROWS)
+def test_parquet_of_the_hub_gives_the_records_of_the_published_files(tmp_path: Path, command: str):
+    pictures = [as_stored("red"), as_stored("blue", image_format="JPEG"), {"bytes": b"no picture " * 9, "path": None}]
+    key = {"docvqa": "questionId", "infovqa": "questionId", "osworld-g": "id", "vstar": "question_id"}.get(command)
+    key = "index" if command == "mcq" else key
+    name = "mmbench-dev.parquet" if command == "mcq" else "test-00000-of-00001.parquet"
+    rows = [
+        HUB_ROWS[command] | {"image": image} | ({key: type(HUB_ROWS[command][key])(10 + i)} if key else {})
+        for i, image in enumerate(pictures)
+    ]
+    write_parquet(tmp_path / name, rows)
+    found = convert(tmp_path, command, name, images=None)
+    assert dropped(tmp_path) == {"image is no picture": 1}
+    names = [row["messages"][0]["content"][0]["image"] for row in found]
+    assert [(tmp_path / name).read_bytes() for name in names] == [image["bytes"] for image in pictures[:2]]
+    assert [Path(name).suffix for name in names] == [".png", ".jpeg"]
+    if key:
+        assert [row["id"] for row in found] == ["10", "11"]
+    (score,) = scored(found, {row["id"]: ANSWERS[command] for row in found})["benchmark"].values()
+    assert score["accuracy"] == 1
+    (score,) = scored(found, {row["id"]: "something else" for row in found})["benchmark"].values()
+    assert score["accuracy"] == 0
+    (tmp_path / name).write_bytes(b"PAR1 no more")
+    words = [command, str(tmp_path / name), "--out", str(tmp_path / "out.jsonl"), "--overwrite"]
+    assert main(words) == 2
+
+
+def test_vstar(tmp_path: Path):
+    picture(tmp_path / "images/direct_attributes/sa_1.jpg")
+    shared = {"image": "direct_attributes/sa_1.jpg", "category": "direct_attributes", "label": "B"}
+    asks = "Answer with the option's letter from the given choices directly."
+    data = [
+        {**shared, "question_id": "0", "text": f"What is the color of the cup?\n(A) red\n(B) blue (dark)\n{asks}"},
+        {**shared, "question_id": "1", "text": "Which?\n(A) red\n(C) blue"},
+        {**shared, "question_id": "2", "text": "Which?\n(A) red\n(B) blue\nThink first."},
+        {**shared, "question_id": "3", "text": "Which?\n(A) red\n(B) blue", "label": "C"},
+    ]
+    (tmp_path / "test_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    (row,) = convert(tmp_path, "vstar", "test_questions.jsonl")
+    assert dropped(tmp_path) == {
+        "options are not lines (A), (B), ... without a gap": 1,
+        "text behind the options": 1,
+        "label is no letter of its options": 1,
+    }
+    asked = "What is the color of the cup?\nOptions:\nA. red\nB. blue (dark)"
+    assert row["messages"][0]["content"][-1]["text"] == asked
+    result = scored([row], {"0": "(B) blue"})
+    assert result["benchmark"]["vstar"]["accuracy"] == 1 == result["element"]["direct_attributes"]["accuracy"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data_tools.convert.benchmarks.chartqa import ChartQAReader
 from data_tools.convert.benchmarks.documents import DocumentReader
+from data_tools.convert.benchmarks.hub_tables import SUFFIX
 from data_tools.convert.benchmarks.mmlongbench import MMLongBenchReader
 from data_tools.convert.benchmarks.ocrbench import OCRBenchReader
 from data_tools.convert.benchmarks.olmocrbench import OlmOCRBenchReader, write_answers
@@ -17,10 +18,12 @@ from data_tools.convert.benchmarks.osworld_g import OSWorldGReader
 from data_tools.convert.benchmarks.screenspot import ScreenSpotReader
 from data_tools.convert.benchmarks.tsv import TsvReader
 from data_tools.convert.benchmarks.ui_vision import UIVisionReader
+from data_tools.convert.benchmarks.vstar import VStarReader
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.output import EntryReader, add_output_options, console, open_inputs, run_reader
 
 _JSON = (".json", ".jsonl")
+_OR_PARQUET = (*_JSON, SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ BENCHMARKS = {
         "OSWorld-G.json or OSWorld-G_refined.json; --images is its folder images. Boxes, polygons and refusals.",
         "point_or_refuse",
         lambda images, _: OSWorldGReader(images),
+        _OR_PARQUET,
     ),
     "ui-vision": Benchmark(
         "UI-Vision, element grounding",
@@ -59,24 +63,28 @@ BENCHMARKS = {
         "val_v1.0_withQT.json; --images is the folder that holds documents/.",
         "short_answer",
         lambda images, _: DocumentReader(images, "docvqa"),
+        _OR_PARQUET,
     ),
     "infovqa": Benchmark(
         "InfoVQA",
         "infographicsVQA_val_v1.0_withQT.json; --images is the folder infographicsvqa_images.",
         "short_answer",
         lambda images, _: DocumentReader(images, "infovqa"),
+        _OR_PARQUET,
     ),
     "chartqa": Benchmark(
         "ChartQA",
         "test_human.json, test_augmented.json or the folder of both; --images is the folder png.",
         "short_answer",
         lambda images, _: ChartQAReader(images),
+        _OR_PARQUET,
     ),
     "ocrbench": Benchmark(
         "OCRBench",
         "OCRBench.json; --images is the folder OCRBench_Images.",
         "as_recorded",
         lambda images, _: OCRBenchReader(images),
+        _OR_PARQUET,
     ),
     "mmlongbench": Benchmark(
         "MMLongBench-Doc",
@@ -98,7 +106,14 @@ BENCHMARKS = {
         "AI2D_TEST.tsv, HRBench4K.tsv, VStarBench.tsv. Pictures are written to --images, beside --out by default.",
         "option_letter (AI2D and MMMU: select_option)",
         lambda images, _: TsvReader(images),
-        (".tsv",),
+        (".tsv", SUFFIX),
+    ),
+    "vstar": Benchmark(
+        "V*, its authors' own file",
+        "test_questions.jsonl; --images is the folder that holds direct_attributes/ and relative_position/.",
+        "option_letter",
+        lambda images, _: VStarReader(images),
+        _OR_PARQUET,
     ),
 }
 
@@ -107,8 +122,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """One command per benchmark, and the way back for olmOCR-Bench."""
     raw = argparse.RawDescriptionHelpFormatter
     for name, benchmark in BENCHMARKS.items():
+        hub = "Or the hub's Parquet, pictures in it: they are written to --images, beside --out by default.\n"
         description = (
             f"Convert {benchmark.title} as published to evaluation records.\n\nRead: {benchmark.files}\n"
+            f"{hub if benchmark.suffixes == _OR_PARQUET else ''}"
             f"Ask with the prompt preset {benchmark.prompt}: `python -m training.evaluate --help`.\n"
             "What is left out is counted under its reason, on the terminal and in OUT.report.json."
         )
@@ -134,11 +151,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_benchmark(benchmark: Benchmark, options: argparse.Namespace) -> None:
     """Convert the files into one JSONL file. Raises ValueError when nothing came out."""
-    if benchmark.suffixes != _JSON and options.images is None:
+    brings_pictures = {".tsv", SUFFIX} & set(benchmark.suffixes) & _suffixes_of(options.inputs)
+    if brings_pictures and options.images is None:
         options.images = options.out.parent / "images"
         options.images.mkdir(parents=True, exist_ok=True)
     files, images = open_inputs(options, benchmark.suffixes)
     run_reader(options, files, benchmark.read(images, options))
+
+
+def _suffixes_of(inputs: list[Path]) -> set[str]:
+    files = [file for path in inputs for file in (path.iterdir() if path.is_dir() else [path])]
+    return {file.suffix.lower() for file in files}
 
 
 def run_answers(options: argparse.Namespace) -> None:

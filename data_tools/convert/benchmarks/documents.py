@@ -3,8 +3,10 @@
 Fields of DocVQA (val_v1.0.json and val_v1.0_withQT.json of the challenge, rrc.cvc.uab.es, ch=17, as
 github.com/tiennvcs/docvqa, libs/layoutlmv2/README.md, commit d5d4331, shows them): an object whose `data` holds
 questionId, question, image ("documents/NAME.png"), answers, docId, and question_types in the second file. Fields of
-InfoVQA (the same page, infographicsVQA_val_v1.0_withQT.json): questionId, question, image_local_name, answers,
-answer_type.
+InfoVQA (the same page, infographicsVQA_val_v1.0_withQT.json; github.com/google-research/pix2struct,
+pix2struct/preprocessing/convert_docvqa.py, commit 42e2427, reads both): questionId, question, image_local_name,
+answers, answer_type. The hub's Parquet has the same columns and the picture (github.com/EvolvingLMMs-Lab/lmms-eval,
+lmms_eval/tasks/docvqa/utils.py, commit 008ddc8, and infovqa/utils.py, commit 2bb5e98).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.convert.benchmarks.hub_tables import SUFFIX
 from data_tools.convert.benchmarks.reader import BenchmarkReader, text_of, texts_of
 from data_tools.convert.image_files import ImageFiles
 from data_tools.records import question_record
@@ -28,9 +31,13 @@ class DocumentReader(BenchmarkReader):
     def __init__(self, images: ImageFiles, benchmark: str) -> None:
         super().__init__(images)
         self.benchmark = benchmark
+        self.hub_names = {"image": IMAGE_KEYS[benchmark]}
 
     def entries(self, path: Path) -> Iterator[tuple[Any, int]]:
         """The entries of `data`. Raises ValueError for a file of another shape."""
+        if path.suffix.lower() == SUFFIX:
+            yield from super().entries(path)
+            return
         try:
             content = json.loads(path.read_bytes())
         except ValueError as error:

@@ -1,7 +1,9 @@
 """OCRBench as published -> evaluation records, scored by containment.
 
 Fields (github.com/Yuliang-Liu/MultimodalOCR, OCRBench/OCRBench/OCRBench.json, commit 794c36d): image_path (below the
-folder OCRBench_Images), question, answers (a text or a list of texts), type, dataset_name, id.
+folder OCRBench_Images), question, answers (a text or a list of texts), type, dataset_name, id. Columns of the hub's
+Parquet (github.com/EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/ocrbench/utils.py, commit 46a88d8): image, question,
+answer, question_type, dataset.
 """
 
 from __future__ import annotations
@@ -18,6 +20,13 @@ FORMULAS = "HME100k"
 
 class OCRBenchReader(BenchmarkReader):
     """The published score is a mean over all questions, so that the type of question is a kind and no subset."""
+
+    hub_names = {  # noqa: RUF012
+        "image": "image_path",
+        "answer": "answers",
+        "question_type": "type",
+        "dataset": "dataset_name",
+    }
 
     def make(self, entry: dict[str, Any], file: Path, number: int) -> dict[str, Any]:
         name, question = text_of(entry, "image_path"), text_of(entry, "question")

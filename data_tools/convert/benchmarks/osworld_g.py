@@ -1,8 +1,10 @@
 """OSWorld-G as published -> evaluation records: boxes, polygons, and things that are not there.
 
-Fields (github.com/xlang-ai/OSWorld-G, benchmark/OSWorld-G.json and OSWorld-G_refined.json): id, image_path, image_size,
+Fields of benchmark/OSWorld-G.json and OSWorld-G_refined.json of github.com/xlang-ai/OSWorld-G, as two readers of them
+agree (github.com/Onifin/Holo3.1-OSWorld-G, evaluation/holo_osworld_g.py, commit da9ab94;
+github.com/EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/osworld_g/utils.py, commit 18b594d): id, image_path, image_size,
 instruction, box_type (bbox, polygon, refusal), box_coordinates (x, y, width, height, or the corners x, y, x, y, ...),
-GUI_types. No copy of that repository was at hand; the fields are those that two public readers of it agree in.
+GUI_types. The hub's Parquet has the same columns and the picture; a click at two negative numbers refuses.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ REFUSAL = "(-1, -1)"
 
 class OSWorldGReader(BenchmarkReader):
     """The refined instructions are a benchmark of their own, told by the file's name."""
+
+    hub_names = {"image": "image_path"}  # noqa: RUF012
 
     def make(self, entry: dict[str, Any], file: Path, number: int) -> dict[str, Any]:
         """The published score is a mean over all entries, so that the type of target is a kind and no subset."""

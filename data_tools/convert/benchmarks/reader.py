@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_tools.convert.benchmarks.hub_tables import SUFFIX, hub_entries
 from data_tools.convert.dropped import DropError, check_unicode
 from data_tools.convert.image_files import ImageFiles
 from data_tools.convert.json_stream import iter_json
@@ -25,9 +26,15 @@ class BenchmarkReader:
         self.dropped: Counter[str] = Counter()
         self.num_read = 0
 
+    hub_names: Mapping[str, str] = {}
+    """Column of the hub's Parquet -> field of the published files, where they differ; "image" is the picture."""
+
     def entries(self, path: Path) -> Iterator[tuple[Any, int]]:
-        """(entry, bytes of the file read so far) of a JSON array or JSON lines."""
-        yield from iter_json(path)
+        """(entry, bytes of the file read so far) of a JSON array, JSON lines, or the hub's Parquet."""
+        if path.suffix.lower() == SUFFIX:
+            yield from hub_entries(path, self.images, self.hub_names)
+        else:
+            yield from iter_json(path)
 
     def record(self, entry: Any, file: Path, number: int) -> dict[str, Any] | None:
         """One evaluation record, or None where it was dropped (and counted). number: the entry's place in its file."""
@@ -35,6 +42,8 @@ class BenchmarkReader:
         try:
             if not isinstance(entry, dict):
                 raise DropError("not a JSON object")
+            if isinstance(entry.get("error"), DropError):
+                raise entry["error"]
             record = self.make(entry, file, number)
             check_unicode([json.dumps(record, ensure_ascii=False)])
         except DropError as error:

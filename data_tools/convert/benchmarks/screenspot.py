@@ -1,8 +1,13 @@
 """ScreenSpot v2 and ScreenSpot Pro as published (JSON annotations beside an image folder) -> evaluation records.
 
-Fields, v2: img_filename, bbox [x, y, width, height], instruction, data_type (text, icon), data_source.
-Fields, Pro: img_filename, bbox [x1, y1, x2, y2], instruction, img_size [width, height], ui_type (text, icon), group,
-application, platform, id; instruction_cn is the Chinese instruction.
+Fields, v2 (entries of OS-Copilot/ScreenSpot-v2, as github.com/open-compass/VLMEvalKit,
+vlmeval/dataset/GUI/screenspot_v2.py, commit 516d2ba, quotes them; those of the first ScreenSpot,
+github.com/njucckevin/SeeClick, pretrain/screenspot_test.py, commit 661ff1b): img_filename, bbox [x, y, width, height],
+instruction, data_type (text, icon), data_source.
+Fields, Pro (github.com/likaixin2000/ScreenSpot-Pro-GUI-Grounding, eval_screenspot_pro.py, commit 588f1f2):
+img_filename, bbox [x1, y1, x2, y2], instruction, img_size [width, height], ui_type (text, icon), group, application,
+platform, id; instruction_cn is the Chinese instruction.
+Copies on the hub differ in what their four numbers mean, so Parquet is not read.
 """
 
 from __future__ import annotations

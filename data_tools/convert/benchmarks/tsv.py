@@ -3,7 +3,9 @@
 Fields (github.com/open-compass/VLMEvalKit, vlmeval/dataset/image_mcq.py, commit 01424f9, and image_base.py, commit
 0507265): index, question, A, B, C, ..., answer (a letter), hint, category, l2-category, split, and image: base64 of a
 picture, a list of such, or the index of the row that has the picture. In this shape are published: MMBench, MMMU,
-MMStar, RealWorldQA, AI2D, HR-Bench and V* (VStarBench.tsv).
+MMStar, RealWorldQA, AI2D, HR-Bench and V* (VStarBench.tsv). Parquet with the same columns, as the hub has MMBench and
+HR-Bench (github.com/EvolvingLMMs-Lab/lmms-eval, lmms_eval/tasks/mmbench/en_utils.py and hrbench/utils.py, commit
+161c7a1), is read alike.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_tools.convert.benchmarks.hub_tables import IMAGE, SUFFIX, hub_rows
 from data_tools.convert.benchmarks.reader import BenchmarkReader, text_of
 from data_tools.convert.dropped import DropError
 from data_tools.convert.image_files import ImageFiles
 from data_tools.records import question_record
-from pixelprune.files import write_whole
-from pixelprune.images.image import ImageError, open_image
 
 CIRCLE = 1_000_000
 """MMBench asks a question again with its options turned: rows whose indices are equal modulo this are one question,
 which counts as right when every one of them is (CircularEval; vlmeval/dataset/utils/multiple_choice.py)."""
 _MAX_REFERENCE_LEN = 64
+_LOWER = {"L2-category": "l2-category"}
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]{0,99}", re.ASCII)
 
 
@@ -60,18 +62,11 @@ class TsvReader(BenchmarkReader):
         for number, encoded in enumerate(_listed(cell)):
             try:
                 data = base64.b64decode(encoded, validate=True)
-                with open_image(io.BytesIO(data), index) as image:
-                    suffix = str(image.format).lower()
-            except (binascii.Error, ImageError, OSError, ValueError):
+                if not _PLAIN.fullmatch(index) or not _PLAIN.fullmatch(path.stem):
+                    return []
+                names.append(self.images.add(f"{path.stem}/{index}-{number}", data))
+            except (binascii.Error, DropError, ValueError):
                 return []
-            if not _PLAIN.fullmatch(index) or not _PLAIN.fullmatch(path.stem):
-                return []
-            name = f"{path.stem}/{index}-{number}.{suffix}"
-            target = self.images.folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not target.exists() or target.read_bytes() != data:
-                write_whole(target, data)
-            names.append(name)
         return names
 
     def make(self, entry: dict[str, Any], file: Path, number: int) -> dict[str, Any]:
@@ -144,6 +139,24 @@ def _listed(cell: str) -> list[str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[dict[str, str], int]]:
+    yield from _hub_rows(path) if path.suffix.lower() == SUFFIX else _tsv_rows(path)
+
+
+def _hub_rows(path: Path) -> Iterator[tuple[dict[str, str], int]]:
+    """The hub's copies have the same columns, pictures as bytes and empty cells as none, or as the text nan."""
+    for row, position in hub_rows(path):
+        missing = [name for name in ("index", "question", "answer") if name not in row]
+        if missing:
+            raise ValueError(f"{path}: expected the columns of OpenCompass's TSV, got none called {', '.join(missing)}")
+        picture = row.get(IMAGE)
+        if isinstance(picture, dict):
+            data = picture.get("bytes")
+            row[IMAGE] = base64.b64encode(data).decode() if isinstance(data, bytes) else picture.get("path")
+        cells = {_LOWER.get(key, key): value for key, value in row.items()}
+        yield {key: "" if value in (None, "nan") else str(value) for key, value in cells.items()}, position
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[dict[str, str], int]]:
     csv.field_size_limit(sys.maxsize)  # a picture is one field
     with path.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t", restval="")
