@@ -10,17 +10,21 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from training.config.recipe import config_to_dict, load_recipe
 from training.config.settings import TrackingSettings
-from training.errors import RankError
+from training.errors import RankError, UserError
 from training.tracking import wandb_mirror
 from training.tracking.metrics import METRICS
-from training.tracking.tracker import Tracker, read_metrics
+from training.tracking.mirror import Mirror
+from training.tracking.other_mirrors import check_installed
+from training.tracking.tracker import Tracker, read_metrics, sheet_path
 from training.tracking.wandb_mirror import sectioned
 
 DISABLED = TrackingSettings(wandb="disabled")
@@ -81,6 +85,109 @@ def records_of(path: Path) -> Iterator[Record]:
             whole = b""
 
 
+def whole_run(path: Path) -> list[Record]:
+    """All of a run's records; wandb's service writes the last of them in its own time."""
+    records, deadline = list(records_of(path)), time.monotonic() + 60
+    while not any(record.HasField("exit") for record in records):
+        assert time.monotonic() < deadline, "the run was never written whole"
+        time.sleep(0.05)
+        records = list(records_of(path))
+    return records
+
+
+def history_of(records: list[Record]) -> list[dict]:
+    """Rows of the history; what is a file or a picture is a dict."""
+    rows = []
+    for record in records:
+        if record.HasField("history"):
+            row: dict = {}
+            for item in record.history.item:
+                *outer, last = item.nested_key
+                place = row.setdefault(outer[0], {}) if outer else row
+                place[last] = json.loads(item.value_json)
+            rows.append(row)
+    return rows
+
+
+def track_evaluations(folder: Path, settings: TrackingSettings) -> None:
+    """Three steps and two evaluations, of which the second has a picture of its answers."""
+    tracker = Tracker(folder, settings, "run", {"optim": {"lr": 1e-3}, "tags": [1]}, run_id="abc")
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": 1.0 / step, "retain_ratio": 0.5})
+        if step == 1:
+            continue
+        tracker.log(step, {"eval_loss": 1.0 / step})
+        if step == 3:
+            sheet_path(folder, 3).parent.mkdir()
+            Image.new("RGB", (40, 30), (200, 10, 10)).save(sheet_path(folder, 3))
+        tracker.log(step, {"eval_accuracy": step / 4})
+        tracker.show_evaluations(step)
+    tracker.close()
+
+
+def test_the_table_of_evaluations_has_their_figures_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    track_evaluations(tmp_path, TrackingSettings(wandb="offline"))
+    (path,) = (tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb")
+    records = whole_run(path)
+    history = history_of(records)
+    shown = [row["eval/table"] for row in history if "eval/table" in row]
+    assert [(one["_type"], one["nrows"]) for one in shown] == [("table-file", 1), ("table-file", 2)]
+    assert {row["eval/accuracy"] for row in history if "eval/accuracy" in row} == {0.5, 0.75}, "the charts stay"
+    # What is uploaded, pictures with it, is an artifact; its files wait where wandb keeps its data.
+    newest = [record.artifact for record in records if record.HasField("artifact")][-1]
+    files = {entry.path: Path(entry.local_path) for entry in newest.manifest.contents}
+    table = json.loads(files["eval/table.table.json"].read_text())
+    assert table["columns"] == ["step", "loss", "accuracy", "misses and hits"]
+    assert [row[:3] for row in table["data"]] == [[2, 0.5, 0.5], [3, 1 / 3, 0.75]]
+    assert table["data"][0][3] is None
+    with Image.open(files[table["data"][1][3]["path"]]) as picture:
+        assert picture.size == (40, 30)
+        assert picture.getpixel((5, 5)) == (200, 10, 10)
+
+
+def test_tensorboard_has_the_same_sections_and_the_pictures(tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install tensorboard)")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = TrackingSettings(wandb="disabled", also=["tensorboard"])
+    check_installed(settings)
+    track_evaluations(tmp_path, settings)
+    # A resume after step 2 makes step 3 again.
+    tracker = Tracker(tmp_path, settings, "run", {}, restored_step=2)
+    tracker.log(3, {"loss": 0.25})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(1, 1.0), (2, 0.5), (3, 0.25)], "step 3 once"
+    assert [event.step for event in events.Scalars("data/retain_ratio")] == [1, 2]
+    assert [(event.step, event.value) for event in events.Scalars("eval/accuracy")] == [(2, 0.5)]
+    assert len(read_metrics(tmp_path)) == 5
+
+
+def test_a_tracker_that_fails_costs_no_row_and_one_that_is_missing_is_refused(tmp_path, caplog):
+    class Broken(Mirror):
+        name = "broken"
+
+        def _start(self) -> None:
+            raise OSError("no such server")
+
+    tracker = Tracker(tmp_path, DISABLED, "run", {})
+    tracker._mirrors.append(Broken())
+    tracker._mirrors[0].begin()
+    tracker.log(1, {"loss": 1.0})
+    tracker.show_evaluations(1)
+    tracker.close()
+    assert "broken failed and is off for the rest of the run" in caplog.text
+    assert len(read_metrics(tmp_path)) == 1
+    with pytest.raises(ValueError, match="also: expected a list of tensorboard, mlflow, swanlab"):
+        TrackingSettings(also=["clearml"])
+    if find_spec("swanlab") is None:
+        with pytest.raises(UserError, match=r"tracking\.also: swanlab is not installed"):
+            check_installed(TrackingSettings(also=["swanlab"]))
+
+
 def test_an_offline_run_read_back_has_sections_axes_summaries_and_settings(tmp_path, caplog):
     config = config_to_dict(load_recipe("configs/debug.yaml", ["prune.threshold=0.25", "resize.max_pixels=131072"]))
     with caplog.at_level(logging.INFO):
@@ -91,24 +198,14 @@ def test_an_offline_run_read_back_has_sections_axes_summaries_and_settings(tmp_p
         tracker.close()
     (path,) = (tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb")
     assert f"upload it with: wandb sync {path.parent}" in caplog.text.splitlines()[-1]
-    records, deadline = list(records_of(path)), time.monotonic() + 60
-    while not any(
-        record.HasField("exit") for record in records
-    ):  # wandb's service writes the last of it in its own time
-        assert time.monotonic() < deadline, "the run was never written whole"
-        time.sleep(0.05)
-        records = list(records_of(path))
+    records = whole_run(path)
     settings = {}
     for record in records:
         for update in (*record.run.config.update, *record.config.update):
             settings[update.key] = json.loads(update.value_json)
     assert settings["prune"]["threshold"] == 0.25
     assert settings["resize"]["max_pixels"] == 131072
-    rows = []
-    for record in records:
-        if record.HasField("history"):
-            items = record.history.item
-            rows.append({"/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    rows = history_of(records)
     assert [row["train/loss"] for row in rows if "train/loss" in row] == [3.0, 1.0, 2.0]
     last = {key: value for row in rows for key, value in row.items()}
     assert (last["step"], last["eval/accuracy"], last["optim/lr_vit"]) == (3, 0.5, 1e-3)

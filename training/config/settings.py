@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from pixelprune.settings import PruneSettings, ResizeSettings
-from training.config.ranges import AUTO, BELOW_1, EVERY_K, FOLDER_NAME, POSITIVE, SHARE, at_least, check_fields
+from training.config.ranges import (
+    AUTO,
+    BELOW_1,
+    EVERY_K,
+    FOLDER_NAME,
+    POSITIVE,
+    SHARE,
+    Range,
+    at_least,
+    check_fields,
+)
 from training.config.teacher import TeacherSettings
 from training.data.settings import DataSettings
 from training.errors import UserError
@@ -205,14 +215,20 @@ class CheckpointSettings:
         )
 
 
+TRACKERS = ("tensorboard", "mlflow", "swanlab")
+
+
 @dataclass
 class TrackingSettings:
     """What is written where. metrics.jsonl is always written to the run's folder."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto (online when logged in, else offline), online, offline or disabled."""
+    also: list[str] = field(default_factory=list)
+    """Trackers beside wandb: tensorboard (into the run's folder), mlflow, swanlab; each of their packages is yours to
+    install (docs/recipes.md)."""
     project: str = "pixelprune"
-    """wandb's project."""
+    """wandb's project; MLflow's experiment, SwanLab's project."""
     group: str = ""
     """wandb's group of runs, such as one experiment."""
     tags: list[str] = field(default_factory=list)
@@ -221,7 +237,14 @@ class TrackingSettings:
     """Steps between two rows of metrics."""
 
     def __post_init__(self) -> None:
-        check_fields(self, log_every=at_least(1))
+        check_fields(
+            self,
+            also=Range(
+                f"a list of {', '.join(TRACKERS)}, each once",
+                lambda names: set(names) <= set(TRACKERS) and len(set(names)) == len(names),
+            ),
+            log_every=at_least(1),
+        )
 
 
 @dataclass

@@ -21,11 +21,15 @@ from training.data.settings import DataSettings
 from training.distributed.ranks import Ranks
 from training.errors import UserError, side_write
 from training.evaluation.answering import AnswerSettings, Task, predict, read_tasks
+from training.evaluation.prediction_sheet import draw_sheet
 from training.evaluation.scoring import Prediction, summarise, to_row
+from training.tracking.tracker import sheet_path
 
 logger = logging.getLogger(__name__)
 
 BEST_FOLDER, STATE_FILE = "best", "grounding.json"
+NUM_DRAWN = 8
+"""Misses, and as many hits, on the picture of an evaluation."""
 
 
 class GroundingEvaluator:
@@ -120,6 +124,9 @@ class GroundingEvaluator:
                 if self.ranks.is_first:
                     with side_write("answers of the evaluation", go_on=self.go_on):
                         self._keep(predictions, f"step-{step:08d}{suffix}.jsonl")
+                        if not suffix:
+                            pairs = list(zip(self.tasks, predictions, strict=True))
+                            draw_sheet(pairs, sheet_path(self.folder, step), prompter.resize, per_verdict=NUM_DRAWN)
         finally:
             model.train(was_training)
         self.state["evaluated_steps"].append(step)

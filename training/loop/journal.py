@@ -44,6 +44,8 @@ class Journal:
     def evaluated(self, num_done: int, metrics: dict[str, float]) -> None:
         if self.tracker:
             self.tracker.log(num_done, metrics)
+            if "eval_accuracy" in metrics:
+                self.tracker.show_evaluations(num_done)
             self.progress.say(f"step {num_done}: {live_line(metrics)}")
 
     def close(self) -> None:

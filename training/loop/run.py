@@ -43,6 +43,7 @@ from training.model.supervised import SupervisedModel
 from training.teacher.files import TeacherPlan, plan_teacher
 from training.teacher.teachers import build_teacher
 from training.tracking.meter import StepMeter
+from training.tracking.other_mirrors import check_installed
 from training.tracking.provenance import describe_provenance
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def run(config: Config) -> int:
             "training needs a launcher: `python -m launch RECIPE --ranks 1`, "
             "`deepspeed --module training.train RECIPE` or `torchrun -m training.train RECIPE`"
         )
+    check_installed(config.tracking)
     with _set_up(config, ranks, folder):
         try:
             return _train(RunContext(config, ranks, folder, load_model_files_once(config.model, ranks), stop))

@@ -129,7 +129,8 @@ def read_answers(folder: Path) -> list[dict[str, Any]]:
             }
             for row in rows[:MAX_ANSWERS]
         ]
-        found.append({"name": path.stem, "num": len(rows), "answers": answers})
+        sheet = _sheet(path.with_suffix(".png"))
+        found.append({"name": path.stem, "num": len(rows), "answers": answers, "sheet": sheet})
     return found
 
 

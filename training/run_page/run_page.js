@@ -282,6 +282,7 @@ function showEvaluations(section) {
   }
   for (const one of content.answers) {
     make(section, "h3", "", `${one.run}: answers while training, ${one.name}`);
+    if (one.sheet) showPicture(make(section, "div", "sheet"), one.sheet, null);
     make(section, "p", "note", `${one.answers.length} of ${one.num}, misses first`);
     table(section, ["record", "score", "answer", ""], one.answers.map((answer) => [answer.id, number(answer.score), answer.text, answer.problem]), "texts");
   }

@@ -1,23 +1,22 @@
-"""wandb in a thread of its own: a missing key, no network or a slow server never stops or slows training."""
+"""wandb: a missing key, no network or a slow server never stops or slows training."""
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 from pathlib import Path
 from typing import Any
 
 from training.config.settings import TrackingSettings
+from training.tracking.mirror import EvaluationTable, Mirror
 
 logger = logging.getLogger(__name__)
 
 _INIT_SECONDS = 20
-_CLOSE_SECONDS = 60
-_CLOSE = object()
 
 STEP = "step"
 """The x axis of every chart: optimizer steps done."""
+TABLE, PICTURE = "eval/table", "misses and hits"
+"""Where the table of evaluations stands, and the name of its last column."""
 _PARTS = {
     "speed": ("samples_per_s", "kept_tokens_per_s", "full_tokens_per_s", "step_s", "mfu", "rank_imbalance"),
     "memory": ("peak_memory_gb", "host_memory_gb"),
@@ -41,10 +40,13 @@ def sectioned(metric: str) -> str:
     return f"{'speed' if metric.endswith('_share') else 'train'}/{metric}"
 
 
-class WandbMirror:
-    """Takes rows without waiting; its thread starts wandb (falling back to offline) and sends them."""
+class WandbMirror(Mirror):
+    """Falls back to offline where wandb cannot be reached; an offline run ends with the line that uploads it."""
+
+    name = "wandb"
 
     def __init__(self, folder: Path, settings: TrackingSettings, run_name: str, config: dict[str, Any], run_id: str):
+        super().__init__()
         self._folder, self._settings, self._run_name, self._config, self._id = (
             folder,
             settings,
@@ -53,35 +55,35 @@ class WandbMirror:
             run_id,
         )
         self._offline_folder: Path | None = None
-        self._rows: queue.SimpleQueue = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
-        self._thread.start()
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._rows.put((step, metrics))
 
     def close(self) -> None:
-        """Send what is left; give up after a minute, metrics.jsonl has everything."""
-        self._rows.put(_CLOSE)
-        self._thread.join(_CLOSE_SECONDS)
-        if self._thread.is_alive():
-            logger.warning("wandb did not finish within %d s; metrics.jsonl is complete", _CLOSE_SECONDS)
+        super().close()
         if self._offline_folder:
             logger.info("wandb: this run is on this machine only; upload it with: wandb sync %s", self._offline_folder)
 
-    def _serve(self) -> None:
-        try:
-            run = self._start()
-            _define_charts(run)
-            while (item := self._rows.get()) is not _CLOSE:
-                step, metrics = item
-                run.log({STEP: step} | {sectioned(name): value for name, value in metrics.items()}, step=step)
-            run.finish()
-        except Exception:
-            # A tracker is no reason to lose a run of days; every row is in metrics.jsonl.
-            logger.exception("wandb failed and is off for the rest of the run; metrics.jsonl is complete")
+    def _start(self) -> None:
+        self._run = self._joined()
+        _define_charts(self._run)
 
-    def _start(self):
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log({STEP: step} | {sectioned(name): value for name, value in metrics.items()}, step=step)
+
+    def _show(self, step: int, table: EvaluationTable) -> None:
+        """The whole table again: wandb shows the newest, and keeps pictures that it has."""
+        import wandb
+
+        rows = []
+        for row in table.rows:
+            picture = table.pictures.get(row["step"])
+            shown = wandb.Image(str(picture)) if picture else None
+            rows.append([row["step"], *(row.get(name) for name in table.names), shown])
+        columns = [STEP, *(name.removeprefix("eval_") for name in table.names), PICTURE]
+        self._run.log({STEP: step, TABLE: wandb.Table(columns=columns, data=rows)}, step=step)
+
+    def _finish(self) -> None:
+        self._run.finish()
+
+    def _joined(self):
         import wandb
 
         mode = self._settings.wandb
