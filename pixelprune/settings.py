@@ -35,6 +35,8 @@ class PruneSettings:
     keep_replaced: bool = True
     """pred3d, forward only: also keep what changed where pred2d keeps a block of the screenshot before, so that what
     vanished leaves a token."""
+    budget: str = "pred2d"
+    """Baselines only: as many blocks of an image as pred2d keeps of it, or pred3d in its conversation."""
 
     def resolved(self, *, last_turn_only: bool) -> PruneSettings:
         """With `direction` decided. last_turn_only: nothing before the last image is trained on or answered."""

@@ -140,25 +140,35 @@ def gather_blocks(image: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return kept
 
 
-def prune_pixels(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
+def prune_pixels(
+    image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int], budget: int | None = None
+) -> PrunedImage:
     """Select on a resized uint8 image (H, W, 3) and gather what is kept.
 
     With strategy "resize" (a baseline of the paper's section 4) the image is scaled down, bicubic, until all its blocks
     are within the budget: what pred2d keeps of it at the same metric and threshold.
+    budget: another one, in blocks, for a baseline.
     """
     if prune.strategy == "resize":
-        return _scale_to_budget(image, prune, original_size)
+        return _scale_to_budget(image, prune, original_size, budget)
+    if budget is not None:
+        from pixelprune.selection.baselines import AT_BUDGET  # numba loads here, not with the package
+
+        selection = AT_BUDGET[prune.strategy](image, prune, BLOCK, budget)
+        return PrunedImage(gather_blocks(image, selection.keep), selection, original_size)
     selection = select(image, strategy=prune.strategy, metric=prune.metric, threshold=prune.threshold, seed=prune.seed)
     return PrunedImage(gather_blocks(image, selection.keep), selection, original_size)
 
 
-def _scale_to_budget(image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int]) -> PrunedImage:
+def _scale_to_budget(
+    image: np.ndarray, prune: PruneSettings, original_size: tuple[int, int], budget: int | None
+) -> PrunedImage:
     from pixelprune.images.resample import resize_bicubic  # numba loads here, not with the package
     from pixelprune.selection.baselines import block_budget, budget_size
 
     check_settings(prune)
     height, width = image.shape[:2]
-    size = budget_size(height, width, block_budget(image, prune))
+    size = budget_size(height, width, budget or block_budget(image, prune))
     scaled = image if size == (height, width) else resize_bicubic(image, *size)
     selection = select(scaled, strategy="none")
     unscaled_blocks = (height // BLOCK) * (width // BLOCK)

@@ -214,6 +214,8 @@ class Preparer:
 def _what_counts(prune: PruneSettings) -> dict[str, Any]:
     """The settings that the strategy reads: those of sessions are no reason to measure all images anew without it."""
     settings = asdict(prune)
+    if prune.budget == "pred2d":
+        del settings["budget"]
     if not is_in_time(prune):
         del settings["direction"], settings["keep_replaced"]
     elif prune.direction == "backward":

@@ -1,7 +1,7 @@
 """The baselines of the paper (section 4), each at PixelPrune's budget for the image: random, conncomp, resize;
 and conncomp_cover, which the paper has not.
 
-The budget is the number of blocks that pred2d keeps under the same metric and threshold.
+The budget is the number of blocks that pred2d keeps under the same metric and threshold, unless another one is given.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from pixelprune.selection.selection import Selection
 from pixelprune.selection.strategies import integer_limit, pixel_bytes, pred2d
 from pixelprune.settings import BLOCK, PruneSettings
 
-__all__ = ["block_budget", "budget_size", "component_shares", "conncomp", "conncomp_cover", "random", "resize"]
+__all__ = [
+    "AT_BUDGET",
+    "block_budget",
+    "budget_size",
+    "component_shares",
+    "conncomp",
+    "conncomp_cover",
+    "random",
+    "resize",
+]
 
 
 def block_budget(image: np.ndarray, settings: PruneSettings, block: int = BLOCK) -> int:
@@ -61,10 +70,10 @@ def _selection(chosen: np.ndarray, grid: tuple[int, int]) -> Selection:
     return Selection(keep.reshape(grid), source.reshape(grid))
 
 
-def random(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
+def random(image: np.ndarray, settings: PruneSettings, block: int, budget: int | None = None) -> Selection:
     """A uniformly random subset of the budget's size; a function of pixels and seed. Omitted blocks have source -1."""
     grid = (image.shape[0] // block, image.shape[1] // block)
-    budget = block_budget(image, settings, block)
+    budget = budget or block_budget(image, settings, block)
     chosen = _generator(image, settings.seed).choice(grid[0] * grid[1], size=budget, replace=False)
     return _selection(chosen, grid)
 
@@ -89,7 +98,7 @@ def component_shares(sizes: np.ndarray, budget: int, generator: np.random.Genera
     return whole + 1
 
 
-def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
+def conncomp(image: np.ndarray, settings: PruneSettings, block: int, budget: int | None = None) -> Selection:
     """Connected components as in the paper's published code (its ConnCompSelector, commit a870e31).
 
     Each 4-neighbour component of blocks within the threshold of each other is thinned at random by the ratio that
@@ -97,7 +106,7 @@ def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selectio
     component may lose all. Omitted blocks have source -1.
     """
     grid = (image.shape[0] // block, image.shape[1] // block)
-    budget = block_budget(image, settings, block)
+    budget = budget or block_budget(image, settings, block)
     component, sizes = _components(image, settings, block)
     generator = _generator(image, settings.seed)
     num_skipped = np.rint(sizes * (1.0 - budget / component.size)).astype(np.int64)
@@ -110,13 +119,13 @@ def conncomp(image: np.ndarray, settings: PruneSettings, block: int) -> Selectio
     return _selection(np.flatnonzero(is_kept), grid)
 
 
-def conncomp_cover(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
+def conncomp_cover(image: np.ndarray, settings: PruneSettings, block: int, budget: int | None = None) -> Selection:
     """A stronger baseline than the paper's: a random subset of each component of identical blocks that never loses one.
 
     At least one block per component where the budget allows, the rest in proportion. Omitted blocks have source -1.
     """
     grid = (image.shape[0] // block, image.shape[1] // block)
-    budget = block_budget(image, settings, block)
+    budget = budget or block_budget(image, settings, block)
     component, sizes = _components(image, dataclasses.replace(settings, threshold=0.0), block)
     generator = _generator(image, settings.seed)
     shares = component_shares(sizes, budget, generator)
@@ -148,10 +157,14 @@ def _random_members(
     return members
 
 
-def resize(image: np.ndarray, settings: PruneSettings, block: int) -> Selection:
+def resize(image: np.ndarray, settings: PruneSettings, block: int, budget: int | None = None) -> Selection:
     """Listed for its name: it scales the image (`image.prune_pixels` does) and has no keep mask: raises ValueError."""
     raise ValueError(
         "prune.strategy: 'resize' scales the image and has no keep mask; use pixelprune.images.image.prune_pixels, or "
         "scale to pixelprune.selection.baselines.budget_size(height, width, block_budget(image, settings)) and select "
         "with 'none'"
     )
+
+
+AT_BUDGET = {"random": random, "conncomp": conncomp, "conncomp_cover": conncomp_cover, "resize": resize}
+"""The baselines, by name: what they keep is a matter of how many blocks, not of what is predicted."""

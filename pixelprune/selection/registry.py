@@ -80,4 +80,5 @@ def is_recoverable(prune: PruneSettings) -> bool:
 
 def is_in_time(prune: PruneSettings) -> bool:
     """True if what is kept of an image depends on the others of its conversation."""
-    return get_strategy(prune.strategy).in_time
+    strategy = get_strategy(prune.strategy)
+    return strategy.in_time or (prune.budget == "pred3d" and prune.strategy in baselines.AT_BUDGET)

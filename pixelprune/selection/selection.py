@@ -10,6 +10,7 @@ from pixelprune.settings import BLOCK, PruneSettings
 
 METRICS = ("max", "mae")
 DIRECTIONS = ("auto", "backward", "forward")
+BUDGETS = ("pred2d", "pred3d")
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,5 @@ def check_settings(settings: PruneSettings) -> None:
         )
     if settings.direction not in DIRECTIONS:
         raise ValueError(f"prune.direction: expected one of {', '.join(DIRECTIONS)}, got {settings.direction!r}")
+    if settings.budget not in BUDGETS:
+        raise ValueError(f"prune.budget: expected one of {', '.join(BUDGETS)}, got {settings.budget!r}")

@@ -99,6 +99,8 @@ class _Walk:
         coded = code_image(pixels, before, self.prune, number) if is_in_time(self.prune) else None
         if coded is None:
             image = prune_pixels(pixels, self.prune, size)
+        elif self.prune.strategy != "pred3d":  # a baseline that is given its budget
+            image = prune_pixels(pixels, self.prune, size, coded.selection.num_kept)
         else:
             selection = coded.selection
             image = PrunedImage(gather_blocks(pixels, selection.keep), _across(selection, number), size)

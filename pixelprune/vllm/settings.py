@@ -86,9 +86,9 @@ def of_request(settings: ServedSettings, said: Any, where: str = "mm_processor_k
 
 def untested(prune: PruneSettings) -> Iterator[str]:
     """Why images are not served so. By its name: the registry loads numba."""
-    if prune.strategy == "pred3d":
+    if "pred3d" in (prune.strategy, prune.budget):
         yield (
-            "strategy 'pred3d' prunes the screenshots of a conversation together, which is not tested in vLLM; use "
+            "'pred3d' prunes the screenshots of a conversation together, which is not tested in vLLM; use "
             f"pixelprune.hf, or serve the model on all tokens: --hf-overrides '{{\"{KEY}\": false}}'"
         )
 

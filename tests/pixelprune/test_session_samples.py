@@ -65,6 +65,20 @@ def test_a_sample_is_the_full_one_without_what_its_session_omits(prune, preparer
         assert np.array_equal(numbers, one.origin[..., 0])
 
 
+@pytest.mark.parametrize("strategy", ["random", "conncomp", "conncomp_cover", "resize"])
+def test_baselines_are_given_what_the_session_keeps_of_each_image(strategy, preparer):
+    pictures = draw_walk(4, 1)
+    prune = PruneSettings(strategy, budget="pred3d", direction="backward")
+    images = dataclasses.replace(preparer, prune=prune).prepare(walk_row(pictures), None).sample.images
+    budgets = [one.num_kept for one in selected(arrays(pictures), WAYS["backward"])]
+    kept = [image.selection.num_kept for image in images]
+    if strategy == "resize":
+        assert all(num <= budget for num, budget in zip(kept, budgets, strict=True))
+        assert {image.num_full_blocks for image in images} == {20}
+    else:
+        assert kept == budgets
+
+
 def test_auto_is_backward_where_the_last_turn_alone_is_trained_on(model_folder):
     row, images = walk_row(draw_walk(3), every_turn=True), arrays(draw_walk(3))
     for last_turn_only, way in ((True, "backward"), (False, "forward")):

@@ -81,6 +81,7 @@ class Scenarios:
             shutil.copytree(self.folder / name, self.folder / other)
             shutil.rmtree(self.folder / other / "export")
             shutil.rmtree(self.folder / other / "checkpoints" / f"step-{NUM_STEPS:08d}")
+        self.ranks.barrier()
         return self.train(other, *overrides)
 
     def cache(self, *overrides: str) -> Path:
@@ -141,6 +142,7 @@ def one_rank(run: Scenarios) -> dict:
     results["online, packed"] = run.train("online_packed")
     results["online, small packs"] = run.train("online_small", "data.pack_tokens=130")
     results["repair"] = repair(run, folder, cached)
+    results["sessions"] = sessions(run)
     results["changed"] = {
         "vit frozen": run.changed_parts("vit_frozen", "optim.vit.freeze=true"),
         "llm frozen": run.changed_parts("llm_frozen", "optim.llm.freeze=true"),
@@ -173,9 +175,20 @@ def repair(run: Scenarios, folder: Path, cached: tuple[str, ...]) -> dict:
     }
 
 
+def sessions(run: Scenarios) -> dict[str, dict]:
+    """Screenshots predicted from each other, the teacher's pixels decoded from them; cut after step 2; cached."""
+    walks = ("prune.strategy=pred3d", "data.last_turn_only=true", "checkpoint.every_steps=2",
+             f"data.sources.0.path={Path(run.common[2].partition('=')[2]).with_name('walks.jsonl')}")  # fmt: skip
+    results = {"online": run.train("sessions", *walks), "resumed": run.resume_half("sessions", *walks)}
+    cached = (*walks, "kd.source=cached", f"kd.cache_dir={run.folder}/cache_of_sessions")
+    run.cache(*cached)
+    results["cached"] = run.train("sessions_cached", *cached)
+    return results
+
+
 def two_ranks(run: Scenarios) -> dict:
     cached = ("kd.source=cached", "kd.cache_records=4")
-    results = {"online, packed": run.train("online")}
+    results = {"online, packed": run.train("online"), "sessions": sessions(run)}
     folder = run.cache(*cached)
     results["cached, packed"] = run.train("cached", *cached)
     results["num_cached"] = len(TargetReader(folder))

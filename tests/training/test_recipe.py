@@ -124,6 +124,7 @@ def test_a_bad_override_is_one_line_that_names_the_field(recipe, override, messa
         ),
         (MINIMAL + "prune: {direction: forward}\n", "prune.direction=forward: belongs to prune.strategy=pred3d"),
         (MINIMAL + "prune: {keep_replaced: false}\n", "prune.keep_replaced=false: belongs to prune.strategy=pred3d"),
+        (MINIMAL + "prune: {budget: pred3d}\n", "prune.budget=pred3d: belongs to random, conncomp"),
         ("data: {sources: [{path: a}]}\n", "model.path: expected a Hugging Face model folder"),
         ("model: {path: a}\n", "data.sources: expected at least one"),
     ],

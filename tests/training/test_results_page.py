@@ -15,14 +15,18 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pixelprune.command.page import build_page, embedded_picture
+from pixelprune.command.page import build_page, embedded_picture, omitted_runs
+from pixelprune.images.image import decode_image
+from pixelprune.prompter import Prompter
 from pixelprune.selection import select
+from pixelprune.sessions import select_session
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen
+from tests.samples import draw_walk, walk_row
 from tests.training.opened_page import Opened
 from training.data.settings import SourceSettings
 from training.evaluation.answering import read_tasks
-from training.evaluation.results_page import ShownPass, write_results_page
+from training.evaluation.results_page import ShownPass, _masks, _Sizes, write_results_page
 from training.evaluation.scoring import Prediction, failed, judge
 from training.evaluation.table_files import Cell
 
@@ -107,6 +111,22 @@ def page(tmp_path_factory) -> Path:
         passes.append(ShownPass(label, prompter, tasks, found, cells))
     write_results_page(folder / "page.html", f"Table <b>1</b> {HOSTILE_FILE}", passes, 100)
     return folder / "page.html"
+
+
+def test_the_mask_of_a_session_is_that_of_the_whole_conversation(model_folder, tmp_path):
+    walk = draw_walk(3, 1)
+    for step, picture in enumerate(walk):
+        picture.save(tmp_path / f"{step}.png")
+    record = walk_row([f"{step}.png" for step in range(3)]) | {"metadata": {"bbox": [1, 2, 30, 40]}}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
+    (task,), _ = read_tasks([SourceSettings(str(tmp_path / "data.jsonl"))])
+    prune, resize = PruneSettings("pred3d", direction="forward"), ResizeSettings(min_pixels=1024)
+    prompter = Prompter.load(model_folder, prune=prune, resize=resize)
+    images = [np.asarray(picture) for picture in walk]
+    expected = [one.keep for one in select_session(images, direction="forward", keep_replaced=True)]
+    for refs, keeps in ((task.record.images, expected), (task.record.images[-1:], expected[-1:])):
+        sizes = _Sizes([(decode_image(tmp_path / ref.source, resize), ref) for ref in refs])
+        assert _masks(prompter, sizes, task, refs) == [omitted_runs(keep) for keep in keeps]
 
 
 @pytest.mark.chromium

@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.parts.drill_runs import ROOT, Kill, Run, has_equal_bits, largest_difference, prepare
-from tests.samples import draw_walk, walk_row, write_jsonl
 from training.exit_codes import RESUMABLE
 from training.tracking.tracker import read_metrics
 
@@ -89,26 +88,6 @@ def test_a_kill_costs_an_order_over_screenshots_nothing(reference):
     killed.kill(Kill("one rank"), random.Random(3))
     killed.finish(2)
     assert has_equal_bits(killed, shared)
-
-
-def test_sessions_with_a_teacher_of_their_pixels_lose_nothing_to_a_kill(reference):
-    """Screenshots predicted from each other, the teacher's decoded from them, on two ranks."""
-    folder = reference.folder.parent
-    for seed in range(8):
-        for step, picture in enumerate(draw_walk(3, seed)):
-            picture.save(folder / f"walk{seed}-{step}.png")
-    rows = [walk_row([f"walk{seed}-{step}.png" for step in range(3)], answer=f"At ({seed}, 4)") for seed in range(8)]
-    write_jsonl(folder / "walks.jsonl", rows)
-    settings = [
-        f"data.sources=[{{path: {folder / 'walks.jsonl'}}}]", "data.eval_sources=[]", "prune.strategy=pred3d",
-        "data.last_turn_only=true", "resize.min_pixels=1024", "loss.kd_weight=1", "schedule.max_steps=12",
-    ]  # fmt: skip
-    whole, killed = (make_run(folder, name, *settings) for name in ("sessions", "sessions_killed"))
-    whole.finish(2)
-    killed.kill(Kill("one rank"), random.Random(3))
-    killed.finish(2)
-    assert has_equal_bits(killed, whole)
-    assert json.loads((whole.folder / "export" / "pixelprune.json").read_text())["prune"]["direction"] == "backward"
 
 
 def test_stopped_runs_continue_on_another_number_of_ranks(reference):

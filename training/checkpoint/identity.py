@@ -112,7 +112,7 @@ def changes_between(stored: dict[str, Any], config: Config) -> list[Change]:
 
 def _decide_direction(settings: dict[str, Any]) -> None:
     """auto is compared as what it comes to, which another data.last_turn_only changes."""
-    if settings["prune.strategy"] == "pred3d" and settings["prune.direction"] == "auto":
+    if "pred3d" in (settings["prune.strategy"], settings["prune.budget"]) and settings["prune.direction"] == "auto":
         settings["prune.direction"] = PruneSettings().resolved(last_turn_only=settings["data.last_turn_only"]).direction
 
 

@@ -75,10 +75,14 @@ def _contradictions(config: Config) -> Iterator[str]:
         check_settings(config.prune)
     except ValueError as error:
         yield str(error)
-    if config.prune.strategy != "pred3d" and config.prune.direction != "auto":
-        yield f"prune.direction={config.prune.direction}: belongs to prune.strategy=pred3d, got {config.prune.strategy}"
-    if config.prune.strategy != "pred3d" and not config.prune.keep_replaced:
-        yield f"prune.keep_replaced=false: belongs to prune.strategy=pred3d, got {config.prune.strategy}"
+    prune, baselines = config.prune, ("random", "conncomp", "conncomp_cover", "resize")
+    if prune.budget != "pred2d" and prune.strategy not in baselines:
+        yield f"prune.budget={prune.budget}: belongs to {', '.join(baselines)}, got prune.strategy={prune.strategy}"
+    elif "pred3d" not in (prune.strategy, prune.budget):
+        if prune.direction != "auto":
+            yield f"prune.direction={prune.direction}: belongs to prune.strategy=pred3d, got {prune.strategy}"
+        if not prune.keep_replaced:
+            yield f"prune.keep_replaced=false: belongs to prune.strategy=pred3d, got {prune.strategy}"
     if kd.top_k and kd.source != "cached":
         yield f"kd.top_k: {kd.top_k} log-probabilities are kept in a cache; set kd.source=cached, or kd.top_k=0"
     if not schedule.max_steps and not schedule.epochs:
