@@ -165,7 +165,7 @@ def test_wrong_images_are_refused(image, words: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"strategy": "pred3d"}, "one of none, pred2d, raster.*got 'pred3d'"),
+        ({"strategy": "pred4d"}, "one of none, pred2d, pred3d, raster.*got 'pred4d'"),
         ({"metric": "rmse"}, "one of max, mae, got 'rmse'"),
         ({"threshold": -0.1}, "expected 0..1"),
         ({"threshold": 5}, "expected 0..1.*got 5"),
