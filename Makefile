@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt launch/prebuild.py
 	  echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,screens,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,screens,recordings,dev]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m launch.prebuild
 	@touch $(STAMP)
 

@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from data_tools.convert import commands as convert_commands
     from data_tools.convert.benchmarks import commands as benchmark_commands
     from data_tools.convert.corpora import commands as corpus_commands
+    from data_tools.recording import command as recording_command
     from data_tools.render import command as render_command
     from data_tools.sheet import command as sheet_command
     from data_tools.walk import command as walk_command
@@ -29,7 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Get grounding data in: render it, convert it, look at it.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (render_command, walk_command, convert_commands, corpus_commands, benchmark_commands, sheet_command):
+    for module in (
+        render_command,
+        walk_command,
+        convert_commands,
+        corpus_commands,
+        benchmark_commands,
+        recording_command,
+        sheet_command,
+    ):
         module.add_parser(commands)
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)

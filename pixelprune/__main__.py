@@ -190,7 +190,8 @@ def _show(options: argparse.Namespace) -> int:
             kept, total = pruned.selection.num_kept, pruned.num_full_blocks
             name = f"{path.name}, {label}" if len(images) > 1 else label
             panels.append((f"{name}: keeps {kept} of {total} blocks ({kept / total:.1%})", _panel(image, pruned)))
-    sheet = side_by_side(panels, options.panel_width)
+    # Of a session, a row for every way to see it.
+    sheet = side_by_side(panels, options.panel_width, len(images) if 1 < len(images) <= 6 else None)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(options.output, format="PNG")
     plain_console().print(f"wrote {options.output} ({sheet.width} x {sheet.height})", soft_wrap=True)

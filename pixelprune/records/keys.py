@@ -56,7 +56,8 @@ ADVICE = {
     "tool_calls": "only assistant turns call",
     "function_call": "give it as tool_calls",
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "only assistant turns reason"),
-    **dict.fromkeys(("videos", "video", "audios", "audio"), "only images are supported"),
+    **dict.fromkeys(("videos", "video"), "only images are supported (data_tools recording makes images of a video)"),
+    **dict.fromkeys(("audios", "audio"), "only images are supported"),
     **dict.fromkeys(
         ("max_pixels", "min_pixels", "resized_height", "resized_width"), "a size is stated in the image's own part"
     ),

@@ -327,7 +327,8 @@ def _typed_part(part: Any, role: str, supply: _ImageSupply) -> Part:
     if kind in ("image", "image_url"):
         part = read_keys(part, _IMAGE_PART_KEYS, supply.rules, "part")
         return image_of_part(part, supply.rules) or supply.next(part)
-    raise RecordError("bad_content", f"{role} turn: part of type {kind!r:.60}, expected text or image")
+    way_out = "; data_tools recording makes images of a video" if kind in ("video", "video_url") else ""
+    raise RecordError("bad_content", f"{role} turn: part of type {kind!r:.60}, expected text or image{way_out}")
 
 
 def _check_turns(messages: list[Message]) -> None:

@@ -33,10 +33,13 @@ def draw_overlay(image: np.ndarray, selection: Selection) -> np.ndarray:
     return tiles.swapaxes(1, 2).reshape(image.shape)
 
 
-def side_by_side(panels: Sequence[tuple[str, np.ndarray]], max_panel_width: int = 1280) -> Image.Image:
+def side_by_side(
+    panels: Sequence[tuple[str, np.ndarray]], max_panel_width: int = 1280, num_cols: int | None = None
+) -> Image.Image:
     """Captioned panels of one size in a grid about as wide as 16:9, each scaled down to at most `max_panel_width`.
 
-    panels: (caption, uint8 (height, width, 3)). ValueError without panels or with panels of different sizes.
+    panels: (caption, uint8 (height, width, 3)). num_cols: instead, so many in a row.
+    ValueError without panels or with panels of different sizes.
     """
     if not panels:
         raise ValueError("overlay: expected at least one panel")
@@ -50,7 +53,7 @@ def side_by_side(panels: Sequence[tuple[str, np.ndarray]], max_panel_width: int 
     font = ImageFont.load_default(font_size)
     widest = max(width, *(math.ceil(font.getlength(caption)) for caption, _ in panels))
     cell_width, cell_height = widest + gap, height + 2 * font_size + gap
-    num_cols = min(
+    num_cols = num_cols or min(
         range(1, len(panels) + 1),
         key=lambda n: (abs(math.log(n * cell_width / (math.ceil(len(panels) / n) * cell_height) * 9 / 16)), n),
     )

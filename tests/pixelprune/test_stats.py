@@ -126,6 +126,7 @@ def test_panels_are_laid_out_unscaled_and_unmixed() -> None:
         top, left = where.min(axis=0)
         np.testing.assert_array_equal(sheet[top : top + 64, left : left + 96], panel)
     assert side_by_side(panels, max_panel_width=48).width < sheet.shape[1]
+    assert side_by_side(panels, num_cols=1).height > side_by_side(panels, num_cols=len(panels)).height
     with pytest.raises(ValueError, match="at least one panel"):
         side_by_side([])
     with pytest.raises(ValueError, match="panels of one size"):
