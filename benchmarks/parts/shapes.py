@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
+from pixelprune.images.patch_embed import use_linear_patches
 from training.composition.toy import build_tokenizer, toy_config
 from training.model.attention import use_attention
 
@@ -91,4 +92,5 @@ def random_model(name: str, *, device: torch.device, dtype: torch.dtype, attenti
     with device:
         model = AutoModelForImageTextToText.from_config(shape_config(name), dtype=dtype, attn_implementation=stock)
     use_attention(model, attention)
+    use_linear_patches(model)
     return model.eval()

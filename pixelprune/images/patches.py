@@ -25,8 +25,10 @@ def normalised_patches(
     """
     table = normalisation_table(mean, std, blocks.device)
     channel_offset = torch.arange(0, 3 * 256, 256, dtype=torch.int32, device=blocks.device).view(3, 1, 1)
-    values = table[_by_patch(blocks).to(torch.int32) + channel_offset]
-    return _twice(values, temporal_patch)
+    patches = _by_patch(blocks)
+    # index_select: indexing with a tensor of this shape takes twice as long on a CPU.
+    values = table.index_select(0, (patches.to(torch.int32) + channel_offset).flatten())
+    return _twice(values.view(patches.shape), temporal_patch)
 
 
 def patches_of_blocks(blocks: torch.Tensor, temporal_patch: int) -> torch.Tensor:

@@ -105,7 +105,7 @@ def build_engine(
         groups,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
-        fused=ranks.device.type == "cuda",
+        fused=True,
     )
     settings = deepspeed_json(
         distributed,

@@ -38,6 +38,7 @@ except ImportError:  # torch before 2.10
 from pixelprune.attention.borders import Borders
 from pixelprune.attention.gathered import gather_keys
 from pixelprune.attention.segments import KERNELS, mask_beside_borders, use_borders
+from pixelprune.images.patch_embed import use_linear_patches
 from training.config.settings import ATTENTION_NAMES
 from training.errors import UserError
 from training.model.weights import load_whole
@@ -99,6 +100,7 @@ def load_pretrained(
         allow_pickle=allow_pickle,
     )
     use_attention(model, attention)
+    use_linear_patches(model)
     return model
 
 
