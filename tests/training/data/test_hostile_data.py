@@ -1,5 +1,6 @@
 """What must not end a run: odd rows, names that are no text. What ends it in one line: data files that shrink."""
 
+import dataclasses
 import os
 import pickle
 import re
@@ -18,6 +19,7 @@ from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.pixelprune.records.test_bounded_work import not_for_ever
 from tests.ranks import ROOT
 from tests.samples import chat_row, draw_screen, write_jsonl
+from tests.training.data import mutants
 from training.composition.toy import toy_config
 from training.data import index_builder
 from training.data.index_builder import build_index
@@ -99,6 +101,16 @@ def test_a_data_file_that_shrinks_is_named(tmp_path, prepare, tokenizer, cost):
         settings = LoaderSettings(num_workers=num_workers)
         with pytest.raises(UserError, match=r"d\.jsonl: the data file has become shorter.*a record ended at byte"):
             list(PackLoader(index, index.plan_input(cost), plan, prepare, geometry, settings))
+
+
+def test_a_template_that_adds_a_list_to_a_string_costs_the_records_that_it_does_so_with(tmp_path, prepare):
+    model = mutants.write_model_folder(tmp_path / "model", "adds lists to strings")
+    draw_screen(1).save(tmp_path / "a.png")
+    path = write_jsonl(tmp_path / "d.jsonl", [chat_row(None), chat_row("a.png")])
+    index = build(path, dataclasses.replace(prepare, model_path=str(model)))
+    assert reasons(index) == {"d:1": "unexpected"}
+    assert index.quarantined[0].detail.startswith("TypeError: ")
+    assert len(index) == 1
 
 
 def write_arrow(path, rows):
