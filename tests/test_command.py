@@ -99,6 +99,23 @@ def test_a_rank_that_is_not_the_first_speaks_of_its_own_mistakes_only(monkeypatc
     assert capsys.readouterr().err == "error: of this one\n"
 
 
+def test_a_rank_that_loses_another_says_so_in_one_line_and_waits_for_the_other_s_code(monkeypatch, caplog):
+    """What gloo raises is a RuntimeError as any other; a traceback of it tells nothing."""
+    waited = []
+    monkeypatch.setattr(command.time, "sleep", waited.append)
+    words = (
+        "[/x/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:18631. This is typically caused by a crash.\nmore"
+    )
+    assert command.run_command(fail(RuntimeError(words))) == command.LOST_PEER
+    (record,) = caplog.records
+    assert "another one did" in record.message
+    assert "Connection closed by peer" in record.message
+    assert "\n" not in record.message
+    assert waited == [command.SECONDS_TO_SPEAK]
+    with pytest.raises(RuntimeError):
+        command.run_command(fail(RuntimeError("bug")))
+
+
 def test_names_that_are_not_unicode_and_ctrl_c(capsys):
     path = Path(b"caf\xe9".decode("utf-8", "surrogateescape"))
     assert run_command(fail(ValueError(f"{path} [x]"))) == 2

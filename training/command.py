@@ -11,7 +11,14 @@ import pixelprune.command
 from pixelprune.command import USER_ERROR, print_error
 from training.errors import RankError, UserError
 
+logger = logging.getLogger(__name__)
+
 SECONDS_TO_SPEAK = 10.0
+
+LOST_PEER = 1
+"""Exit code of a rank that ends because another one did."""
+_LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+"""What gloo and NCCL say of it; both raise what they raise for everything else."""
 
 _FULL_OR_LOCKED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -20,7 +27,7 @@ def run_command(do: Callable[[], int | None]) -> int:
     """As `pixelprune.command.run_command`, said once per machine, whichever launcher started the ranks.
 
     All ranks meet the same mistakes of a recipe, and the first speaks; one that may be a rank's own (memory, a disk) is
-    said by each that meets it.
+    said by each that meets it. The others then lose a connection, which is one line and no fault of theirs.
     """
 
     def do_or_wait() -> int | None:
@@ -34,6 +41,13 @@ def run_command(do: Callable[[], int | None]) -> int:
             # Launchers end all ranks as the first one leaves, which must not be before the one that speaks has spoken.
             time.sleep(SECONDS_TO_SPEAK)
             return USER_ERROR
+        except RuntimeError as error:
+            if not any(words in str(error) for words in _LOST_PEER_WORDS):
+                raise
+            said = str(error).splitlines()[0]
+            logger.error("this rank ends because another one did, whose own lines say why (%s)", said)
+            time.sleep(SECONDS_TO_SPEAK)  # its code, and not this one, is the run's
+            return LOST_PEER
         except OSError as error:
             if error.filename is None and error.errno not in _FULL_OR_LOCKED:
                 raise
