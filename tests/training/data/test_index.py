@@ -231,7 +231,7 @@ def test_what_may_not_be_the_records_fault_costs_it_until_it_is_gone(
 
     write_jsonl(screens / "train.jsonl", [chat_row("screen_0.png"), chat_row(None)])
     with monkeypatch.context() as patched:
-        patched.setattr("pixelprune.records.prepare.prune_image", broken)
+        patched.setattr("pixelprune.records.prepare.prune_shots", broken)
         index = build(screens, prepare)
     (lost,) = index.quarantined
     assert len(index) == 1

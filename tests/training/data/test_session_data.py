@@ -75,18 +75,19 @@ def test_the_same_history_alone_is_shared_and_the_teacher_sees_its_own_pixels(di
     else:
         assert shared
         assert all(3 not in members for members in shared), "another first screenshot"
-    pack = setup.dataset()[task_of(rows)].pack
-    assert pack.num_shared_tokens > 0
-    assert torch.equal(pack.full.labels, pack.labels)
-    full = pack.full_pack()
-    decoded = full.blocks[full.block_index]
-    assert len(decoded) * 4 == full.num_patches
-    borders = (full.vit_cu_seqlens // 4).tolist()
-    found = {decoded[start:stop].numpy().tobytes() for start, stop in pairwise(borders)}
     unpruned = dataclasses.replace(setup.prepare, prune=PruneSettings("none"), with_full=False).build()
     originals = [unpruned.prepare(source.rows[row], source.root).sample.images for row in rows]
-    assert found == {image.blocks.tobytes() for images in originals for image in images}
+    for share in ("prefix", "vision"):
+        pack = setup.dataset(share)[task_of(rows)].pack
+        full = pack.full_pack()
+        assert len(full.vit_cu_seqlens) <= sum(map(len, originals)), "some picture is encoded once for several records"
+        assert torch.equal(pack.full.labels, pack.labels)
+        decoded = full.blocks[full.block_index]
+        assert len(decoded) * 4 == full.num_patches
+        borders = (full.vit_cu_seqlens // 4).tolist()
+        found = {decoded[start:stop].numpy().tobytes() for start, stop in pairwise(borders)}
+        assert found == {image.blocks.tobytes() for images in originals for image in images}
     # Without sharing every image stands in the row for itself, in order.
-    apart = setup.dataset(share_prefix=False)[task_of(rows)].pack.full_pack()
+    apart = setup.dataset("off")[task_of(rows)].pack.full_pack()
     expected = np.concatenate([image.blocks for images in originals for image in images])
     assert torch.equal(apart.blocks[apart.block_index], torch.from_numpy(expected))
