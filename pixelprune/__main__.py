@@ -1,6 +1,6 @@
-"""What pruning does to images, and parity with vLLM: `python -m pixelprune COMMAND`.
+"""What pruning does to images, a model in the terminal, and parity with vLLM: `python -m pixelprune COMMAND`.
 
-`stats PATH...`, `show IMAGE... -o OUT.png`, `parity FOLDER IMAGE...`.
+`stats PATH...`, `show IMAGE... -o OUT.png`, `chat FOLDER IMAGE...`, `parity FOLDER IMAGE...`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,23 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--panel-width", type=int, default=1280, help="pixels at most, default 1280")
     show.set_defaults(run=_show)
 
-    parity = commands.add_parser("parity", help="Hugging Face and vLLM answers of a checkpoint side by side")
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model, with images and what is kept of them",
+        example="python -m pixelprune chat runs/tutorial/model data_tools/samples/images/settings-1366x768-dark.png",
+    )
+    chat.add_argument("folder", help="model folder, run's folder or hub id")
+    chat.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="shown with the first question")
+    chat.add_argument("--strategy", choices=names, help='instead of the trained one; "none" keeps all tokens')
+    chat.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer")
+    chat.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    chat.set_defaults(run=_chat)
+
+    parity = commands.add_parser(
+        "parity",
+        help="Hugging Face and vLLM answers of a checkpoint side by side",
+        example="python -m pixelprune parity runs/tutorial/model data_tools/samples/images/settings-1366x768-dark.png",
+    )
     parity.add_argument("folder", help="model folder or hub id, as it is deployed")
     parity.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parity.add_argument("--question", default="Describe the image.", help='default "Describe the image."')
@@ -91,6 +107,21 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"of log-probabilities, default {TOLERANCE}")
     parity.set_defaults(run=_parity)
     return parser
+
+
+def _chat(options: argparse.Namespace) -> None:
+    for image in options.images:
+        if not image.is_file():
+            raise ValueError(f"there is no image {image} here")
+    from pixelprune.command.terminal_chat import chat  # the other commands do without transformers
+
+    chat(
+        options.folder,
+        options.images,
+        strategy=options.strategy,
+        max_new_tokens=options.max_new_tokens,
+        trust_remote_code=options.trust_remote_code,
+    )
 
 
 def _parity(options: argparse.Namespace) -> int:

@@ -101,6 +101,11 @@ class Conversation:
         return 0 if self._cache is None else self._cache.get_seq_length()
 
     @property
+    def images(self) -> tuple[PrunedImage, ...]:
+        """The images of all turns, as the model is given them."""
+        return self._row.images
+
+    @property
     def retain_ratio(self) -> float:
         """Kept blocks / all blocks over the images of all turns; 1.0 without images."""
         num_blocks = sum(image.num_full_blocks for image in self._row.images)
