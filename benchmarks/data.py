@@ -11,6 +11,7 @@ time, user and system: what a core of one's own would take, whoever else uses th
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -37,6 +38,7 @@ from pixelprune.settings import PruneSettings, ResizeSettings
 from training.composition.toy import build_tokenizer, texts_of_records, toy_config
 
 SAMPLES = Path(__file__).parents[1] / "data_tools" / "samples"
+COLLATOR_PIXELS = ("patches", "blocks")
 PIXELS = {"min_pixels": 256 * 256, "max_pixels": 4096 * 4096}
 
 
@@ -125,6 +127,9 @@ def measure_batch(stock: Stock, ours: Ours, batch: list[dict]) -> dict[str, floa
     seconds = {}
     seconds["stock"], stock_row = timed(stock, batch)
     seconds["ours"], pack = timed(ours, batch)
+    for pixels in COLLATOR_PIXELS:
+        collator = dataclasses.replace(ours.collator, pixels=pixels)
+        seconds[f"collator {pixels}"], _ = timed(collator, batch)
     seconds["ours decode"], pictures = timed(ours.decode, batch)
     seconds["ours resize"], images = timed(ours.resize, pictures)
     seconds["ours preparation"], _ = timed(ours.finish, batch, images)
@@ -152,11 +157,12 @@ def build(files: list[Path]) -> tuple[Stock, Ours]:
     tokenizer = build_tokenizer(texts)
     config = toy_config(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         chat = ChatEncoder.from_folder(folder)
     preparer = Preparer(chat, PruneSettings(), ResizeSettings(**PIXELS), config.image_token_id)
-    collator = PixelPruneCollator(preparer, VisionGeometry.from_config(config))
     root = files[0].parent
+    collator = PixelPruneCollator(preparer, VisionGeometry.from_config(config), root)
     return Stock(chat.tokenizer, config.image_token_id, root), Ours(collator, root)
 
 
@@ -216,6 +222,8 @@ def describe(total: dict[str, float], summary: dict[str, float]) -> str:
             row("preparation after resize", per_image["stock preparation"], per_image["ours preparation"]),
             row("record to packed batch", per_image["stock"], per_image["ours"]),
             row("the same with Pillow's resize", per_image["stock"], with_pillow),
+            row("collator in another trainer, uint8 blocks", per_image["stock"], per_image["collator blocks"]),
+            row("collator in another trainer, float32 patches", per_image["stock"], per_image["collator patches"]),
         ]
     )
     mib = 2**20

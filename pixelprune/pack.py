@@ -251,7 +251,7 @@ def decoding_index(
 
 
 def model_inputs(
-    pack: Pack, geometry: VisionGeometry, dtype: torch.dtype, *, with_borders: bool = False
+    pack: Pack, geometry: VisionGeometry, dtype: torch.dtype, *, with_borders: bool = False, as_blocks: bool = False
 ) -> dict[str, Any]:
     """The keyword arguments of the stock forward for a pack that is on its device already.
 
@@ -259,6 +259,8 @@ def model_inputs(
     the packed mask is not built and samples leak into each other. Nothing in here waits for the device.
     with_borders: hand on the host integers too, for models whose attention reads them
     (`pixelprune.attention.segments.takes_borders`); any other would drop them without a word.
+    as_blocks: leave pixels as uint8 blocks, for models that normalise them
+    (`pixelprune.images.patch_embed.take_blocks`).
     Raises ValueError for a row that only such attention keeps apart, without with_borders, and for one whose pictures
     are encoded once: their features go in through `pixelprune.model_call.final_hidden`.
     A family with linear-attention layers takes these inputs only where its compiled kernels are installed and raises
@@ -269,7 +271,7 @@ def model_inputs(
             "a row whose pictures are encoded once: expected a call through pixelprune.model_call.final_hidden"
         )
     inputs = row_inputs(pack, geometry, with_borders=with_borders)
-    return inputs | vision_inputs(pack, geometry, dtype, with_borders=with_borders)
+    return inputs | vision_inputs(pack, geometry, dtype, with_borders=with_borders, as_blocks=as_blocks)
 
 
 def row_inputs(pack: Pack, geometry: VisionGeometry, *, with_borders: bool = False) -> dict[str, Any]:
@@ -303,7 +305,7 @@ def _sample_of_token(pack: Pack) -> torch.Tensor:
 
 
 def vision_inputs(
-    pack: Pack, geometry: VisionGeometry, dtype: torch.dtype, *, with_borders: bool = False
+    pack: Pack, geometry: VisionGeometry, dtype: torch.dtype, *, with_borders: bool = False, as_blocks: bool = False
 ) -> dict[str, Any]:
     """The part of `model_inputs` that concerns images, those that are encoded; empty for a pack without one."""
     if pack.num_patches == 0:
@@ -314,7 +316,7 @@ def vision_inputs(
     ones = torch.ones_like(patches_per_image)
     borders = {"image_borders": pack.vit_borders} if with_borders else {}
     return borders | {
-        "pixel_values": normalise_blocks(blocks, geometry).to(dtype),
+        "pixel_values": blocks if as_blocks else normalise_blocks(blocks, geometry).to(dtype),
         # Used by the model only to split features by image: 1 x 2 x (2 * kept) patches.
         "image_grid_thw": torch.stack([ones, MERGE * ones, patches_per_image // MERGE], dim=1),
         "image_position_ids": pack.vit_position_ids,

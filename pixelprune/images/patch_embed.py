@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pixelprune.images.patches import normalised_patches
+from pixelprune.settings import BLOCK
+
 
 def use_linear_patches(model: Any) -> None:
     """Let the patch embedding of this model compute a matrix product. Weights, names and other models stay as they are.
@@ -31,6 +34,33 @@ def use_linear_patches(model: Any) -> None:
         )
     # A method, not a closure: a copy of the model embeds with its own weights.
     projection.forward = MethodType(_linear_forward, projection)
+
+
+def take_blocks(model: Any, geometry: Any) -> None:
+    """Let this model take uint8 blocks as `pixel_values`, (K, 32, 32, 3), and normalise them where it computes.
+
+    For rows of `PixelPruneCollator(..., pixels="blocks")`: an eighth of the bytes that normalised patches take on their
+    way to the device, for K kept blocks, and the same numbers in the patch embedding.
+
+    geometry: `pixelprune.pack.VisionGeometry` of the model. The patch embedding raises ValueError for anything else
+    than blocks from here on, so a second call is one too many.
+    """
+
+    def normalise(_: nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        (blocks,) = arguments
+        if blocks.ndim != 4 or blocks.shape[1:] != (BLOCK, BLOCK, 3):
+            raise ValueError(
+                f"this model takes blocks: expected pixel_values of (K, {BLOCK}, {BLOCK}, 3), got "
+                f"{tuple(blocks.shape)}; "
+                'make rows with PixelPruneCollator(..., pixels="blocks")'
+            )
+        # The stock forward has made the tower's dtype of them; up to 255 every integer is exact in all of them.
+        patches = normalised_patches(
+            blocks.to(torch.uint8), geometry.image_mean, geometry.image_std, geometry.temporal_patch
+        )
+        return (patches.to(blocks.dtype),)
+
+    model.model.visual.patch_embed.register_forward_pre_hook(normalise)
 
 
 def is_patch_product(projection: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -53,12 +53,19 @@ class PixelPruneCollator:
     root: folder that image paths are relative to and may not leave (None: records must bring their images).
     dummy_image: add a one-block image outside the loss to rows without one, so that all data-parallel ranks touch the
     same parameters in every backward.
+    pixels: "patches", normalised float32 for any stock model, or "blocks", uint8 (K, 32, 32, 3) for one that
+    `pixelprune.images.patch_embed.take_blocks` has prepared.
     """
 
     preparer: Preparer
     geometry: VisionGeometry
     root: Path | None = None
     dummy_image: bool = True
+    pixels: Literal["patches", "blocks"] = "patches"
+
+    def __post_init__(self) -> None:
+        if self.pixels not in ("patches", "blocks"):
+            raise ValueError(f'pixels: expected "patches" or "blocks", got {self.pixels!r}')
 
     @classmethod
     def from_pretrained(
@@ -70,6 +77,7 @@ class PixelPruneCollator:
         last_turn_only: bool = False,
         root: str | Path | None = None,
         dummy_image: bool = True,
+        pixels: Literal["patches", "blocks"] = "patches",
         ignore_keys: Iterable[str] = (),
         answer_format: str = "auto",
         grounding_tokens: bool = False,
@@ -91,7 +99,7 @@ class PixelPruneCollator:
             grounding_tokens=grounding_tokens,
         )
         preparer = settings.build_from(folder)
-        return cls(preparer, folder.geometry, Path(root) if root is not None else None, dummy_image)
+        return cls(preparer, folder.geometry, Path(root) if root is not None else None, dummy_image, pixels)
 
     def __call__(self, records: Sequence[Any]) -> dict[str, Any]:
         """Records (mappings in any supported format, or `Record`) as one row on the CPU.
@@ -104,7 +112,8 @@ class PixelPruneCollator:
             raise RecordError("bad_weight", "labels cannot weigh a turn's loss; expected weights of 0 or 1")
         labels = torch.full_like(pack.input_ids, IGNORED_LABEL)
         labels[pack.logit_index + 1] = pack.labels
-        return model_inputs(pack, self.geometry, torch.float32) | {"labels": labels[None]}
+        inputs = model_inputs(pack, self.geometry, torch.float32, as_blocks=self.pixels == "blocks")
+        return inputs | {"labels": labels[None]}
 
     def pack(self, samples: list[Sample]) -> Pack:
         """Samples as one packed row; the dummy alone when there are none."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3VLForConditionalGeneration, Trainer, TrainingArguments
 
+from pixelprune.images.patch_embed import take_blocks
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.collator import DUMMY_ID, DUMMY_TOKENS, PixelPruneCollator, dummy_sample
 from pixelprune.records.record import RecordError
@@ -75,8 +76,9 @@ def test_labels_are_the_supervised_tokens(tokenizer, toy_folder, screens, record
 
 
 def test_trains_in_the_hugging_face_trainer(toy_folder, screens, records, tmp_path):
-    collator = PixelPruneCollator.from_pretrained(toy_folder, resize=SMALL, root=screens)
+    collator = PixelPruneCollator.from_pretrained(toy_folder, resize=SMALL, root=screens, pixels="blocks")
     model = Qwen3VLForConditionalGeneration.from_pretrained(toy_folder, dtype=torch.float32)
+    take_blocks(model, collator.geometry)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "out"), remove_unused_columns=False, per_device_train_batch_size=4, max_steps=12,
         learning_rate=3e-3, logging_steps=1, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
@@ -87,6 +89,31 @@ def test_trains_in_the_hugging_face_trainer(toy_folder, screens, records, tmp_pa
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 12
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_are_normalised_in_the_model_to_the_same_bits(dtype, toy_folder, screens, records):
+    collators = [
+        PixelPruneCollator.from_pretrained(toy_folder, resize=SMALL, root=screens, pixels=pixels)
+        for pixels in ("patches", "blocks")
+    ]
+    patches, blocks = (collator(records[:3]) for collator in collators)
+    assert blocks["pixel_values"].dtype == torch.uint8
+    assert 8 * blocks["pixel_values"].nbytes == patches["pixel_values"].nbytes
+    model = Qwen3VLForConditionalGeneration.from_pretrained(toy_folder, dtype=dtype).eval()
+    with torch.no_grad():
+        expected = model(**patches).logits
+        with pytest.raises(RuntimeError):  # a model that was not told: half the patches, whose positions do not fit
+            model(**blocks)
+        take_blocks(model, collators[0].geometry)
+        assert torch.equal(model(**blocks).logits, expected)
+        with pytest.raises(ValueError, match=r"expected pixel_values of \(K, 32, 32, 3\)"):
+            model(**patches)
+
+
+def test_pixels_have_two_forms(toy_folder):
+    with pytest.raises(ValueError, match='expected "patches" or "blocks", got \'bytes\''):
+        PixelPruneCollator.from_pretrained(toy_folder, pixels="bytes")
 
 
 def test_works_in_a_plain_data_loader(toy_folder, screens, records):
