@@ -105,7 +105,7 @@ def main() -> int:
         console.print(made["builds"])
     record = _joined(made, args.seed)
     write_record("kill", record, _document(record))
-    console.print(_document(record))
+    console.print(_document(record), markup=False)
     if not args.keep:
         shutil.rmtree(folder)
     return 0 if all(map(_is_good, (row for rows in made.values() for row in rows))) else 1
