@@ -183,6 +183,8 @@ def sessions(run: Scenarios) -> dict[str, dict]:
     cached = (*walks, "kd.source=cached", f"kd.cache_dir={run.folder}/cache_of_sessions")
     run.cache(*cached)
     results["cached"] = run.train("sessions_cached", *cached)
+    if run.ranks.is_first:
+        results["pruned"] = json.loads((run.folder / "sessions" / "export" / "pixelprune.json").read_text())["prune"]
     return results
 
 

@@ -51,6 +51,7 @@ def test_sessions_train_alike_cut_in_the_middle_on_two_ranks_and_from_a_cache(re
     for num_ranks in (1, 2):
         found = results[num_ranks]["sessions"]
         assert found["resumed"] == found["online"], "the same bits"
+        assert found["pruned"]["direction"] == "backward", "an export says what auto came to"
         # The cache is computed in packs of its own, whose products round in other last bits.
         assert_near(found["cached"], found["online"])
     assert_near(results[2]["sessions"]["online"], results[1]["sessions"]["online"])
