@@ -14,8 +14,8 @@ def _terminate(signum: int, _: FrameType | None) -> None:
     raise SystemExit(128 + signum)  # unwinds, so that every `finally` runs and Chromium ends with us
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0 done, 2 wrong arguments or what else is the user's to change."""
+def build_parser() -> CommandParser:
+    """Of all commands."""
     from data_tools.convert import commands as convert_commands
     from data_tools.convert.benchmarks import commands as benchmark_commands
     from data_tools.convert.corpora import commands as corpus_commands
@@ -40,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sheet_command,
     ):
         module.add_parser(commands)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0 done, 2 wrong arguments or what else is the user's to change."""
+    options = build_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
     return run_command(lambda: options.run(options), expected=(ValueError, BrowserError, OSError))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 from rich.rule import Rule
 from rich.table import Table
 
-from pixelprune.command import plain_console, run_command
+from data_tools.cli import build_parser as data_tools_parser
+from pixelprune.__main__ import _parser as pixelprune_parser
+from pixelprune.command import CommandParser, plain_console, run_command
 from tests.ranks import ROOT
 from training import command
 from training.errors import RankError, UserError
@@ -123,3 +127,18 @@ def test_names_that_are_not_unicode_and_ctrl_c(capsys):
     assert run_command(fail(KeyboardInterrupt())) == 130
     assert run_command(lambda: None) == 0
     assert run_command(lambda: 85) == 85
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, CommandParser]:
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return commands.choices
+
+
+@pytest.mark.parametrize(("package", "build"), [("data_tools", data_tools_parser), ("pixelprune", pixelprune_parser)])
+def test_help_of_every_inner_command_begins_with_an_example_that_it_takes(package, build):
+    parser = build()
+    for name, inner in commands_of(parser).items():
+        first = inner.format_help().partition("\n")[0]
+        start, module, *words = shlex.split(first.removeprefix("example: "))[1:]
+        assert (start, module, words[0]) == ("-m", package, name), first
+        parser.parse_args(words)

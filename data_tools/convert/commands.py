@@ -40,9 +40,19 @@ size that absolute coordinates meant. Every drop is counted under its reason, on
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     raw = argparse.RawDescriptionHelpFormatter
-    jedi = commands.add_parser("jedi", help="Jedi -> records", description=_JEDI_HELP, formatter_class=raw)
+    jedi = commands.add_parser(
+        "jedi",
+        help="Jedi -> records",
+        description=_JEDI_HELP,
+        formatter_class=raw,
+        example="python -m data_tools jedi jedi/icon_v0122.json --images jedi/images --out data/jedi.jsonl",
+    )
     convert = commands.add_parser(
-        "convert", help="messages or ShareGPT -> records", description=_CONVERT_HELP, formatter_class=raw
+        "convert",
+        help="messages or ShareGPT -> records",
+        description=_CONVERT_HELP,
+        formatter_class=raw,
+        example="python -m data_tools convert data_tools/samples/eval.jsonl --out runs/tutorial/converted.jsonl",
     )
     for name, parser in (("jedi", jedi), ("convert", convert)):
         parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="JSON or JSON lines")

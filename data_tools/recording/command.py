@@ -33,6 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "recording",
         help="recordings of screens -> conversations with images",
+        example="python -m data_tools recording RECORDING --out data/recording",
         description=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

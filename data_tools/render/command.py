@@ -48,6 +48,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="HTML pages -> screenshots and grounding records",
         description=_HELP,
         epilog=_EXAMPLES,
+        example="python -m data_tools render data_tools/apps --out runs/tutorial/shots --max-pages 2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -16,6 +16,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "sheet",
         help="draw random records with their boxes onto one picture",
+        example="python -m data_tools sheet data_tools/samples/train.jsonl --count 4 --out runs/tutorial/sheet.png",
         description="Draw random records of a JSONL file onto one PNG: the box (metadata.bbox) in red, the answer's "
         "point in blue, instruction and answer below. Tall screenshots are cut to the part around the box.",
     )

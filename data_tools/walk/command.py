@@ -45,6 +45,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="interactive HTML pages -> sessions of screenshots and actions",
         description=_HELP,
         epilog=_EXAMPLES,
+        example="python -m data_tools sessions data_tools/apps --out runs/tutorial/sessions --sessions 2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

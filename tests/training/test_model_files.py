@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from training.composition.toy import build_toy_model
 from training.config.settings import ConfigError, ModelSettings
+from training.config.teacher import TeacherSettings
+from training.data.settings import SourceSettings
 from training.distributed.ranks import Ranks
 from training.errors import UserError
 from training.evaluation.inputs import model_of
+from training.loop import feed
 from training.model import loading
 from training.model.loading import load_model, load_model_files, load_model_files_once
+from training.teacher import files
 
 
 def test_a_model_folder_without_its_tokenizer_is_not_the_datas_fault(toy_folder, tmp_path):
@@ -71,6 +76,24 @@ def test_one_rank_asks_the_hub_before_the_others_do(monkeypatch):
         asked.clear()
         load_model_files_once(ModelSettings(path=path), ranks)
         assert len(asked) == times, path
+
+
+def test_one_rank_asks_for_the_teacher_and_for_data_of_the_hub(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(files, "load_model_files_once", lambda settings, ranks, key: asked.append(f"{key} by {ranks}"))
+    student = SimpleNamespace(path="me/student")
+    with pytest.raises(AttributeError):  # the comparison with the student, of which there is nothing here
+        files.load_teacher_files(TeacherSettings(path="me/teacher"), ModelSettings(path="x"), student, "all ranks")
+    assert asked == ["kd.path by all ranks"]
+    asked.clear()
+    monkeypatch.setattr(feed, "open_source", lambda source, index_dir: asked.append(source.path))
+    sources = [SourceSettings("hf://datasets/me/data"), SourceSettings("data/train.jsonl")]
+    first, other = (Ranks(rank, 1, rank, torch.device("cpu")) for rank in (0, 1))
+    monkeypatch.setattr(Ranks, "from_first", lambda self, do: do() if self.is_first else None)
+    for ranks, expected in ((first, ["hf://datasets/me/data"]), (other, [])):
+        asked.clear()
+        feed.ask_hub_once(sources, "", ranks)
+        assert asked == expected
 
 
 def test_a_run_stands_for_its_export(tmp_path):

@@ -21,8 +21,9 @@ from training.data.index_builder import build_index
 from training.data.loader import START, Cursor, LoaderSettings, PackLoader
 from training.data.plan import PlanInput, PlanSettings, num_steps
 from training.data.settings import SourceSettings
+from training.data.sources import HUB, open_source
 from training.data.targets import BUILD_ADVICE, TargetReader
-from training.distributed.ranks import PATIENCE_MINUTES
+from training.distributed.ranks import PATIENCE_MINUTES, Ranks
 from training.errors import UserError
 from training.loop.context import RunContext
 from training.model.sharing import SavedFlops
@@ -112,6 +113,7 @@ def build_feed(
     config, ranks, folder, files = context.config, context.ranks, context.folder, context.files
     data = config.data
     prepare = prepare_settings(config, files)
+    ask_hub_once(sources, data.index_dir, ranks)
     try:
         index = build_index(
             sources,
@@ -153,6 +155,22 @@ def build_feed(
     plan_input = index.plan_input(cost, with_teacher=True, teacher_cost=teacher_cost)
     prepare = dataclasses.replace(prepare, with_full=True)
     return Feed(index, prepare, plan_input, plan_settings, saved_flops=SavedFlops(cost, teacher_cost))
+
+
+def ask_hub_once(sources: list[SourceSettings], index_dir: str, ranks: Ranks) -> None:
+    """Data sets of the hub are fetched by one rank, for all that share its cache or its fate. Every rank calls this."""
+    remote = [source for source in sources if HUB.fullmatch(source.path)]
+
+    def ask() -> None:
+        for source in remote:
+            logger.info("%s: asking the hub for it", source.path)
+            try:
+                open_source(source, index_dir)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+
+    if remote:
+        ranks.from_first(ask)
 
 
 def _checked(context: RunContext, index: Index, *, shuffle: bool, with_teacher: bool) -> Index:

@@ -23,7 +23,7 @@ from training.distributed.ranks import Ranks
 from training.errors import UserError
 from training.loss.supervised import LossSettings
 from training.model.fingerprint import hash_weights, local_folder
-from training.model.loading import DTYPES, load_model_files
+from training.model.loading import DTYPES, load_model_files, load_model_files_once
 from training.model.tensor_files import weight_paths
 
 FORMAT_VERSION = 2
@@ -53,18 +53,24 @@ def plan_teacher(
     """
     if loss.kd_weight == 0:
         return None
-    files = load_teacher_files(kd, model, student)
+    files = load_teacher_files(kd, model, student, ranks)
     if kd.source == "online":
         return TeacherPlan(files)
     folder = cache_folder(kd, model, loss, prepare, files, student, ranks)
     return TeacherPlan(files, TargetReader(folder, _vocab_size(student)))
 
 
-def load_teacher_files(kd: TeacherSettings, model: ModelSettings, student: ModelFolder) -> ModelFolder:
-    """The teacher's config, tokenizer and preprocessor; refuses one that does not fit. Raises ConfigError."""
+def load_teacher_files(
+    kd: TeacherSettings, model: ModelSettings, student: ModelFolder, ranks: Ranks | None = None
+) -> ModelFolder:
+    """The teacher's config, tokenizer and preprocessor; refuses one that does not fit. Raises ConfigError.
+
+    ranks: all of them call this, and one asks the hub first.
+    """
     if kd.path in ("", student.path):
         return student
-    files = load_model_files(dataclasses.replace(model, path=kd.path), "kd.path")
+    settings = dataclasses.replace(model, path=kd.path)
+    files = load_model_files_once(settings, ranks, "kd.path") if ranks else load_model_files(settings, "kd.path")
     # The student's packs are the teacher's input: both must read ids and pixels alike.
     for what, mine, other in (
         ("output vocabulary", _vocab_size(student), _vocab_size(files)),

@@ -130,7 +130,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             "What is left out is counted under its reason, on the terminal and in OUT.report.json."
         )
         parser = commands.add_parser(
-            name, help=f"{benchmark.title} -> evaluation records", description=description, formatter_class=raw
+            name,
+            help=f"{benchmark.title} -> evaluation records",
+            description=description,
+            formatter_class=raw,
+            example=f"python -m data_tools {name} PUBLISHED --out data/{name}.jsonl",
         )
         parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="published file(s) or their folder")
         add_output_options(parser)
@@ -143,7 +147,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         if name == "mmlongbench":
             pages = "only the first so many pages; the published script takes 120, 0 all (%(default)s)"
             parser.add_argument("--max-pages", type=int, default=0, help=pages)
-    back = commands.add_parser("olmocrbench-answers", help="predictions.jsonl -> Markdown for olmOCR-Bench's scorer")
+    back = commands.add_parser(
+        "olmocrbench-answers",
+        help="predictions.jsonl -> Markdown for olmOCR-Bench's scorer",
+        example="python -m data_tools olmocrbench-answers PASS/predictions.jsonl --out olmOCR-bench/bench_data/mine",
+    )
     back.add_argument("predictions", type=Path, help="predictions.jsonl of training.evaluate on olmocrbench records")
     back.add_argument("--out", type=Path, required=True, help="new folder, named for the model, inside bench_data")
     back.set_defaults(run=run_answers)

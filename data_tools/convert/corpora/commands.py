@@ -96,7 +96,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
             "What is left out is counted under its reason, on the terminal and in OUT.report.json."
         )
         parser = commands.add_parser(
-            name, help=f"{corpus.title} -> records", description=description, formatter_class=raw
+            name,
+            help=f"{corpus.title} -> records",
+            description=description,
+            formatter_class=raw,
+            example=f"python -m data_tools {name} PUBLISHED --out data/{name}.jsonl",
         )
         parser.add_argument("inputs", nargs="+", type=Path, metavar="FILE", help="published file(s) or their folder")
         add_output_options(parser)
