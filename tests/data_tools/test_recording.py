@@ -96,8 +96,6 @@ def test_records_with_videos_become_records_with_images(tmp_path: Path, capsys: 
         {"id": "none", "messages": [{"role": "user", "content": "Hello"}]},
     ]  # fmt: skip
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RecordError, match="data_tools recording"):
-        parse_record(rows[0])
     assert main(["recording", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
     (made,) = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
     record = parse_record(made)
@@ -125,3 +123,6 @@ def test_videos_beside_the_turns_are_refused_with_the_way_out(key: str) -> None:
     with pytest.raises(RecordError, match="data_tools recording") as caught:
         parse_record(row)
     assert caught.value.reason == "unread_key"
+    typed = {"messages": [{"role": "user", "content": [{"type": "video", key: "a.mp4"}]}, row["messages"][1]]}
+    with pytest.raises(RecordError, match="'video', expected text or image; data_tools recording"):
+        parse_record(typed)
