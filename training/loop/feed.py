@@ -261,7 +261,8 @@ def validation_loader(context: RunContext, feed: Feed) -> PackLoader:
 
 def _loader_settings(context: RunContext, report: str, *, dummy_image: bool) -> LoaderSettings:
     data = context.config.data
-    if not data.num_workers and data.max_seconds_per_record and context.ranks.is_first:
+    is_training = report == "quarantine"  # the held-out loader would say it again
+    if is_training and not data.num_workers and data.max_seconds_per_record and context.ranks.is_first:
         logger.warning(
             "data.num_workers=0: records are prepared in the training process, which cannot end one that hangs "
             "(data.max_seconds_per_record holds for the index alone)"

@@ -152,6 +152,8 @@ def _build(context: RunContext, teacher_plan: TeacherPlan | None) -> tuple[Engin
     """The model as it is trained, in its engine; the attention that was chosen; what of memory is planned."""
     config, ranks = context.config, context.ranks
     attention = choose_attention(config.model.attention, ranks.device, DTYPES[config.model.dtype])
+    if ranks.is_first:
+        logger.info("loading the weights of %s, optimizer states follow", config.model.path)
     check_sharing(config.data.share_prefix, context.files.config, attention)
     model = load_model(config.model, attention=attention, device=ranks.device)
     freeze_parts(model, config.optim)
