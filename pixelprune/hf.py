@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pixelprune.attention.segments import takes_borders
+from pixelprune.attention.shared_cache import shared_cache
 from pixelprune.decoding import decode, end_token_ids, generation_settings, trim
-from pixelprune.pack import VisionGeometry, pack_samples, vision_inputs
+from pixelprune.family import family_of
+from pixelprune.model_call import image_features
+from pixelprune.pack import VisionGeometry, pack_samples, row_pictures
 from pixelprune.prompter import Messages, Prompter
 from pixelprune.sample import Sample, build_sample
 from pixelprune.settings import PruneSettings, ResizeSettings
@@ -146,7 +148,9 @@ def generate(
 ) -> Generation:
     """The stock `model.generate` on pruned prompts; every other argument (sampling, beams, streamer) is the stock one.
 
-    Several conversations are left-padded into one batch. A streamer needs a batch of one, as in the stock method.
+    Several conversations are left-padded into one batch. A streamer needs a batch of one, as in the stock method. A
+    picture that several of them show is encoded once, and what prompts begin with alike is prefilled once, where the
+    model has no linear-attention layers and the call keeps one sequence per prompt in the cache it makes itself.
     max_new_tokens: left out, the generation config's, otherwise 256. features: of the kept blocks, where they are
     not to be those of `encode_images`.
     Raises ValueError for arguments that are made here, for assisted decoding, for a model in training mode and for a
@@ -155,12 +159,30 @@ def generate(
     settings = generation_settings(model, inputs.prompter, max_new_tokens, generate_kwargs)
     encoded = encode_images(model, inputs.samples, inputs.prompter) if features is None else features
     arguments = padded_rows(model, inputs) | encoded
+    if features is None and _can_share(model, inputs, generate_kwargs):
+        stock = stock_model(model, inputs.prompter)
+        if shared := shared_cache(stock, inputs.samples, inputs.prompter.image_token_id, encoded):
+            arguments = padded_rows(model, inputs) | {"past_key_values": shared.cache} | shared.features
     output = model.generate(**arguments, **settings)
     output.past_key_values = None  # the memory goes with the answer, not with the result
     rows = output.sequences[:, arguments["input_ids"].shape[1] :].tolist()
     ends = end_token_ids(model, generate_kwargs)
     token_ids = [trim(row, ends, generate_kwargs.get("pad_token_id", inputs.prompter.pad_token_id)) for row in rows]
     return Generation(decode(inputs.prompter, token_ids), token_ids, output)
+
+
+def _can_share(model: Any, inputs: PrunedInputs, generate_kwargs: dict[str, Any]) -> bool:
+    """Whether a cache made beforehand is what the stock `generate` would have made of the prompts."""
+    if len(inputs.samples) == 1 or family_of(stock_model(model, inputs.prompter).config).linear_attention:
+        return False
+    config = generate_kwargs.get("generation_config") or model.generation_config
+
+    def asked(name: str) -> Any:
+        return generate_kwargs.get(name, getattr(config, name, None))
+
+    one_sequence = all((asked(name) or 1) == 1 for name in ("num_beams", "num_return_sequences"))
+    own_cache = asked("use_cache") is not False and not asked("cache_implementation")
+    return one_sequence and own_cache and not asked("prefill_chunk_size")
 
 
 @torch.no_grad()
@@ -201,16 +223,15 @@ def padded_rows(model: Any, inputs: PrunedInputs) -> dict[str, torch.Tensor]:
 
 
 def encode_images(model: Any, samples: list[Sample], prompter: Prompter) -> dict[str, Any]:
-    """The stock vision tower over the kept blocks of all images; empty where there are none."""
+    """The stock vision tower over the kept blocks of all images, one picture once; empty where there are none."""
     stock = stock_model(model, prompter)
     normalisation = {"image_mean": prompter.image_mean, "image_std": prompter.image_std}
     geometry = VisionGeometry.from_config(stock.config, normalisation)
     vision = stock.model.visual
-    pack = pack_samples(samples, geometry).to(next(vision.parameters()).device)
-    arguments = vision_inputs(pack, geometry, vision.dtype, with_borders=takes_borders(stock))
-    if not arguments:
+    pack = pack_samples(samples, geometry, pictures=row_pictures(samples)).to(next(vision.parameters()).device)
+    if not pack.num_patches:
         return {}
-    return {"mm_encoder_outputs": {"image": stock.model.get_image_features(**arguments, return_dict=True)}}
+    return {"mm_encoder_outputs": {"image": image_features(stock, pack, geometry, vision.dtype)}}
 
 
 def stock_model(model: Any, prompter: Prompter) -> Any:
