@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import convergence
+from benchmarks import convergence, share_convergence
 from benchmarks.convergence import MODES, Settings, best_constant, exit_code, orders
 from benchmarks.parts.screens import CELL, COLOURS, draw_screen, write_screens
 from pixelprune.answers import parse_answer
@@ -85,3 +85,17 @@ def test_a_run_of_two_steps_reports_what_it_reached(tmp_path):
     assert all(set(MODES) < set(row) for row in record["evaluations"])
     assert 0 < record["retain_ratio"] < 1 < record["flops_ratio"]
     assert (tmp_path / "convergence.png").exists()
+
+
+def test_orders_over_screenshots_beside_the_plain_one_in_four_steps(tmp_path):
+    sizes = ["--pages", "8", "--held-out-pages", "1", "--steps", "4"]
+    share_convergence.main([*sizes, "--out", str(tmp_path)])
+    record = json.loads((tmp_path / "share_convergence.json").read_text())
+    runs = record["runs"]
+    assert list(runs) == list(share_convergence.WAYS)
+    assert [len(run["losses"]) for run in runs.values()] == [4, 4, 4, 1]
+    assert {run["held_out"][-1][0] for run in runs.values()} == {4 * 32}, "records seen"
+    assert record["off_to_step"] < 1e-5, "the same records in the same steps"
+    assert runs["step"]["screens_per_step"] == runs["off"]["screens_per_step"] >= runs["group"]["screens_per_step"]
+    assert runs["group"]["tokens"] <= runs["step"]["tokens"] < runs["off"]["tokens"]
+    assert (tmp_path / "share_convergence.png").exists()
