@@ -69,10 +69,12 @@ def final_hidden(
 
 
 def _packed_inputs(model: Any, pack: Pack, geometry: VisionGeometry, dtype: torch.dtype) -> dict[str, Any]:
-    """`model_inputs`, or the row with the features of its pictures, where one picture stands in several places."""
+    """`model_inputs`, or the row with the features of its pictures, where each picture is encoded once."""
     if pack.image_order is None:
         return model_inputs(pack, geometry, dtype, with_borders=takes_borders(model))
     inputs = row_inputs(pack, geometry, with_borders=takes_borders(model))
+    if not pack.num_patches:
+        return inputs
     return inputs | {"mm_encoder_outputs": {"image": image_features(model, pack, geometry, dtype)}}
 
 

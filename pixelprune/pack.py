@@ -57,7 +57,7 @@ class Pack:
     Per sample, with what it shares: num_supervised_per_sample, sample_lens, num_images_per_sample, record_ids, and
     num_kept_blocks, num_full_blocks summed over samples. shared: the prefixes that stand in the row once for several.
     image_order: of each image in the row, which of those in blocks and vit_* gives its features, where a picture of
-    several places is encoded once; None where every image is encoded.
+    several places would be encoded once; None where every image is encoded within the stock forward.
     """
 
     input_ids: torch.Tensor
@@ -154,7 +154,8 @@ def pack_samples(
     groups: samples that share a prefix (`attention.prefixes.find_groups`), which then stands in the row once; None
     shares nothing. What is supervised stays in the order of the samples either way.
     pictures: of each image in the row the number of its picture (`row_pictures`): one that stands in several places is
-    encoded once. None encodes every image.
+    encoded once. None encodes every image. Ranks must agree on one of the two, whatever is in their packs: the vision
+    tower runs before the rest of the model or within it, and their gradients meet in the order of the backward pass.
     """
     if not samples:
         raise ValueError("a pack needs at least one sample; a rank without work gets a dummy sample")
@@ -198,12 +199,10 @@ def pack_samples(
 def _encoded_once(
     images: list[PrunedImage], pictures: Sequence[int] | None
 ) -> tuple[list[PrunedImage], tuple[int, ...] | None]:
-    """The images that are encoded, and `Pack.image_order`: None where no picture stands in two places."""
+    """The images that are encoded, and `Pack.image_order`."""
     if pictures is None:
         return images, None
     first = dict(zip(reversed(pictures), reversed(images), strict=True))
-    if len(first) == len(images):
-        return images, None
     return [first[number] for number in range(len(first))], tuple(pictures)
 
 

@@ -156,7 +156,7 @@ def test_what_is_not_the_same_picture_is_encoded_for_itself(toy_tokenizer, geome
     images = [image, other.images[0], pixels, moved, image]
     assert distinct_images([(images, number) for number in range(5)]) == (0, 1, 2, 3, 0)
     apart = pack_samples([one, other], geometry, pictures=(0, 1))
-    assert apart.image_order is None, "with nothing to encode once, the row is the plain one"
+    assert apart.image_order == (0, 1), "the same way through the model, whatever a pack holds"
     assert torch.equal(apart.blocks, pack_samples([one, other], geometry).blocks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,19 +37,28 @@ ANSWERS = [
 ]
 
 
-def make_samples(tokenizer, *, some_without_image: bool, num_screens: int = len(ANSWERS)) -> list:
+DIFFERENT = tuple(range(len(ANSWERS)))
+SCREENS = {
+    "two screenshots": (0, 1) * 4,
+    "two screenshots, shared": (0, 1) * 4,
+    # On two ranks the one encodes pictures once, the other has none twice.
+    "some screenshots twice": (0, 1, 0, 1, 2, 3, 4, 5),
+    "some screenshots twice, encoded once": (0, 1, 0, 1, 2, 3, 4, 5),
+}
+"""Of each sample; different ones for other packings."""
+
+
+def make_samples(tokenizer, *, some_without_image: bool, screens: Sequence[int] = DIFFERENT) -> list:
     """Eight samples of uneven length and supervised count; with `some_without_image`, the first four are text only."""
     return [
         make_sample(
             tokenizer,
-            []
-            if some_without_image and number < 4
-            else [screen(3 + number % num_screens % 3, 4, number % num_screens)],
+            [] if some_without_image and number < 4 else [screen(3 + picture % 3, 4, picture)],
             "Where is Save?",
             answer,
             name=str(number),
         )
-        for number, answer in enumerate(ANSWERS)
+        for number, (answer, picture) in enumerate(zip(ANSWERS, screens, strict=True))
     ]
 
 
@@ -69,9 +79,9 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
         # A part of the layer: the layer's own hooks stay outside of the recomputation.
         next(layers[0].children()).register_forward_pre_hook(lambda *_: calls.append(1))
     meter = StepMeter(ranks)
-    num_screens = 2 if packing.startswith("two screenshots") else len(ANSWERS)
+    screens = SCREENS.get(packing, DIFFERENT)
     some_without_image = packing == "text beside images"
-    samples = make_samples(files.tokenizer, some_without_image=some_without_image, num_screens=num_screens)
+    samples = make_samples(files.tokenizer, some_without_image=some_without_image, screens=screens)
     num_supervised = sum(sample.num_supervised for sample in samples)
     if packing == "text beside images":
         # The rank with text-only samples has the dummy, which keeps ViT and merger in its backward.
@@ -84,7 +94,7 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
             pack,
             files.geometry,
             find_groups(pack, files.geometry.image_token_id) if packing == "two screenshots, shared" else None,
-            pictures=row_pictures(pack) if packing == "two screenshots, encoded once" else None,
+            pictures=row_pictures(pack) if packing.endswith("encoded once") else None,
         )
         for pack in packs[ranks.rank :: ranks.world_size]
     ]
@@ -116,8 +126,8 @@ def main() -> None:
     out, model_path = without_launcher_arguments(sys.argv[1:])
     torch.set_num_threads(1)
     ranks = join_ranks()
-    packings = ["four packs", "text beside images", "two screenshots, shared", "two screenshots, encoded once"]
-    packings += ["one pack", "two screenshots"] if ranks.world_size == 1 else []
+    packings = ["four packs", "text beside images", "two screenshots, shared", "some screenshots twice, encoded once"]
+    packings += ["one pack", "two screenshots", "some screenshots twice"] if ranks.world_size == 1 else []
     results = {packing: train_three_steps(packing, model_path, ranks) for packing in packings}
     if ranks.is_first:
         Path(out).write_text(json.dumps(results))

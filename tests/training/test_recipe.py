@@ -190,6 +190,17 @@ def test_a_bad_teacher_setting_names_the_field(recipe, override, message):
         load_recipe(recipe, [override])
 
 
+def test_what_cannot_be_shared_together_is_refused(recipe):
+    for word in ("off", "step", "group"):
+        assert load_recipe(recipe, [f"data.share_vision={word}"]).data.share_vision == word
+    with pytest.raises(ConfigError, match=r"data\.share_vision: group orders records by their picture.*to step"):
+        load_recipe(recipe, ["data.share_vision=group", "data.share_prefix=group"])
+    sharded = ["data.share_vision=step", "kd.sharding=zero3"]
+    load_recipe(recipe, sharded)
+    with pytest.raises(ConfigError, match=r"data\.share_vision=step: .*set kd\.sharding=replica, or"):
+        load_recipe(recipe, [*sharded, "loss.kd_weight=1"])
+
+
 def test_whole_lists_and_sections_can_be_overridden(recipe):
     config = load_recipe(
         recipe, ["data.sources=[{path: a.jsonl, weight: 2}]", "data.sources.0.weight=3", "optim={lr: 0.5}"]

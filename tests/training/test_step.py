@@ -49,9 +49,10 @@ def test_shared_prefixes_train_as_rows_apart(results, num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_pictures_that_are_encoded_once_train_as_rows_apart(results, num_ranks):
-    once = results[num_ranks]["two screenshots, encoded once"]
-    assert_same(once, results[1]["two screenshots"])
-    assert (once["shared_prefix"], once["shared_vision"]) == (0, 0.5)
+    once = results[num_ranks]["some screenshots twice, encoded once"]
+    assert_same(once, results[1]["some screenshots twice"])
+    assert once["shared_prefix"] == 0
+    assert 0.1 < once["shared_vision"] < 0.4, "two of eight"
 
 
 def test_the_steps_learn(results):

@@ -66,6 +66,11 @@ def _contradictions(config: Config) -> Iterator[str]:
             "data.share_vision: group orders records by their picture, data.share_prefix=group by all they begin with; "
             "set one of them to step, which shares what meets"
         )
+    if config.data.share_vision != "off" and kd.sharding == "zero3" and config.loss.kd_weight > 0:
+        yield (
+            f"data.share_vision={config.data.share_vision}: ranks that fetch a teacher's weights from each other run "
+            "it in one call, which encodes every image; set kd.sharding=replica, or data.share_vision=off"
+        )
     if config.distributed.zero_stage == 1 and config.model.dtype == "bfloat16":
         yield (
             "distributed.zero_stage: with 1 in bfloat16 DeepSpeed takes an optimizer whose state cannot be saved by "
