@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -63,6 +63,13 @@ class Sample:
     def loss_weight(self) -> float:
         """Sum of the supervised tokens' weights: what this sample adds to the divisor of its step."""
         return float(self.supervised_weights.sum(dtype=np.float64))
+
+    def weighted(self, factor: float) -> Sample:
+        """The same with the weights of all supervised tokens multiplied by this, in float32."""
+        if factor == 1:
+            return self
+        weights = self.supervised.astype(np.float32) if self.weights is None else self.weights
+        return replace(self, weights=weights * np.float32(factor))
 
     @property
     def num_patches(self) -> int:

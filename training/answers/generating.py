@@ -70,7 +70,7 @@ def answer(model: Any, inputs: PrunedInputs, sampling: Sampling, *place: int) ->
     prompts in the same batch get the same answers, whatever was drawn before.
     """
     head = model.get_output_embeddings()
-    with _seeded(model.device, sampling.seed, *place), _watched(head) as steps:
+    with seeded(model.device, sampling.seed, *place), _watched(head) as steps:
         found = generate(model, inputs, **sampling.arguments())
     hidden = torch.stack(steps, dim=1)  # (B, T, D)
     num_columns = found.output.sequences.shape[1] - _prompt_len(inputs)
@@ -108,7 +108,7 @@ def _watched(head: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def _seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
     """Draws from a stream of their own; whatever else draws numbers goes on as if nothing had been drawn."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

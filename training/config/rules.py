@@ -90,6 +90,14 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"prune.keep_replaced=false: belongs to prune.strategy=pred3d, got {prune.strategy}"
     if kd.top_k and kd.source != "cached":
         yield f"kd.top_k: {kd.top_k} log-probabilities are kept in a cache; set kd.source=cached, or kd.top_k=0"
+    if kd.on_policy and (kd.source != "online" or not config.loss.kd_weight):
+        yield (
+            f"kd.on_policy: the student's own answers ({kd.on_policy:g} of the samples) are graded by a teacher that "
+            "runs beside it; set kd.source=online and loss.kd_weight above 0, or kd.on_policy=0"
+        )
+    for number, source in enumerate(config.data.eval_sources):
+        if source.loss_weight != 1:
+            yield f"data.eval_sources.{number}.loss_weight: expected 1 (held-out losses are not weighted by source)"
     if not schedule.max_steps and not schedule.epochs:
         yield "schedule: expected max_steps > 0 or epochs > 0, got neither"
     if schedule.max_steps and schedule.warmup_steps > schedule.max_steps:

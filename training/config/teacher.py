@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from training.config.ranges import at_least, check_fields
+from training.config.ranges import SHARE, at_least, check_fields
 
 Precision = Literal["", "bfloat16", "float32"]
 
@@ -33,5 +33,23 @@ class TeacherSettings:
     cache_records: int = 1024
     """Records in one shard of the cache: what a killed `cache_teacher` does again, at most, on each rank."""
 
+    on_policy: float = 0.0
+    """Share of the samples that the student answers itself, as it is at that step; the online teacher grades every
+    token of these answers, and the records' labels are not used. Drawn anew for every step."""
+    on_policy_max_new_tokens: int = 128
+    """Longest such answer, tokens; one that is cut has no end token."""
+    on_policy_temperature: float = 1.0
+    """Temperature at which the student draws them; 0 takes its most probable token."""
+    on_policy_batch_size: int = 8
+    """Answers that a rank generates together."""
+
     def __post_init__(self) -> None:
-        check_fields(self, cache_records=at_least(1), top_k=at_least(0, " (0 = hidden states)"))
+        check_fields(
+            self,
+            cache_records=at_least(1),
+            top_k=at_least(0, " (0 = hidden states)"),
+            on_policy=SHARE,
+            on_policy_max_new_tokens=at_least(1),
+            on_policy_temperature=at_least(0),
+            on_policy_batch_size=at_least(1),
+        )

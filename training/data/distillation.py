@@ -33,12 +33,18 @@ class DistillationPack(Pack):
     the teacher's pixels are decoded from this pack's own.
     teacher_hidden: (N, D), final hidden states at the positions that predict the supervised tokens.
     teacher_log_probs, teacher_ids: (N, k), the most probable tokens at the temperature of the recipe.
+    labelled: bool (N,), False for tokens that the student wrote itself, which are no labels; None where all are. Those
+    are num_own_tokens of num_own samples, and own_weight the sum of their weights.
     """
 
     full: Pack | None = None
     teacher_hidden: torch.Tensor | None = None
     teacher_log_probs: torch.Tensor | None = None
     teacher_ids: torch.Tensor | None = None
+    labelled: torch.Tensor | None = None
+    num_own: int = 0
+    num_own_tokens: int = 0
+    own_weight: float = 0.0
 
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from super().tensors()

@@ -43,7 +43,8 @@ class Index:
     """The usable records of all sources of a recipe (n of them), and the ones that are not.
 
     source, row: int (n,), where the record is read. content_hash: int64 (n,). text_tokens, num_supervised: int64 (n,).
-    loss_weight: float64 (n,), sum of the supervised tokens' weights. weight: float64 (n,), the record's own.
+    loss_weight: float64 (n,), sum of the supervised tokens' weights, multiplied with the source's. weight: float64
+    (n,), the record's own.
     kept_blocks, full_blocks: int64 (I,), blocks of all images in order; those of record i are at image_starts[i] to
     image_starts[i + 1] (int64 (n + 1,)).
     prefix_hash, prefix_text: int64 (n,), equal for records that begin alike up to their first image
@@ -281,7 +282,8 @@ def read_index(sources: list[Source], files: list[Path]) -> Index:
         columns["source"].append(np.full(len(good), number, dtype=np.int64))
         for name in COLUMNS[1:]:
             dtype = np.float64 if name in ("loss_weight", "weight") else np.int64
-            columns[name].append(good[name].to_numpy().astype(dtype))
+            factor = source.settings.loss_weight if name == "loss_weight" else 1
+            columns[name].append(good[name].to_numpy().astype(dtype) * factor)
         images["num"].append(pc.list_value_length(good["kept_blocks"]).to_numpy().astype(np.int64))
         for name in ("kept_blocks", "full_blocks"):
             images[name].append(pc.list_flatten(good[name]).to_numpy().astype(np.int64))

@@ -33,6 +33,7 @@ from training.data.targets import TargetReader
 from training.data.upload import upload_ahead
 from training.data.worker import PackDataset, PackFailure, PackResult, PackTask, start_worker
 from training.errors import RankError, UserError
+from training.on_policy.draft import is_chosen
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,10 @@ MAX_DEATHS = 3
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
 """Sums a few numbers over all ranks (`Ranks.sum`); called once per optimizer step by every rank."""
+
+
+Answered = Callable[[int, list[PackResult]], list[PackResult]]
+"""Makes packs of all drafts of a step of this rank, from the step's number since the start of the run."""
 
 
 class Cursor(NamedTuple):
@@ -129,13 +134,18 @@ class PackLoader:
         sum_over_ranks: SumOverRanks = torch.clone,
         targets: TargetReader | None = None,
         saved_flops: Callable[[Pack], float] | None = None,
+        on_policy: float = 0.0,
+        answered: Answered | None = None,
     ):
         """`num_steps` counts from the start of the run, not from the cursor; by default the cursor's epoch is ended.
 
         first_step: steps done before the cursor; by default those that this plan has before it.
         targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead.
         saved_flops: what a pack costs less than its samples apart, for a prefix or a picture that they share.
+        on_policy: share of the samples that the student answers itself; answered: makes the packs of a step then.
         """
+        assert (answered is not None) == (on_policy > 0), "drafts, and who makes packs of them"
+        self.on_policy, self.answered = on_policy, answered
         self.saved_flops = saved_flops
         self.index, self.inputs, self.plan_settings, self.settings = index, inputs, plan_settings, settings
         self.rank, self.world_size, self.start = rank, world_size, Cursor(*cursor)
@@ -150,6 +160,7 @@ class PackLoader:
             targets,
             share_prefix=settings.share_prefix,
             share_vision=settings.share_vision,
+            as_drafts=on_policy > 0,
         )
         self._lost_in_epoch = [self.start.epoch, 0]
         self._data_loader: DataLoader | None = None
@@ -180,6 +191,8 @@ class PackLoader:
                 failure = failure or result
             else:
                 prepared.append(result)
+        if self.answered is not None and failure is None:
+            prepared = self.answered(step, prepared)
         num_supervised, loss_weight, num_samples = self._without_lost(planned.cursor, plan, prepared, failure)
         for micro_step, (pack, result) in enumerate(upload_ahead(prepared, self.settings.device)):
             is_boundary = micro_step == plan.num_micro_steps - 1
@@ -282,8 +295,8 @@ class PackLoader:
 
     def _tasks_left(self) -> Iterator[PackTask]:
         """This rank's tasks in order, without those whose results were handed out."""
-        tasks = (m[self.rank] for planned in self._planned_steps() for m in planned.plan.micro_steps)
-        return (self.task(rows) for rows in itertools.islice(tasks, self._num_handed_out, None))
+        tasks = ((planned.cursor, m[self.rank]) for planned in self._planned_steps() for m in planned.plan.micro_steps)
+        return (self.task(rows, cursor) for cursor, rows in itertools.islice(tasks, self._num_handed_out, None))
 
     def _new_data_loader(self, is_careful: bool) -> DataLoader:
         """DataLoader keeps the order of its sampler whatever worker is first."""
@@ -336,8 +349,8 @@ class PackLoader:
         steps = [num_steps(self.inputs, self.plan_settings, epoch) for epoch in range(cursor.epoch)]
         return sum(steps) + cursor.step
 
-    def task(self, rows) -> PackTask:
-        """The task of a pack made of these rows of the index."""
+    def task(self, rows, cursor: Cursor = START) -> PackTask:
+        """The task of a pack made of these rows of the index, in the step at `cursor`."""
         index = self.index
         columns = (
             index.source[rows],
@@ -346,7 +359,11 @@ class PackLoader:
             index.num_supervised[rows],
             index.loss_weight[rows],
         )
-        return PackTask(tuple(zip(*(column.tolist() for column in columns), strict=True)))
+        records = tuple(zip(*(column.tolist() for column in columns), strict=True))
+        if not self.on_policy:
+            return PackTask(records)
+        place = (self.plan_settings.seed, *cursor)
+        return PackTask(records, tuple(is_chosen(self.on_policy, *place, int(row)) for row in rows))
 
 
 class _Tasks:

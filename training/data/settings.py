@@ -8,7 +8,7 @@ from typing import Literal
 from pixelprune.answers import FORMATS
 from pixelprune.records.keys import STRUCTURE
 from pixelprune.records.presets import Preset, get_preset
-from training.config.ranges import SHARE, Range, at_least, check_fields
+from training.config.ranges import POSITIVE, SHARE, Range, at_least, check_fields
 from training.data.files.address import check_address, is_remote
 
 
@@ -30,6 +30,9 @@ class SourceSettings:
     """Split of a data set of the hub, of a saved DatasetDict, or of a folder whose files are named for splits."""
     weight: float = 1.0
     """How often every record is used per epoch; a fraction draws a seeded subset, another one each epoch."""
+    loss_weight: float = 1.0
+    """What the loss of every supervised token of this source is multiplied with, beside weights of its turns; a step's
+    loss is divided by the sum of all weights, so that only the sources' ratios count."""
     prompt: str = "as_recorded"
     """What is written around every question: a name of `pixelprune.records.presets`."""
     system: str = ""
@@ -39,6 +42,7 @@ class SourceSettings:
 
     def __post_init__(self) -> None:
         self.preset()
+        check_fields(self, loss_weight=POSITIVE)
         for key, value in (("path", self.path), ("root", self.root)):
             if is_remote(value):
                 check_address(value, key)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from pixelprune.pack import Pack
-from training.data.worker import PackResult
+from training.data.worker import PackResult, pack_of
 
 
 def upload_ahead(results: Iterable[PackResult], device: torch.device) -> Iterator[tuple[Pack, PackResult]]:
@@ -18,7 +18,7 @@ def upload_ahead(results: Iterable[PackResult], device: torch.device) -> Iterato
     On other devices packs stay where they are.
     """
     if device.type != "cuda":
-        yield from ((result.pack, result) for result in results)
+        yield from ((pack_of(result), result) for result in results)
         return
     stream = copy_stream(device)
     waiting: _Upload | None = None
@@ -52,7 +52,7 @@ class _Upload:
     @classmethod
     def begin(cls, result: PackResult, stream: torch.cuda.Stream) -> _Upload:
         with torch.cuda.stream(stream):
-            pack = result.pack.to(stream.device, non_blocking=True)
+            pack = pack_of(result).to(stream.device, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(stream)
         return cls(pack, result, copied)

@@ -18,6 +18,7 @@ from training.data.quarantine import Quarantined
 from training.data.sources import Source
 from training.data.targets import TargetReader
 from training.errors import UserError
+from training.on_policy.draft import Draft
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,31 @@ class PackTask:
     sum of their weights)."""
 
     records: tuple[tuple[int, int, int, int, float], ...]
+    is_asked: tuple[bool, ...] = ()
+    """Which of them the student answers itself; empty for none."""
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """A pack and the records that could not go into it, with the supervised tokens lost with them
-    and the sum of their weights."""
+    """A pack and the records that could not go into it; the supervised tokens that the plan counted and the pack does
+    not hold, and the sum of their weights: those lost with records, and what an answer of the student is shorter than
+    the record's own (below 0: longer)."""
 
-    pack: Pack
+    pack: Pack | Draft
     is_dummy: bool
     lost: tuple[Quarantined, ...] = ()
     num_lost_supervised: int = 0
     lost_loss_weight: float = 0.0
 
     def pin_memory(self) -> PackResult:
-        """Called by torch's DataLoader."""
-        return dataclasses.replace(self, pack=self.pack.pin_memory())
+        """Called by torch's DataLoader. Of a draft there are no tensors yet."""
+        return self if isinstance(self.pack, Draft) else dataclasses.replace(self, pack=self.pack.pin_memory())
+
+
+def pack_of(result: PackResult) -> Pack:
+    """The result's pack, once it is one."""
+    assert not isinstance(result.pack, Draft), "its packs are made before they are handed out"
+    return result.pack
 
 
 @dataclass(frozen=True)
@@ -64,14 +74,17 @@ class PackDataset(torch.utils.data.Dataset):
         *,
         share_prefix: bool = False,
         share_vision: bool = False,
+        as_drafts: bool = False,
     ):
         """targets: cached teacher targets that go with every pack; with `prepare.with_full` full rows do instead.
 
         share_prefix: what samples of a pack begin with alike stands in its row once. share_vision: a picture that
-        stands in several places of a row is encoded once.
+        stands in several places of a row is encoded once. as_drafts: leave the packs to be made where the student
+        answers some of their samples.
         """
         self.sources, self.prepare, self.geometry, self.dummy_image = sources, prepare, geometry, dummy_image
         self.targets, self.share_prefix, self.share_vision = targets, share_prefix, share_vision
+        self.as_drafts = as_drafts
         self._collator: PixelPruneCollator | None = None
 
     def __getstate__(self) -> dict:
@@ -81,8 +94,10 @@ class PackDataset(torch.utils.data.Dataset):
         if self._collator is None:
             self._collator = PixelPruneCollator(self.prepare.build(), self.geometry, dummy_image=self.dummy_image)
         records, lost, num_lost_supervised, lost_loss_weight = [], [], 0, 0.0
+        is_asked: list[bool] = []
+        asked = task.is_asked or (False,) * len(task.records)
         memo: PictureMemo = {}
-        for number, row, content_hash, num_supervised, loss_weight in task.records:
+        for (number, row, content_hash, num_supervised, loss_weight), asks in zip(task.records, asked, strict=True):
             source = self.sources[number]
             try:
                 record = self._collator.preparer.prepare(
@@ -94,7 +109,9 @@ class PackDataset(torch.utils.data.Dataset):
                     expected_hash=content_hash,
                     memo=memo,
                 )
-                records.append(record)
+                weighted = record.sample.weighted(source.settings.loss_weight)
+                records.append(dataclasses.replace(record, sample=weighted))
+                is_asked.append(asks)
             except UserError as error:
                 return PackFailure(str(error))
             except RecordError as error:
@@ -102,22 +119,24 @@ class PackDataset(torch.utils.data.Dataset):
                 num_lost_supervised += num_supervised
                 lost_loss_weight += loss_weight
         try:
-            pack = self._pack(self._collator, records)
+            pack = self._pack(self._collator, records, is_asked)
         except UserError as error:
             return PackFailure(str(error))
         return PackResult(pack, not records, tuple(lost), num_lost_supervised, lost_loss_weight)
 
-    def _pack(self, collator: PixelPruneCollator, records: list[PreparedRecord]) -> Pack:
+    def _pack(self, collator: PixelPruneCollator, records: list[PreparedRecord], is_asked: list[bool]) -> Pack | Draft:
         samples = collator.with_dummy([record.sample for record in records])
+        decode = is_recoverable(self.prepare.prune)
+        full_samples = [record.full for record in records if record.full is not None] + samples[len(records) :]
+        if self.as_drafts:
+            asked = (*is_asked, *(False for _ in samples[len(records) :]))
+            return Draft(samples, full_samples, asked, self.geometry, decode, self.share_prefix, self.share_vision)
         groups = find_groups(samples, self.geometry.image_token_id) if self.share_prefix else None
         pictures = row_pictures(samples, groups) if self.share_vision else None
         pack = pack_samples(samples, self.geometry, groups, pictures=pictures)
         if self.targets is not None:
             return with_cached_targets(pack, records, self.targets)
         if self.prepare.with_full:
-            full_samples = [record.full for record in records if record.full is not None]
-            full_samples += samples[len(records) :]  # the dummy
-            decode = is_recoverable(self.prepare.prune)
             return with_full_rows(
                 pack, samples, full_samples, self.geometry, decode=decode, groups=groups, pictures=pictures
             )

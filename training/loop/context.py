@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pixelprune.model_folder import ModelFolder
+from pixelprune.prompter import Prompter
 from training.config.settings import Config
 from training.distributed.ranks import Ranks
 from training.distributed.stopping import StopRequest
@@ -31,6 +32,17 @@ class RunContext:
     def is_asked_to_stop(self) -> bool:
         """Whether this rank was."""
         return self.stop is not None and self.stop.is_asked
+
+    def prompter(self) -> Prompter:
+        """What asks the model as it is trained. Raises ValueError as `Prompter.load`."""
+        config = self.config
+        return Prompter.load(
+            self.files.path,
+            prune=config.pruning,
+            resize=config.resize,
+            grounding_tokens=config.data.grounding_tokens,
+            trust_remote_code=config.model.trust_remote_code,
+        )
 
     def is_stopping(self) -> bool:
         """Whether any rank was asked to stop. Every rank calls this."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pixelprune.prompter import Prompter
 from training.checkpoint.export import export_model
 from training.distributed.engine_protocol import Engine
 from training.evaluation.during_training import GroundingEvaluator
@@ -91,13 +90,7 @@ def _grounding(context: RunContext) -> GroundingEvaluator | None:
     return GroundingEvaluator.build(
         config.eval,
         config.data,
-        Prompter.load(
-            context.files.path,
-            prune=config.pruning,
-            resize=config.resize,
-            grounding_tokens=config.data.grounding_tokens,
-            trust_remote_code=config.model.trust_remote_code,
-        ),
+        context.prompter(),
         context.ranks,
         context.folder,
         seed=config.run.seed,

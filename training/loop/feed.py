@@ -18,7 +18,7 @@ from training.checkpoint.files import complete_checkpoints
 from training.config.settings import Config, ScheduleSettings
 from training.data.index import Index
 from training.data.index_builder import build_index
-from training.data.loader import START, Cursor, LoaderSettings, PackLoader
+from training.data.loader import START, Answered, Cursor, LoaderSettings, PackLoader
 from training.data.plan import PlanInput, PlanSettings, num_steps
 from training.data.settings import SourceSettings
 from training.data.sources import HUB, open_source
@@ -153,6 +153,8 @@ def build_feed(
         return Feed(index, prepare, plan_input, plan_settings, teacher_plan.targets, SavedFlops(cost))
     teacher_cost = CostModel.from_config(teacher_plan.files.config)
     plan_input = index.plan_input(cost, with_teacher=True, teacher_cost=teacher_cost)
+    if config.kd.on_policy:
+        plan_input = _with_room_for_answers(plan_input, config.kd.on_policy_max_new_tokens, data.pack_tokens)
     prepare = dataclasses.replace(prepare, with_full=True)
     return Feed(index, prepare, plan_input, plan_settings, saved_flops=SavedFlops(cost, teacher_cost))
 
@@ -171,6 +173,14 @@ def ask_hub_once(sources: list[SourceSettings], index_dir: str, ranks: Ranks) ->
 
     if remote:
         ranks.from_first(ask)
+
+
+def _with_room_for_answers(inputs: PlanInput, max_new_tokens: int, pack_tokens: int) -> PlanInput:
+    """Any record may become as long as the student writes. One that fills a pack alone may exceed it by that."""
+    longer = np.maximum(max_new_tokens - inputs.num_supervised, 0)
+    return dataclasses.replace(
+        inputs, tokens=np.minimum(inputs.tokens + longer, np.maximum(inputs.tokens, pack_tokens))
+    )
 
 
 def _checked(context: RunContext, index: Index, *, shuffle: bool, with_teacher: bool) -> Index:
@@ -219,10 +229,12 @@ def training_loader(
     cursor: Cursor = START,
     first_step: int = 0,
     dummy_image: bool = True,
+    answered: Answered | None = None,
 ) -> PackLoader:
     """This rank's packs of a run.
 
     num_steps: of the whole run; cursor, first_step: where it goes on, and how many steps were done before.
+    answered: makes the packs of a run in which the student answers some of its samples (kd.on_policy).
     dummy_image: needed unless all ranks run their backward, and a sharded teacher, without the vision tower.
     """
     return PackLoader(
@@ -240,6 +252,8 @@ def training_loader(
         sum_over_ranks=context.ranks.sum,
         targets=feed.targets,
         saved_flops=feed.saved_flops,
+        on_policy=context.config.kd.on_policy if answered else 0.0,
+        answered=answered,
     )
 
 

@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from training.checkpoint.checkpointer import Checkpointer
 from training.checkpoint.export import export_model, run_facts
 from training.config.recipe import show
 from training.config.settings import CheckpointSettings, Config
-from training.data.loader import START, Cursor
+from training.data.loader import START, Answered, Cursor
 from training.distributed.cores import use_threads
 from training.distributed.engine import build_engine
 from training.distributed.engine_protocol import Engine
@@ -40,6 +41,7 @@ from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts, set_learning_rates, trains_vision
 from training.model.sharing import check_sharing
 from training.model.supervised import SupervisedModel
+from training.on_policy.own_answers import OwnAnswers
 from training.teacher.files import TeacherPlan, plan_teacher
 from training.teacher.teachers import build_teacher
 from training.tracking.meter import StepMeter
@@ -104,7 +106,10 @@ def _train(context: RunContext) -> int:
     # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
     dummy = trains_vision(model) or config.kd.sharding == "zero3"
     first = state.step
-    loader = training_loader(context, feed, num_steps=num_steps, cursor=cursor, first_step=first, dummy_image=dummy)
+    answered = _own_answers(context, model, meter)
+    loader = training_loader(
+        context, feed, num_steps=num_steps, cursor=cursor, first_step=first, dummy_image=dummy, answered=answered
+    )
     skips = SkipCounter(config.optim.max_skipped_in_a_row, state.num_skipped)
     for step, batches in loader.steps():
         learning_rates = set_learning_rates(engine.optimizer, learning_rate.factor(step))
@@ -164,6 +169,15 @@ def _build(context: RunContext, teacher_plan: TeacherPlan | None) -> tuple[Engin
     teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, attention, config.data.share_prefix)
     module = SupervisedModel(model, context.files.geometry, config.loss, teacher)
     return build_engine(module, ranks, config.distributed, config.optim, config.model.dtype), attention, memory
+
+
+def _own_answers(context: RunContext, model: Any, meter: StepMeter) -> Answered | None:
+    """What lets the student answer its samples itself; None without kd.on_policy."""
+    config, ranks = context.config, context.ranks
+    if not config.kd.on_policy:
+        return None
+    own = OwnAnswers(config.kd, model, context.prompter(), meter, seed=config.run.seed, rank=ranks.rank)
+    return own.answered
 
 
 def _cursor(context: RunContext, feed: Feed, continuation: Continuation) -> Cursor:

@@ -96,6 +96,7 @@ def supervised_loss(
     settings: LossSettings,
     *,
     weights: Tensor | None = None,
+    labelled: Tensor | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_head: nn.Module | None = None,
     teacher_topk: tuple[Tensor, Tensor] | None = None,
@@ -110,6 +111,8 @@ def supervised_loss(
         labels: (N,) int64, the supervised token ids, all within the vocabulary (no ignore index).
         settings: weights of the two terms, divergence, temperature and chunk size.
         weights: (N,) float32, what the loss of each position is multiplied with; None where all are 1.
+        labelled: (N,) bool, False where the token is no label but the student's own: nothing of it counts as
+            cross-entropy, nor as correct. None where all are labels.
         teacher_hidden: (N, D_teacher) the teacher's final hidden states at the same tokens; cast to the dtype of
             teacher_head where they differ.
         teacher_head: the teacher's output head, to the same vocabulary; no gradient reaches it.
@@ -127,9 +130,8 @@ def supervised_loss(
 
     def loss_of_logits(rows: slice, logits: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
         distilled = teacher.distil(rows, logits, settings) if teacher is not None else None
-        return _chunk_loss(
-            logits, labels[rows], distilled, settings, wants_grad, None if weights is None else weights[rows]
-        )
+        by_position = (None if values is None else values[rows] for values in (weights, labelled))
+        return _chunk_loss(logits, labels[rows], distilled, settings, wants_grad, *by_position)
 
     num_sums = len(LossSums._fields)
     total, reported = chunked_head_loss(hidden, lm_head, loss_of_logits, num_sums, settings.chunk_size)
@@ -180,6 +182,7 @@ def _chunk_loss(
     settings: LossSettings,
     wants_grad: bool,
     weights: Tensor | None,
+    labelled: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums (6,) in the order of LossSums, and the gradient (C, V) of their total in the dtype of the logits.
 
@@ -189,8 +192,12 @@ def _chunk_loss(
     top1 = logits.argmax(-1)
     log_q = tempered_log_softmax(logits, 1.0)  # (C, V) float32
     by_row = None if weights is None else weights.to(log_q.dtype).unsqueeze(-1)  # (C, 1)
+    ce_by_row = by_row
+    if labelled is not None:
+        is_label = labelled.to(log_q.dtype).unsqueeze(-1)
+        ce_by_row = is_label if by_row is None else by_row * is_label
     log_p = log_q.gather(-1, columns)
-    ce = -(log_p if by_row is None else log_p * by_row).sum()
+    ce = -(log_p if ce_by_row is None else log_p * ce_by_row).sum()
     total, kl, num_agree, entropy = settings.ce_weight * ce, ce.new_zeros(()), ce.new_zeros(()), ce.new_zeros(())
     kd_scale = settings.kd_weight * settings.temperature
     if distilled is not None:
@@ -198,7 +205,8 @@ def _chunk_loss(
         num_agree = (distilled.teacher_top1 == top1).sum()
         entropy = distilled.teacher_entropy.sum()
         total = total + kd_scale * settings.temperature * kl
-    num_correct = (top1 == labels).sum()
+    is_correct = top1 == labels
+    num_correct = (is_correct if labelled is None else is_correct & labelled).sum()
     sums = torch.stack([value.to(ce.dtype) for value in (total, ce, kl, num_agree, entropy, num_correct)])
     if not wants_grad:
         return sums, None
@@ -206,7 +214,7 @@ def _chunk_loss(
         distilled.grad.mul_(by_row)
     if settings.ce_weight > 0:
         grad = log_q.exp_()  # softmax - one-hot
-        scale = settings.ce_weight if by_row is None else settings.ce_weight * by_row
+        scale = settings.ce_weight if ce_by_row is None else settings.ce_weight * ce_by_row
         grad.scatter_(-1, columns, grad.gather(-1, columns) - 1).mul_(scale)
         if distilled is not None:
             grad.add_(distilled.grad, alpha=kd_scale)  # d/dlogits = d/du / T

@@ -47,16 +47,17 @@ class SupervisedModel(nn.Module):
 
         A pack without its teacher's side gives the cross-entropy alone: what validation sends.
         """
-        loss, targets = self.loss, {}
+        loss, targets, labelled = self.loss, {}, None
         if self.teacher is not None and isinstance(pack, DistillationPack):
             # Before the student's forward: the teacher's activations are gone when the student's are kept.
-            targets = self.teacher.targets(pack)
+            targets, labelled = self.teacher.targets(pack), pack.labelled
         elif loss.kd_weight > 0:
             assert not self.training, "a training step with kd_weight > 0 needs packs with their teacher's side"
             loss = dataclasses.replace(loss, ce_weight=1.0, kd_weight=0.0)
         hidden = self.hidden_at_supervised(pack)
         weights = pack.weights if pack.is_weighted else None
-        return supervised_loss(hidden, self.model.lm_head, pack.labels, loss, weights=weights, **targets)
+        head = self.model.lm_head
+        return supervised_loss(hidden, head, pack.labels, loss, weights=weights, labelled=labelled, **targets)
 
     def hidden_at_supervised(self, pack: Pack) -> torch.Tensor:
         """Final hidden states (N, D) at the positions whose logits predict a supervised token."""

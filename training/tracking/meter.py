@@ -20,7 +20,9 @@ _COUNTS = (
     "num_samples", "num_supervised", "kept_tokens", "full_tokens", "shared_tokens", "kept_blocks", "full_blocks",
     "encoded_blocks",
 )  # fmt: skip
-_TIMES = ("data_wait", "forward", "backward", "optimizer")
+_TIMES = ("data_wait", "generate", "forward", "backward", "optimizer")
+_OF_THE_HOST = ("data_wait", "generate")
+"""Times in which the host waits itself, on a GPU too."""
 
 
 @dataclass
@@ -60,6 +62,7 @@ class StepMeter:
         self._marks: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._flops = 0.0
         self._loss_weight = 0.0
+        self._own = dict.fromkeys(("num_own", "num_own_tokens", "own_weight"), 0.0)
         self.begin()
 
     def add_pack(self, pack: Pack, sums: LossSums, *, is_dummy: bool, flops: float = 0.0) -> None:
@@ -69,6 +72,8 @@ class StepMeter:
         has_dummy = int(DUMMY_ID in pack.record_ids)
         self._flops += 0.0 if is_dummy else flops
         self._loss_weight += pack.loss_weight
+        for name in self._own:  # of packs with a teacher alone
+            self._own[name] += getattr(pack, name, 0)
         self._counts["num_samples"] += pack.num_samples - has_dummy
         self._counts["num_supervised"] += pack.num_supervised
         self._counts["kept_tokens"] += pack.num_tokens - has_dummy * DUMMY_TOKENS
@@ -80,8 +85,9 @@ class StepMeter:
 
     @contextmanager
     def timing(self, name: str) -> Iterator[None]:
-        """Adds the time of what is done in it to data_wait, forward, backward or optimizer."""
-        if self.ranks.device.type == "cuda" and name != "data_wait":
+        """Adds the time of what is done in it to one of the parts of a step; generation is done while data is awaited,
+        and no part of that."""
+        if self.ranks.device.type == "cuda" and name not in _OF_THE_HOST:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             yield
@@ -90,7 +96,10 @@ class StepMeter:
         else:
             started = time.perf_counter()
             yield
-            self._times[name] += time.perf_counter() - started
+            seconds = time.perf_counter() - started
+            self._times[name] += seconds
+            if name == "generate":
+                self._times["data_wait"] -= seconds
 
     def finish(self) -> dict[str, float]:
         """Metrics of the step over all ranks, per-token losses included. Synchronises with the device once."""
@@ -98,12 +107,12 @@ class StepMeter:
         losses = self._losses.double().cpu()
         for name, start, end in self._marks:  # recorded before the losses were copied, so the device has passed them
             self._times[name] += start.elapsed_time(end) / 1000
-        mine = [*self._counts.values(), *self._times.values(), self._flops, self._loss_weight]
+        mine = [*self._counts.values(), *self._times.values(), self._flops, self._loss_weight, *self._own.values()]
         vector = torch.cat([losses, torch.tensor(mine, dtype=torch.float64)])
         vector = self.ranks.sum(vector)
         slowest = self.ranks.max(torch.tensor(self._flops, dtype=torch.float64))
         step_seconds = time.perf_counter() - self._started
-        names = [*LossSums._fields, *_COUNTS, *_TIMES, "flops", "loss_weight"]
+        names = [*LossSums._fields, *_COUNTS, *_TIMES, "flops", "loss_weight", *self._own]
         sums = dict(zip(names, vector.tolist(), strict=True))
         metrics = self._metrics(sums, step_seconds, slowest.item())
         self._reset()
@@ -113,14 +122,15 @@ class StepMeter:
         for name in _COUNTS:
             setattr(self.totals, name, getattr(self.totals, name) + int(sums[name]))
         num, weight = max(1.0, sums["num_supervised"]), sums["loss_weight"] or 1.0
+        num_labels = max(1.0, sums["num_supervised"] - sums["num_own_tokens"])
         rank_seconds = step_seconds * self.ranks.world_size
         metrics = {
             "loss": sums["total"] / weight,
-            "ce": sums["ce"] / weight,
+            "ce": sums["ce"] / ((weight - sums["own_weight"]) or 1.0),
             "kl": sums["kl"] / weight,
             "teacher_agreement": sums["num_agree"] / num,
             "teacher_entropy": sums["teacher_entropy"] / num,
-            "token_accuracy": sums["num_correct"] / num,
+            "token_accuracy": sums["num_correct"] / num_labels,
             "num_samples": sums["num_samples"],
             "num_supervised": sums["num_supervised"],
             "samples_per_s": sums["num_samples"] / step_seconds,
@@ -135,6 +145,9 @@ class StepMeter:
             "peak_memory_gb": peak_memory_gb(self.ranks.device),
             "host_memory_gb": host_memory_gb(),
         }
+        if sums["num_own"]:
+            metrics["on_policy_share"] = sums["num_own"] / sums["num_samples"]
+            metrics["on_policy_tokens"] = sums["num_own_tokens"] / sums["num_own"]
         if peak := peak_flops(self.ranks.device):
             # Kept tokens only: omitted ones and padding are no work.
             metrics["mfu"] = sums["flops"] / rank_seconds / peak

@@ -59,6 +59,9 @@ METRICS = (
     Metric("shared_vision", "share of kept blocks that are not encoded again"),
     Metric("step_s", "seconds of a step", summary={"step s": _median}),
     Metric("data_wait_share", "share of the step that waits for data", summary={"data wait share": _median}),
+    Metric("generate_share", "share of the step in which the student writes its own answers"),
+    Metric("on_policy_share", "share of samples that the student answers itself"),
+    Metric("on_policy_tokens", "tokens of an answer of the student"),
     Metric("peak_memory_gb", _DEVICE_MEMORY, summary={"peak memory GB": max}, picture="memory"),
     Metric("host_memory_gb", _HOST_MEMORY, picture="memory"),
     Metric(

@@ -27,13 +27,13 @@ PLAN = PlanSettings(samples_per_step=5, pack_tokens=120, pack_patches=400, seed=
 class Setup:
     """A small data set, indexed, and loaders over it."""
 
-    def __init__(self, folder, model_folder):
+    def __init__(self, folder, model_folder, **source):
         from transformers import AutoConfig
 
         self.prepare = PrepareSettings(str(model_folder), PruneSettings(), ResizeSettings(min_pixels=32 * 32))
         config = AutoConfig.from_pretrained(model_folder)
         self.geometry = VisionGeometry.from_config(config)
-        sources = [SourceSettings(str(folder / "train.jsonl"))]
+        sources = [SourceSettings(str(folder / "train.jsonl"), **source)]
         self.index = build_index(sources, self.prepare, num_workers=0, show_progress=False)
         self.inputs = self.index.plan_input(CostModel.from_config(config))
 
@@ -270,6 +270,23 @@ def test_the_divisor_of_a_step_is_the_sum_of_the_weights_in_its_packs(screens, m
     assert len(parts) == 24
     for batches in found.values():
         assert {batch.step: batch.loss_weight for batch in batches} == pytest.approx(per_step, rel=1e-12)
+
+
+def test_a_sources_loss_weight_multiplies_those_of_its_tokens(screens, model_folder):
+    """In packs as in the plan's divisor; what is indexed does not depend on it."""
+    rows = [json.loads(line) for line in (screens / "train.jsonl").read_text().splitlines()]
+    rows[0]["messages"][-1]["weight"] = 0.5
+    write_jsonl(screens / "train.jsonl", rows)
+    plain, weighted = Setup(screens, model_folder), Setup(screens, model_folder, loss_weight=0.25)
+    assert plain.index.files == weighted.index.files
+    assert weighted.index.loss_weight.tolist() == (plain.index.loss_weight / 4).tolist()
+    for one, other in zip(plain.loader(), weighted.loader(), strict=True):
+        assert other.pack.weights.tolist() == (one.pack.weights / 4).tolist()
+        assert other.pack.labels.tolist() == one.pack.labels.tolist()
+        assert other.loss_weight == one.loss_weight / 4
+        assert other.pack.is_weighted or not other.num_supervised
+    with pytest.raises(ValueError, match="loss_weight: expected a number > 0"):
+        SourceSettings("a.jsonl", loss_weight=0.0)
 
 
 def test_too_much_gone_bad_ends_the_run(setup, screens):
