@@ -14,7 +14,7 @@ from training.data.files.address import is_remote
 from training.data.files.unpacked import home_of_index, side_folder
 from training.data.sources import Source
 
-INDEX_VERSION = 7
+INDEX_VERSION = 8
 """Raise when the meaning of a column, or what can be used, changes: older indexes are then built anew."""
 
 
