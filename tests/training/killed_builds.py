@@ -168,7 +168,7 @@ def evaluation_build(folder: Path, model: Path, num_records: int = 24) -> Build:
     return Build(command, lambda: evaluate.main(words), 2 * num_records, whole, result)
 
 
-def teacher_cache_build(folder: Path, model: Path, num_records: int = 40) -> Build:
+def teacher_cache_build(folder: Path, model: Path, num_records: int = 80) -> Build:
     """A record a shard, so that each is computed in a row of its own and has the same bits in any company."""
     folder.mkdir()
     for i in range(4):
