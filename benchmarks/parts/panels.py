@@ -1,0 +1,86 @@
+"""A task that a toy model learns in a minute and pruning breaks: crops of the sample screens under a flat panel.
+
+How wide the panel is, a model on all tokens can read from how many of its tokens are panel; pruning leaves one of
+these, so that it has to be read from where the rest of the screen begins. Which colour it has, pruning does not hide.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from pixelprune.settings import BLOCK
+from training.composition.toy import build_toy_model
+
+SAMPLES = Path("data_tools/samples")
+ROWS, COLUMNS = 2, 7
+COLOURS = {"red": (200, 40, 30), "green": (40, 160, 60), "blue": (30, 60, 200), "grey": (120, 120, 120)}
+WIDTH, COLOUR = "How wide?", "Which colour?"
+NUM_WIDTHS = COLUMNS - 1
+NOISE = 0.4
+"""Share of the noisy labels that are another answer than the right one, drawn evenly."""
+_PAGES = {"narrow": slice(2), "val": slice(0, None, 2), "test": slice(1, None, 2)}
+"""Which pages of its split a kind of records shows, where not all."""
+
+
+def make_records(folder: Path, sizes: dict[str, int]) -> None:
+    """FOLDER/NAME.jsonl for each name of `sizes` and its number of records, with their pictures.
+
+    full (what the Full model is trained on), val and test ask both questions; noisy does with wrong labels among the
+    right ones, bare are the same prompts without any; narrow asks for widths alone, on two pages.
+    """
+    for name, num in sizes.items():
+        source = "noisy" if name == "bare" else name
+        (folder / source).mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng([ord(letter) for letter in source])
+        pages = _pages("eval" if name in ("val", "test") else "train")
+        pages = pages[_PAGES.get(name, slice(None))]
+        lines = [_record(folder, source, number, pages, rng, has_answer=name != "bare") for number in range(num)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _record(
+    folder: Path, source: str, number: int, pages: list[np.ndarray], rng: np.random.Generator, *, has_answer: bool
+) -> str:
+    page = pages[number % len(pages)]
+    top = int(rng.integers(0, page.shape[0] - BLOCK * ROWS + 1))
+    left = int(rng.integers(0, page.shape[1] - BLOCK * COLUMNS + 1))
+    picture = page[top : top + BLOCK * ROWS, left : left + BLOCK * COLUMNS].copy()
+    width, colour = int(rng.integers(1, NUM_WIDTHS + 1)), str(rng.choice(list(COLOURS)))
+    picture[:, : BLOCK * width] = COLOURS[colour]
+    Image.fromarray(picture).save(folder / source / f"{number}.png")
+    question = WIDTH if source == "narrow" or rng.random() < 0.5 else COLOUR
+    answers = [str(n) for n in range(1, NUM_WIDTHS + 1)] if question == WIDTH else list(COLOURS)
+    answer = str(width) if question == WIDTH else colour
+    is_wrong, other = rng.random() < NOISE, str(rng.choice([one for one in answers if one != answer]))
+    if source == "noisy" and is_wrong:
+        answer = other
+    content = [{"type": "image", "image": f"{source}/{number}.png"}, {"type": "text", "text": question}]
+    turns: list[dict] = [{"role": "user", "content": content}]
+    return json.dumps({"messages": turns + [{"role": "assistant", "content": answer}] * has_answer})
+
+
+def _pages(split: str) -> list[np.ndarray]:
+    """The screenshots that a split of the samples shows: pages of training and evaluation are other ones."""
+    records = [json.loads(line) for line in (SAMPLES / f"{split}.jsonl").read_text().splitlines()]
+    names = sorted({part["image"] for r in records for part in r["messages"][0]["content"] if part["type"] == "image"})
+    return [np.asarray(Image.open(SAMPLES / name).convert("RGB")) for name in names]
+
+
+def make_model(folder: Path, seed: int) -> Path:
+    """Random weights in a real folder, smaller than the toy model of the tests."""
+    build_toy_model(folder, [WIDTH, COLOUR, *COLOURS, "1 2 3 4 5 6"] * 4, seed=seed)
+    config = AutoConfig.from_pretrained(folder)
+    text = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
+            "num_key_value_heads": 1}  # fmt: skip
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": 96,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    for part, sizes in ((config.text_config, text), (config.vision_config, vision)):
+        for name, value in sizes.items():
+            setattr(part, name, value)
+    torch.manual_seed(seed)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    return folder
