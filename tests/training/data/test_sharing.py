@@ -185,7 +185,8 @@ def test_hybrid_families_and_attention_without_borders_are_refused_by_name():
     configs = [type("Config", (), values)() for values in (hybrid, dense)]
     with pytest.raises(UserError, match=r"qwen3_5 has linear-attention layers.*share_prefix=off.*share_vision=step"):
         check_sharing("step", configs[0], "sdpa")
-    with pytest.raises(UserError, match=r"model.attention=flash_attention_2 gives.*set model.attention=sdpa"):
+    with pytest.raises(UserError, match=r"model.attention=flash_attention_2 gives.*set model.attention=varlen or sdpa"):
         check_sharing("step", configs[1], "flash_attention_2")
-    check_sharing("step", configs[1], "sdpa")
+    for attention in ("sdpa", "eager", "varlen"):
+        check_sharing("step", configs[1], attention)
     check_sharing("off", configs[0], "flash_attention_2")
