@@ -228,7 +228,10 @@ def encode_images(model: Any, samples: list[Sample], prompter: Prompter) -> dict
     normalisation = {"image_mean": prompter.image_mean, "image_std": prompter.image_std}
     geometry = VisionGeometry.from_config(stock.config, normalisation)
     vision = stock.model.visual
-    pack = pack_samples(samples, geometry, pictures=row_pictures(samples)).to(next(vision.parameters()).device)
+    # What images of a session stand on may be turns that are cached, and not among these samples: they go one by one.
+    in_session = any(image.selection.image is not None for sample in samples for image in sample.images)
+    pictures = None if in_session else row_pictures(samples)
+    pack = pack_samples(samples, geometry, pictures=pictures).to(next(vision.parameters()).device)
     if not pack.num_patches:
         return {}
     return {"mm_encoder_outputs": {"image": image_features(stock, pack, geometry, vision.dtype)}}

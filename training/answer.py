@@ -3,7 +3,8 @@
 The model answers on all tokens, one process or all ranks under `torchrun --module` or `deepspeed --module`. Answers are
 kept as token ids, so that a recipe trains on just what was generated, at the price of cross-entropy. With --recipe the
 teacher's targets of the same answers go into that recipe's cache in the same pass (kd.source=cached). The same command
-continues a pass that was killed, also on another number of ranks, and ends with the same files.
+continues a pass that was killed, also on another number of ranks, and ends with the same
+answers, log-probabilities within rounding.
 """
 
 from __future__ import annotations

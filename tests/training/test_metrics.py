@@ -43,7 +43,9 @@ def test_what_is_shown_is_what_is_measured():
     evaluated = {"eval_loss", "eval_token_accuracy"}  # held_out_loss.py; on two ranks in test_train.py
     for suffix in ("", "_full"):
         evaluated |= set(during_training._metrics(predictions(), suffix))
-    assert {metric.name for metric in METRICS} - {"mfu"} <= of_a_step | evaluated  # mfu: of known devices alone
+    # mfu: of known devices alone; the others: of steps with an answer of the student, in test_on_policy.py
+    of_some = {"mfu", "on_policy_share", "on_policy_tokens"}
+    assert {metric.name for metric in METRICS} - of_some <= of_a_step | evaluated
 
 
 def test_an_evaluation_says_its_own_numbers():
