@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from benchmarks.parts.one_rank import is_rank, run_as_rank
 from benchmarks.parts.record import markdown_table, write_record
+from benchmarks.parts.small_model import make_small_model
 from pixelprune.settings import BLOCK
-from training.composition.toy import build_toy_model
 from training.config.recipe import load_recipe
 from training.config.settings import Config
 from training.distributed.ranks import Ranks, join_ranks
@@ -88,19 +87,8 @@ def _crops(split: str, num: int) -> list[np.ndarray]:
 
 
 def make_model(folder: Path, seed: int) -> Path:
-    """Random weights in a real folder, smaller than the toy model of the tests: a seed is trained in a few minutes."""
-    build_toy_model(folder, [QUESTION, "1 2 3 4 5"], seed=seed)
-    config = AutoConfig.from_pretrained(folder)
-    text = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
-            "num_key_value_heads": 1}  # fmt: skip
-    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": 96,
-              "deepstack_visual_indexes": [0]}  # fmt: skip
-    for part, sizes in ((config.text_config, text), (config.vision_config, vision)):
-        for name, value in sizes.items():
-            setattr(part, name, value)
-    torch.manual_seed(seed)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return folder
+    """Random weights of that seed, in a folder."""
+    return make_small_model(folder, [QUESTION, "1 2 3 4 5"], seed)
 
 
 def recipe(folder: Path, model: Path, name: str, *overrides: str) -> Config:

@@ -8,12 +8,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText
 
+from benchmarks.parts.small_model import make_small_model
 from pixelprune.settings import BLOCK
-from training.composition.toy import build_toy_model
 
 SAMPLES = Path("data_tools/samples")
 ROWS, COLUMNS = 2, 7
@@ -71,16 +69,5 @@ def _pages(split: str) -> list[np.ndarray]:
 
 
 def make_model(folder: Path, seed: int) -> Path:
-    """Random weights in a real folder, smaller than the toy model of the tests."""
-    build_toy_model(folder, [WIDTH, COLOUR, *COLOURS, "1 2 3 4 5 6"] * 4, seed=seed)
-    config = AutoConfig.from_pretrained(folder)
-    text = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 3,
-            "num_key_value_heads": 1}  # fmt: skip
-    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 192, "num_heads": 2, "out_hidden_size": 96,
-              "deepstack_visual_indexes": [0]}  # fmt: skip
-    for part, sizes in ((config.text_config, text), (config.vision_config, vision)):
-        for name, value in sizes.items():
-            setattr(part, name, value)
-    torch.manual_seed(seed)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    return folder
+    """Random weights of that seed, in a folder."""
+    return make_small_model(folder, [WIDTH, COLOUR, *COLOURS, "1 2 3 4 5 6"] * 4, seed)

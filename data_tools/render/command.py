@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.table import Table
 
 from data_tools.records import read_jsonl
+from data_tools.render.options import add_output_options, add_screen_options, themes_of, viewports_of
 from data_tools.render.output import prepare_out
 from data_tools.render.pages import RenderReport, render, split_pages
 from data_tools.render.shot import RenderSettings
 from data_tools.render.site import Site
-from data_tools.render.view import Viewport
 from data_tools.sheet.draw import make_sheet
 from pixelprune.command import ProgressLine, plain_console
 
@@ -64,8 +64,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add("--max-pages", type=int, default=None, help="stop after this many pages")
     add("--shuffle", action="store_true", help="take pages in an order drawn by --seed, not by name or link")
-    add("--viewports", default="390x844@2,820x1180,1366x768,1920x1080", help="WIDTHxHEIGHT[@SCALE],... (%(default)s)")
-    add("--themes", default="light,dark", help="light, dark or light,dark: prefers-color-scheme (%(default)s)")
+    add_screen_options(parser, "390x844@2,820x1180,1366x768,1920x1080")
     add("--alternate-themes", action="store_true", help="one theme per page and viewport, in turn, instead of each")
     add("--scrolls", type=int, default=1, help="scroll positions per page and viewport, from the top (%(default)s)")
     add("--max-elements", type=int, default=8, help="elements per screenshot, icons and text in turn (%(default)s)")
@@ -76,24 +75,17 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--source", default="render", help="name of this source in ids and metadata (%(default)s)")
     add("--timeout", type=float, default=20.0, help="seconds per page, viewport and theme (%(default)s)")
     add("--javascript", action="store_true", help="let the pages' own scripts run (still without network)")
-    add(
-        "--png-level", type=int, default=6, choices=range(1, 10), metavar="1-9", help="compression effort (%(default)s)"
-    )
-    add("--sheet", type=int, default=24, metavar="N", help="records drawn onto sheet.png, 0 for none (%(default)s)")
-    add("--chromium", default=None, help="Chromium's executable (default: the first found on PATH)")
+    add_output_options(parser, 24, "records")
     parser.set_defaults(run=run)
 
 
 def _settings(options: argparse.Namespace) -> RenderSettings:
-    themes = tuple(options.themes.split(","))
-    if not themes or set(themes) - {"light", "dark"}:
-        raise ValueError(f"--themes: expected light, dark or light,dark, got {options.themes!r}")
     for flag in ("scrolls", "max_elements", "instructions"):
         if getattr(options, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')}: expected 1 or more, got {getattr(options, flag)}")
     return RenderSettings(
-        viewports=tuple(Viewport.parse(text) for text in options.viewports.split(",")),
-        themes=themes,
+        viewports=viewports_of(options),
+        themes=themes_of(options),
         alternate_themes=options.alternate_themes,
         num_scrolls=options.scrolls,
         max_elements=options.max_elements,

@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.table import Table
 
 from data_tools.records import read_jsonl
+from data_tools.render.options import add_output_options, add_screen_options, themes_of, viewports_of
 from data_tools.render.output import prepare_out
 from data_tools.render.site import Site
-from data_tools.render.view import Viewport
 from data_tools.sheet.draw import make_sheet
 from data_tools.walk.run import WalkReport, WalkSettings, run_walks
 from pixelprune.command import ProgressLine, plain_console
@@ -54,8 +54,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--overwrite", action="store_true", help="replace what an earlier run wrote to --out")
     add("--sessions", type=int, default=24, help="how many; pages, viewports and themes take turns (%(default)s)")
     add("--steps", default="5-12", help="fewest and most steps of a session (%(default)s)")
-    add("--viewports", default="1366x768", help="WIDTHxHEIGHT[@SCALE],... (%(default)s)")
-    add("--themes", default="light,dark", help="light, dark or light,dark: prefers-color-scheme (%(default)s)")
+    add_screen_options(parser, "1366x768")
     add("--history", type=int, default=4, help="screenshots before the current one (%(default)s)")
     add(
         "--supervise",
@@ -70,19 +69,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     add("--seed", type=int, default=0, help="draws lengths and actions (%(default)s)")
     add("--source", default="sessions", help="name of this source in ids and metadata (%(default)s)")
     add("--timeout", type=float, default=120.0, help="seconds per session before it is given up (%(default)s)")
-    add(
-        "--png-level", type=int, default=6, choices=range(1, 10), metavar="1-9", help="compression effort (%(default)s)"
-    )
     add("--format", choices=("png", "webp"), default="png", help="of the pictures, both lossless (%(default)s)")
-    add("--sheet", type=int, default=12, metavar="N", help="steps drawn onto sheet.png, 0 for none (%(default)s)")
-    add("--chromium", default=None, help="Chromium's executable (default: the first found on PATH)")
+    add_output_options(parser, 12, "steps")
     parser.set_defaults(run=run)
 
 
 def _settings(options: argparse.Namespace) -> WalkSettings:
-    themes = tuple(options.themes.split(","))
-    if not themes or set(themes) - {"light", "dark"}:
-        raise ValueError(f"--themes: expected light, dark or light,dark, got {options.themes!r}")
     least, _, most = options.steps.partition("-")
     if not (least.isdigit() and (most or least).isdigit() and 2 <= int(least) <= int(most or least) <= 100):
         raise ValueError(f"--steps: expected two numbers from 2 to 100 like 5-12, got {options.steps!r}")
@@ -95,8 +87,8 @@ def _settings(options: argparse.Namespace) -> WalkSettings:
     return WalkSettings(
         num_sessions=options.sessions,
         num_steps=(int(least), int(most or least)),
-        viewports=tuple(Viewport.parse(text) for text in options.viewports.split(",")),
-        themes=themes,
+        viewports=viewports_of(options),
+        themes=themes_of(options),
         history=options.history,
         supervise=options.supervise,
         eval_fraction=options.eval_fraction,
