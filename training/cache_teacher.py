@@ -20,7 +20,8 @@ from training.loop.teacher_cache import build_cache
 def main(argv: list[str] | None = None) -> int:
     """The command line. User errors end with one line and exit code 2."""
     parser = CommandParser(
-        example="python -m training.cache_teacher configs/tutorial.yaml loss.kd_weight=1 kd.source=cached",
+        example="python -m training.cache_teacher configs/tutorial.yaml loss.kd_weight=1 kd.source=cached "
+        "data.sources.0.path=data_tools/samples/eval.jsonl",
         prog="training.cache_teacher",
         description=(__doc__ or "").splitlines()[0],
     )

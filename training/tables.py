@@ -180,7 +180,7 @@ def _limits_parser() -> argparse.ArgumentParser:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         example="python -m training.tables grounding --model full=runs/tutorial/start pruned=runs/tutorial/start "
-        "--data data_tools/samples/eval.jsonl --out runs/tables --limit 2",
+        "--data data_tools/samples/eval.jsonl --out runs/tables --limit 2 --max-new-tokens 8",
         prog="training.tables",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

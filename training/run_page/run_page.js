@@ -100,7 +100,7 @@ function zoomTo(view) {
 function rangeOf(_, min, max) {
   if (min === null) return [0, 1];
   const room = min === max ? Math.abs(min) / 10 || 1 : (max - min) / 20;
-  return [min - room, max + room];
+  return [min >= 0 ? Math.max(0, min - room) : min - room, max + room];  // an accuracy has no room below 0
 }
 
 function makeChart(parent, chart) {
