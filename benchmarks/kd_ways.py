@@ -226,7 +226,7 @@ def tables(found: dict) -> str:
             differences = [a - b for a, b in zip(best[one][1], best[other][1], strict=True)]
             listed = ", ".join(f"{100 * value:+.1f}" for value in differences)
             name = f"{one[1]} ({one[0]}) against {other[1]} ({other[0]})"
-            p = f"{sign_flip_p(differences):.3f}"
+            p = f"{sign_flip_p(differences):.3f}" if len(differences) > 1 else "one seed: none"
             pairs.append({"pair": name, "mean, points": f"{100 * statistics.mean(differences):+.1f}",
                           "every seed": listed, "p (sign flips)": p})  # fmt: skip
     return markdown_table(rows) + "\n\n" + (markdown_table(pairs) if pairs else "")
@@ -235,12 +235,12 @@ def tables(found: dict) -> str:
 def _row(data: str, way: str, lr: float | None, values: list[float], full: list[float], free: list[float]) -> dict:
     gap = statistics.mean(full) - statistics.mean(free)
     back = (statistics.mean(values) - statistics.mean(free)) / gap if gap else 0.0
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    spread = f" ± {statistics.stdev(values):.1%}" if len(values) > 1 else ""
     return {
         "recovery data": data,
         "way": way,
         "learning rate": "-" if lr is None else f"{lr:g}",
-        "held-out accuracy": f"{statistics.mean(values):.1%} ± {spread:.1%}",
+        "held-out accuracy": f"{statistics.mean(values):.1%}{spread}",
         "of the gap": f"{back:.0%}",
         "every seed": ", ".join(f"{value:.1%}" for value in values),
     }
