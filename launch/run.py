@@ -48,6 +48,7 @@ def run_launch(launch: Launch, restarts: RestartPolicy) -> int:
             with side_write("the snapshot of code and recipe", go_on=launch.config.checkpoint.on_error == "continue"):
                 snapshot = save_snapshot(folder, command, show(launch.config), checkout=Path(__file__).parent.parent)
                 logger.info("snapshot of code and recipe: %s", snapshot)
+        logger.info("starting the ranks; each loads torch, transformers and DeepSpeed before it speaks")
         return supervise(
             command,
             stops,

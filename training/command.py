@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import sys
 import time
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ LOST_PEER = 1
 """Exit code of a rank that ends because another one did."""
 _LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 """What gloo and NCCL say of it; both raise what they raise for everything else."""
+
+_SAID_ALIKE = ("training.data.index_builder", "training.model")
 
 _FULL_OR_LOCKED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 
@@ -57,8 +60,27 @@ def run_command(do: Callable[[], int | None]) -> int:
 
 
 def set_up_logging(level: int = logging.INFO, name: str = "%(name)s") -> None:
-    """Lines with the time and who says them, on stderr."""
-    logging.basicConfig(level=level, format=f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S")
+    """Lines with the time and who says them, on stderr; above the bar while one is shown."""
+    logging.basicConfig(
+        level=level, format=f"%(asctime)s {name}: %(message)s", datefmt="%H:%M:%S", handlers=[_PresentStderr()]
+    )
+
+
+class _PresentStderr(logging.Handler):
+    """Writes to what `sys.stderr` is when a line comes: while a bar is shown, rich's own, which keeps them apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):  # closed, or a full disk: a line that cannot be written ends no run
+            self.handleError(record)
+
+
+def leave_to_the_first() -> None:
+    """For ranks other than the first: what all of them find alike is said once. Warnings stay."""
+    for name in _SAID_ALIKE:
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _is_first_here() -> bool:
@@ -68,4 +90,4 @@ def _is_first_here() -> bool:
     return dist.get_node_local_rank(fallback_rank=0) == 0
 
 
-__all__ = ["USER_ERROR", "print_error", "run_command", "set_up_logging"]
+__all__ = ["USER_ERROR", "leave_to_the_first", "print_error", "run_command", "set_up_logging"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import ClassVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,8 +20,11 @@ class ProgressLine:
 
     what: the name of the work; total: how much of it there is, of which `start` is done already. in_percent: the total
     counts what nobody asks about (bytes). is_shown: False on ranks that do not speak. speaks_at_once: in a log file the
-    first `update` gives a line too; the last one always does.
+    first `update` gives a line too; the last one always does, unless a result follows that says more (ends_silently).
+    A terminal shows the newest of several: an evaluation's in place of its run's.
     """
+
+    _on_terminal: ClassVar[list[Progress]] = []
 
     def __init__(
         self,
@@ -31,11 +35,13 @@ class ProgressLine:
         in_percent: bool = False,
         is_shown: bool = True,
         speaks_at_once: bool = False,
+        ends_silently: bool = False,
         console: Console | None = None,
     ):
         self.console = console or plain_console(stderr=True)
         self.what, self.total, self.start, self.num_done = what, total, start, start
         self.in_percent, self.is_shown = in_percent, is_shown and total > start
+        self.ends_silently = ends_silently
         self._first: tuple[int, float] | None = None
         self._last_line = -_SECONDS_BETWEEN_LINES if speaks_at_once else time.monotonic()
         self._unsaid = ""
@@ -45,6 +51,9 @@ class ProgressLine:
             status = TextColumn("{task.fields[status]}", markup=False)
             self._bar = Progress(*columns, status, TimeElapsedColumn(), console=self.console)
             self._task = self._bar.add_task(what, total=total, completed=start, status=self._words(""))
+            if self._on_terminal:
+                self._on_terminal[-1].stop()
+            self._on_terminal.append(self._bar)
             self._bar.start()
 
     def __enter__(self) -> ProgressLine:
@@ -65,7 +74,8 @@ class ProgressLine:
         self._unsaid = f"{self.what} {self._words(status)}"
         now = time.monotonic()
         # A file's last bytes are read long before its last record is made.
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES or (num_done == self.total and not self.in_percent):
+        is_last = num_done == self.total and not (self.in_percent or self.ends_silently)
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES or is_last:
             self._last_line = now
             self._say_unsaid()
 
@@ -79,9 +89,13 @@ class ProgressLine:
             self.console.print(message, soft_wrap=True)
 
     def close(self) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self._bar in self._on_terminal:
             self._bar.stop()
-        self._say_unsaid()
+            self._on_terminal.remove(self._bar)
+            if self._on_terminal:
+                self._on_terminal[-1].start()
+        if not self.ends_silently:
+            self._say_unsaid()
 
     def _say_unsaid(self) -> None:
         if self._unsaid:

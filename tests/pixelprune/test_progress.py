@@ -48,6 +48,15 @@ def test_the_first_line_comes_at_once_where_it_is_asked_for(clock):
     assert len(lines(line)) == 2
 
 
+def test_what_ends_with_a_result_says_no_last_line(clock):
+    with ProgressLine("held-out loss, step", 4, ends_silently=True, console=console()) as line:
+        line.advance()
+        clock[0] += 15
+        line.advance()
+        line.advance(2)
+    assert lines(line) == ["held-out loss, step 2/4  ETA 0:30"]
+
+
 def test_bytes_are_shown_as_a_share_and_end_once(clock):
     with ProgressLine("a [1].json", 1 << 20, in_percent=True, console=console()) as line:
         line.update(0)
@@ -80,6 +89,19 @@ def test_a_terminal_gets_a_bar_with_text_in_brackets_whole():
     assert "[pages]" in text
     assert "4/4" in text
     assert "a [note] above" in text
+
+
+def test_a_terminal_shows_the_newest_of_several_bars():
+    shared = console(is_terminal=True)
+    with ProgressLine("step", 4, console=shared) as run:
+        with ProgressLine("held-out loss, step", 2, console=shared) as evaluation:
+            assert (run._bar.live.is_started, evaluation._bar.live.is_started) == (False, True)
+            evaluation.advance(2)
+        assert (run._bar.live.is_started, evaluation._bar.live.is_started) == (True, False)
+        evaluation.close()  # again
+        run.advance(4)
+    assert not run._bar.live.is_started
+    assert "4/4" in shared.file.getvalue()
 
 
 def test_one_file_sets_up_bars():

@@ -87,7 +87,11 @@ def build_index(
         for i, chunk in enumerate(_chunks(number, opened[number], folders[number]), start=number)
         if i % world_size == rank and not (chunk.part and _is_whole(chunk.part, len(chunk.rows)))
     ]
-    logger.info("index: %d of %d sources to measure, %d chunks on this rank", len(missing), len(opened), len(mine))
+    num_records, num_missing = sum(map(len, opened)), sum(len(opened[number]) for number in missing)
+    if missing:
+        logger.info("index: measuring %d records of %d sources, once", num_missing, len(missing))
+    if num_records > num_missing:
+        logger.info("index: %d records are as they were measured before", num_records - num_missing)
     pool = _Pool(opened, prepare, preparer, num_workers, max_seconds, show_progress and rank == 0, is_stopped)
     pool.measure(mine)
     barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import deepspeed
@@ -18,6 +19,8 @@ from training.distributed.fragments import create_moments, own_fragments
 from training.distributed.ranks import Ranks
 from training.errors import UserError
 from training.model.parameters import parameter_groups
+
+logger = logging.getLogger(__name__)
 
 
 def bucket_elements(wanted: int, model: nn.Module) -> int:
@@ -114,6 +117,9 @@ def build_engine(
         max_grad_norm=optim.max_grad_norm,
         reduce_bucket_size=bucket_elements(distributed.reduce_bucket_size, module),
     )
+    if ranks.is_first:
+        stage, backend = distributed.zero_stage, torch.distributed.get_backend()
+        logger.info("starting DeepSpeed's engine: ZeRO-%d over %d ranks, %s", stage, ranks.world_size, backend)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     if not isinstance(engine.optimizer, DeepSpeedZeroOptimizer):
         raise UserError(

@@ -8,6 +8,7 @@ whatever the backend of training: nothing waits for the device.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,11 +21,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+from training.command import leave_to_the_first
 from training.distributed.build_lock import clear_stale_lock
 from training.distributed.cores import usable_core_numbers, usable_cores
 from training.errors import RankError, UserError
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_MINUTES = 30.0
 PATIENCE_MINUTES = 7 * 24 * 60.0
@@ -172,11 +176,15 @@ def join_ranks(timeout_minutes: float = TIMEOUT_MINUTES) -> Ranks:
         clear_stale_lock(
             wait_for_builder=False
         )  # whoever started the ranks: what they load next would wait for it for ever
+    if has_launcher and local_rank == 0:
+        logger.info("waiting for the other ranks, %g minutes at most (distributed.timeout_minutes)", timeout_minutes)
     deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
     world_size = dist.get_world_size()
     group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
     ranks = Ranks(dist.get_rank(), world_size, local_rank, device, has_launcher=has_launcher, group=group)
+    if not ranks.is_first:
+        leave_to_the_first()
     _unlink_shared_buffers(ranks)
     mine = (socket.gethostname(), usable_core_numbers())
     here = [numbers for host, numbers in ranks.gather(mine) if host == mine[0]]

@@ -37,7 +37,8 @@ def compile_layers(model: Any, max_recompiles: int, *, backend: str = "inductor"
             if isinstance(layer, GradientCheckpointingLayer):
                 _compile_layer(layer, programs, backend)
     logger.info(
-        "compile: %d kinds of layers, at most %d versions of each (model.compile_max_recompiles)",
+        "compile: %d kinds of layers, at most %d versions of each (model.compile_max_recompiles); the first steps wait "
+        "for their compilation, minutes on a GPU",
         len(programs),
         max_recompiles,
     )
