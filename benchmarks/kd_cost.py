@@ -80,7 +80,7 @@ def prepare(config: Config, ranks: Ranks) -> Way:
     teacher_plan = plan_teacher(config.kd, config.model, config.loss, prepare_settings(config, files), files, ranks)
     feed = build_feed(context, config.data.sources, shuffle=True, teacher_plan=teacher_plan)
     model = load_model(config.model, attention="sdpa", device=ranks.device)
-    teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, "sdpa")
+    teacher = build_teacher(config.kd, config.model, config.loss, teacher_plan, ranks, "sdpa")
     engine = build_engine(
         SupervisedModel(model, files.geometry, config.loss, teacher),
         ranks,

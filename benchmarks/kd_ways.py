@@ -44,16 +44,16 @@ from training.model.loading import load_model
 from training.model.supervised import SupervisedModel
 
 PRUNED = "pred2d"
-LRS = (5e-4, 2e-3)
+LRS = (5e-4, 1e-3, 2e-3)
 CE, KD = ("loss.kd_weight=0",), ("loss.ce_weight=0", "loss.kd_weight=1")
 BOTH = ("loss.ce_weight=1", "loss.kd_weight=1")
 OWN = (*KD, "kd.on_policy=1", "kd.on_policy_max_new_tokens=3")
 WAYS: dict[tuple[str, str], tuple[str, ...]] = {
+    ("right", "CE"): CE,
     ("noisy", "CE"): CE,
     ("noisy", "KD"): KD,
     ("noisy", "CE + KD"): BOTH,
     ("bare", "teacher's answers"): CE,
-    ("bare", "teacher's answers + KD"): BOTH,
     ("bare", "on-policy"): OWN,
     ("narrow", "CE"): CE,
     ("narrow", "KD"): KD,
@@ -166,8 +166,9 @@ class Cells:
         name = f"{seed}-{data}-{''.join(letter for letter in way if letter.isalnum())}-{lr:g}"
         path = self.folder / "cells" / f"{name}.json"
         if not path.exists():
-            started, full = time.process_time(), self.full(seed)
+            full = self.full(seed)
             records = self.answers(seed) if data == "bare" else f"{self.folder}/{data}.jsonl"
+            started = time.process_time()
             short = [f"schedule.max_steps={self.settings['steps']}", "schedule.warmup_steps=5", f"optim.lr={lr}"]
             config = recipe(self.folder, full, records, name, *short, f"run.seed={seed}", "data.samples_per_step=16",
                             *WAYS[data, way])  # fmt: skip
@@ -188,23 +189,34 @@ class Cells:
         return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
-def measure(cells: Cells, seeds: list[int], ways: list[tuple[str, str]], lrs: tuple[float, ...]) -> dict:
-    """seed by seed, so that whatever is done when it is stopped is whole seeds; returns what `report` takes."""
+def measure(
+    cells: Cells, seeds: list[int], num_tuned: int, ways: list[tuple[str, str]], lrs: tuple[float, ...]
+) -> dict:
+    """seed by seed, so that whatever is done when it is stopped is whole seeds; returns what `tables` takes.
+
+    The first num_tuned seeds try all learning rates, the others only the one that these chose.
+    """
     found: dict = {"untrained": {}, "ways": {way: {lr: {} for lr in lrs} for way in ways}}
-    for seed in seeds:
+    for number, seed in enumerate(seeds):
         found["untrained"][seed] = cells.untrained(seed)
-        for way, lr in itertools.product(ways, lrs):
-            found["ways"][way][lr][seed] = cells.cell(seed, *way, lr)
+        tried = dict.fromkeys(ways, lrs) if number < num_tuned else {way: [best_lr(found, way)] for way in ways}
+        for way in ways:
+            for lr in tried[way]:
+                found["ways"][way][lr][seed] = cells.cell(seed, *way, lr)
     return found
 
 
+def best_lr(found: dict, way: tuple[str, str]) -> float:
+    """The learning rate that is best on the validation split, over the seeds that tried all of them."""
+    by_lr = found["ways"][way]
+    tuned = set.intersection(*(set(cells) for cells in by_lr.values()))
+    return max(by_lr, key=lambda lr: statistics.mean(by_lr[lr][seed]["val"] for seed in tuned))  # type: ignore[no-any-return]
+
+
 def chosen(found: dict) -> dict[tuple[str, str], tuple[float, list[float]]]:
-    """Way -> the learning rate that is best on the validation split over all seeds, and its test accuracies."""
-    result = {}
-    for way, by_lr in found["ways"].items():
-        lr = max(by_lr, key=lambda lr: statistics.mean(cell["val"] for cell in by_lr[lr].values()))
-        result[way] = lr, [cell["test"] for cell in by_lr[lr].values()]
-    return result
+    """Way -> its best learning rate, and its test accuracies there, seed by seed."""
+    lrs = {way: best_lr(found, way) for way in found["ways"]}
+    return {way: (lr, [cell["test"] for cell in found["ways"][way][lr].values()]) for way, lr in lrs.items()}
 
 
 def sign_flip_p(differences: list[float]) -> float:
@@ -248,12 +260,13 @@ def _row(data: str, way: str, lr: float | None, values: list[float], full: list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--tuned", type=int, default=2, help="seeds that try all learning rates; the others the best")
     parser.add_argument("--folder", type=Path, default=Path("runs/kd_ways"))
-    parser.add_argument("--full-steps", type=int, default=150, help="steps of 32 of the full-token model")
+    parser.add_argument("--full-steps", type=int, default=300, help="steps of 32 of the full-token model")
     parser.add_argument("--full-lr", type=float, default=2e-3)
-    parser.add_argument("--steps", type=int, default=60, help="steps of 16 of recovery, for all ways alike")
-    parser.add_argument("--records", type=int, default=256, help="noisy and bare prompts; a quarter of them are narrow")
+    parser.add_argument("--steps", type=int, default=200, help="steps of 16 of recovery, for all ways alike")
+    parser.add_argument("--records", type=int, default=1024, help="right, noisy and bare prompts; an eighth are narrow")
     parser.add_argument("--only", nargs="+", default=[], metavar="DATA", help="kinds of recovery data; all by default")
     parser.add_argument("--lrs", nargs="+", type=float, default=LRS, metavar="LR")
     parser.add_argument("--out", type=Path, help="folder of the record; benchmarks/results by default")
@@ -265,11 +278,11 @@ def main() -> None:
     torch.set_num_threads(1)
     settings = {name: getattr(args, name) for name in ("full_steps", "full_lr", "steps", "records")}
     cells = Cells(args.folder, settings, join_ranks())
-    sizes = {"full": 1024, "noisy": args.records, "bare": args.records, "narrow": args.records // 4}
+    sizes = {"full": 2048, **dict.fromkeys(("right", "noisy", "bare"), args.records), "narrow": args.records // 8}
     if not (args.folder / "test.jsonl").exists():
         make_records(args.folder, sizes | {"val": 192, "test": 256})
     ways = [way for way in WAYS if (not args.only or way[0] in args.only) and (not args.ways or way[1] in args.ways)]
-    found = measure(cells, list(range(args.seeds)), ways, tuple(args.lrs))
+    found = measure(cells, list(range(args.seeds)), args.tuned, ways, tuple(args.lrs))
     text = tables(found)
     print(text)
     payload = {

@@ -28,21 +28,23 @@ def make_records(folder: Path, sizes: dict[str, int]) -> None:
     """FOLDER/NAME.jsonl for each name of `sizes` and its number of records, with their pictures.
 
     full (what the Full model is trained on), val and test ask both questions; noisy does with wrong labels among the
-    right ones, bare are the same prompts without any; narrow asks for widths alone, on two pages.
+    right ones, right and bare are the same prompts with right ones and without any; narrow asks for widths alone, on
+    two pages.
     """
     for name, num in sizes.items():
-        source = "noisy" if name == "bare" else name
+        source = "noisy" if name in ("right", "bare") else name
         (folder / source).mkdir(parents=True, exist_ok=True)
         rng = np.random.default_rng([ord(letter) for letter in source])
         pages = _pages("eval" if name in ("val", "test") else "train")
         pages = pages[_PAGES.get(name, slice(None))]
-        lines = [_record(folder, source, number, pages, rng, has_answer=name != "bare") for number in range(num)]
+        lines = [_record(folder, name, source, number, pages, rng) for number in range(num)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def _record(
-    folder: Path, source: str, number: int, pages: list[np.ndarray], rng: np.random.Generator, *, has_answer: bool
+    folder: Path, name: str, source: str, number: int, pages: list[np.ndarray], rng: np.random.Generator
 ) -> str:
+    """One line of the kind `name`, with its picture in the folder of `source`."""
     page = pages[number % len(pages)]
     top = int(rng.integers(0, page.shape[0] - BLOCK * ROWS + 1))
     left = int(rng.integers(0, page.shape[1] - BLOCK * COLUMNS + 1))
@@ -54,11 +56,11 @@ def _record(
     answers = [str(n) for n in range(1, NUM_WIDTHS + 1)] if question == WIDTH else list(COLOURS)
     answer = str(width) if question == WIDTH else colour
     is_wrong, other = rng.random() < NOISE, str(rng.choice([one for one in answers if one != answer]))
-    if source == "noisy" and is_wrong:
+    if name == "noisy" and is_wrong:
         answer = other
     content = [{"type": "image", "image": f"{source}/{number}.png"}, {"type": "text", "text": question}]
     turns: list[dict] = [{"role": "user", "content": content}]
-    return json.dumps({"messages": turns + [{"role": "assistant", "content": answer}] * has_answer})
+    return json.dumps({"messages": turns + [{"role": "assistant", "content": answer}] * (name != "bare")})
 
 
 def _pages(split: str) -> list[np.ndarray]:

@@ -122,7 +122,7 @@ class Bench:
             )
         feed = build_feed(context, config.data.sources, shuffle=True, teacher_plan=teacher_plan)
         feed = with_packs_of(feed, pack_samples)
-        teacher = build_teacher(config.kd, config.model, teacher_plan, self.ranks, self.attention)
+        teacher = build_teacher(config.kd, config.model, config.loss, teacher_plan, self.ranks, self.attention)
         loader = training_loader(context, feed, num_steps=num_steps)
         executed = executed_flops(self.cost, feed.index, self.recomputed)
         if name == "KD online":

@@ -60,7 +60,8 @@ def reference(case: Case, settings: LossSettings, weights: Tensor | None = None)
     rows = torch.arange(len(case.labels))
     weights = torch.ones(len(rows)) if weights is None else weights
     ce = -(weights * torch.log(torch.softmax(z, -1)[rows, case.labels])).sum()
-    p, q = torch.softmax(teacher_z / settings.temperature, -1), torch.softmax(z / settings.temperature, -1)
+    teacher_temperature = settings.teacher_temperature or settings.temperature
+    p, q = torch.softmax(teacher_z / teacher_temperature, -1), torch.softmax(z / settings.temperature, -1)
     kl = (weights * reference_divergence(settings.divergence, p, q, settings.jsd_beta)).sum()
     return LossSums(
         total=settings.ce_weight * ce + settings.kd_weight * settings.temperature**2 * kl,

@@ -1,5 +1,6 @@
 """The training loss: values and gradients, dtypes, empty packs, ranks, settings and errors."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -31,6 +32,20 @@ def test_values_and_gradients_equal_the_reference(
     torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-12, atol=1e-12)
     for got, want in zip(case.grads(actual.total * 0.37), case.grads(expected.total * 0.37), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 0.5), (2.0, 0.7)], ids=str)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_temperature_of_the_teacher_alone(divergence: DivergenceName, temperatures: tuple[float, float]) -> None:
+    case, (mine, other) = Case(11), temperatures
+    settings = LossSettings(0.6, 1.3, mine, divergence, 0.3, chunk_size=4, teacher_temperature=other)
+    expected, actual = reference(case, settings), case.loss(settings)
+    torch.testing.assert_close(tuple(actual), tuple(expected), rtol=1e-12, atol=1e-12)
+    for got, want in zip(case.grads(actual.total), case.grads(expected.total), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    same = dataclasses.replace(settings, teacher_temperature=0.0)
+    explicit = dataclasses.replace(settings, teacher_temperature=mine)
+    assert all(torch.equal(a, b) for a, b in zip(case.loss(same), case.loss(explicit), strict=True))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])

@@ -178,7 +178,8 @@ def test_kd_recovery_and_its_debug_twin_learn_alike():
     [
         ("kd.source=disk", "kd.source: expected one of online, cached, got 'disk'"),
         ("kd.sharding=zero2", "kd.sharding: expected one of replica, zero3"),
-        ("kd.top_k=8", "set kd.source=cached, or kd.top_k=0"),
+        ("kd.top_k=-1", "kd.top_k: expected at least 0"),
+        ("loss.teacher_temperature=-1", "teacher_temperature must be a finite number >= 0"),
         ("kd.dtype=fp8", "kd.dtype: expected one of"),
         ("kd.cache_dtype=int8", "kd.cache_dtype: expected one of"),
         ("kd.cache_records=0", "kd.cache_records: expected at least 1"),

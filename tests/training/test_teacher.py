@@ -41,6 +41,7 @@ from training.teacher.files import (
     outdated_caches,
 )
 from training.teacher.teachers import CachedTeacher, OnlineTeacher
+from training.teacher.top_k import TopK
 
 RECORDS = [("Where is Save?", "(512, 87)", 1), ("And the menu?", "At (3, 4), left of Open.", 2), ("Thanks.", "no", 0)]
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
@@ -262,7 +263,8 @@ def test_top_k_targets_are_the_stock_pipelines_most_probable_tokens(
     pack, student, teacher, config, toy_model, toy_tokenizer
 ):
     config.kd.source, config.kd.top_k = "cached", 8
-    config.loss = LossSettings(kd_weight=1.0, temperature=2.0, chunk_size=5)
+    # 2 of the teacher's own: what is stored is at its temperature, whatever the student's is.
+    config.loss = LossSettings(kd_weight=1.0, temperature=1.5, teacher_temperature=2.0, chunk_size=5)
     values = target_values(pack.full_pack(), teacher, config)
     log_p = (stock_logits(toy_model, toy_tokenizer).double() / 2.0).log_softmax(-1)
     expected = log_p.sort(descending=True, dim=-1).values[:, :8]
@@ -274,6 +276,15 @@ def test_top_k_targets_are_the_stock_pipelines_most_probable_tokens(
     cached = SupervisedModel(student, teacher.geometry, config.loss, side)(cached_pack(pack, values))
     online = SupervisedModel(student, teacher.geometry, config.loss, teacher)(pack)
     assert 0 < float(cached.kl.detach()) <= float(online.kl.detach()), "a lower bound"
+    teacher.top_k = TopK(8, config.loss)
+    online = SupervisedModel(student, teacher.geometry, config.loss, teacher)(pack)
+    assert all(torch.equal(a, b) for a, b in zip(online, cached, strict=True)), "as a cache says it"
+
+
+def test_more_log_probabilities_than_the_vocabulary_has_are_refused(pack, teacher):
+    teacher.top_k = TopK(10**6, LossSettings(kd_weight=1.0))
+    with pytest.raises(UserError, match=r"kd\.top_k: expected fewer than the vocabulary's"):
+        teacher.targets(pack)
 
 
 # --- files ---
@@ -377,6 +388,9 @@ def test_the_fingerprint_knows_the_teacher_and_ignores_pruning(config, toy_folde
     with_top_k = fingerprint()
     config.loss.temperature = 2.0
     assert fingerprint() != with_top_k
+    config.loss.teacher_temperature = 1.0
+    assert fingerprint() == with_top_k, "the teacher's temperature is the one before"
+    config.loss.teacher_temperature = 0.5
     config.kd.top_k = 0
     assert fingerprint() == first, "hidden states know no temperature"
 

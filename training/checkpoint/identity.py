@@ -25,6 +25,7 @@ RULES: tuple[tuple[str, Kind], ...] = (
     ("loss.ce_weight", "asked"),
     ("loss.kd_weight", "asked"),
     ("loss.temperature", "asked"),
+    ("loss.teacher_temperature", "asked"),
     ("loss.chunk_size", "said"),
     ("loss.*", "bound"),
     ("kd.path", "asked"),

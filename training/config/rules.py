@@ -88,8 +88,6 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"prune.direction={prune.direction}: belongs to prune.strategy=pred3d, got {prune.strategy}"
         if not prune.keep_replaced:
             yield f"prune.keep_replaced=false: belongs to prune.strategy=pred3d, got {prune.strategy}"
-    if kd.top_k and kd.source != "cached":
-        yield f"kd.top_k: {kd.top_k} log-probabilities are kept in a cache; set kd.source=cached, or kd.top_k=0"
     if kd.on_policy and (kd.source != "online" or not config.loss.kd_weight):
         yield (
             f"kd.on_policy: the student's own answers ({kd.on_policy:g} of the samples) are graded by a teacher that "

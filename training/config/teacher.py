@@ -28,8 +28,9 @@ class TeacherSettings:
     cache_dtype: Precision = ""
     """bfloat16 or float32: the precision of cached hidden states; "" = the teacher's."""
     top_k: int = 0
-    """Cache the k largest log-probabilities at loss.temperature instead of hidden states (0), to save space; the
-    distillation term is then a lower bound of the whole one, see `training.loss.divergence.distil_top_k`."""
+    """Learn from the teacher's k largest log-probabilities alone (0 = from all): a cache holds them in place of hidden
+    states, to save space, and an online teacher says what such a cache would. The distillation term is then a lower
+    bound of the whole one, see `training.loss.divergence.distil_top_k`."""
     cache_records: int = 1024
     """Records in one shard of the cache: what a killed `cache_teacher` does again, at most, on each rank."""
 
@@ -47,7 +48,7 @@ class TeacherSettings:
         check_fields(
             self,
             cache_records=at_least(1),
-            top_k=at_least(0, " (0 = hidden states)"),
+            top_k=at_least(0, " (0 = all)"),
             on_policy=SHARE,
             on_policy_max_new_tokens=at_least(1),
             on_policy_temperature=at_least(0),

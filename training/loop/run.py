@@ -166,7 +166,9 @@ def _build(context: RunContext, teacher_plan: TeacherPlan | None) -> tuple[Engin
     memory = plan_memory(context, model, attention, teacher_plan)
     shares_prefix = config.data.share_prefix != "off"
     prepare_layers(model, memory.applied_to(config.model), ranks.device, shares_prefix=shares_prefix)
-    teacher = build_teacher(config.kd, config.model, teacher_plan, ranks, attention, config.data.share_prefix)
+    teacher = build_teacher(
+        config.kd, config.model, config.loss, teacher_plan, ranks, attention, config.data.share_prefix
+    )
     module = SupervisedModel(model, context.files.geometry, config.loss, teacher)
     return build_engine(module, ranks, config.distributed, config.optim, config.model.dtype), attention, memory
 

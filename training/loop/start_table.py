@@ -59,5 +59,9 @@ def describe_teacher(config: Config, feed: Feed) -> str:
         pixels = "decoded from the student's blocks" if is_recoverable(config.prune) else "sent beside the student's"
         how = f"online, {config.kd.sharding}, its pixels {pixels}"
     weights = f"ce_weight {loss.ce_weight:g}, kd_weight {loss.kd_weight:g}, temperature {loss.temperature:g}"
+    if loss.temperature_of_teacher != loss.temperature:
+        weights += f", of the teacher {loss.temperature_of_teacher:g}"
+    if config.kd.top_k:
+        weights += f", of its {config.kd.top_k} most probable tokens"
     own = f", {config.kd.on_policy:.0%} of the samples answered by the student" if config.kd.on_policy else ""
     return f"{path}, {how}; {loss.divergence}, {weights}{own}"

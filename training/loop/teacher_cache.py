@@ -33,11 +33,11 @@ from training.errors import UserError
 from training.loop.context import RunContext
 from training.loop.feed import Feed, build_feed, prepare_settings, training_loader
 from training.loop.folder_lock import FolderLock
-from training.loss.divergence import tempered_log_softmax
 from training.model.attention import choose_attention
 from training.model.loading import DTYPES, load_model_files
 from training.teacher.files import TeacherPlan, cache_folder, load_teacher_files, teacher_dtype
 from training.teacher.teachers import OnlineTeacher, build_online_teacher
+from training.teacher.top_k import TopK
 
 logger = logging.getLogger(__name__)
 
@@ -106,20 +106,8 @@ def stored_values(hidden: torch.Tensor, head: nn.Module, config: Config) -> dict
     if not config.kd.top_k:
         return {"hidden": hidden.to(_stored_dtype(config)).cpu()}
     device = next(head.parameters()).device
-    chunks = [_top_k(rows.to(device), head, config) for rows in hidden.split(config.loss.chunk_size)]
-    return {
-        "log_probs": torch.cat([log_probs for log_probs, _ in chunks]),
-        "ids": torch.cat([ids for _, ids in chunks]),
-    }
-
-
-@torch.no_grad()
-def _top_k(hidden: torch.Tensor, head: nn.Module, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    log_probs = tempered_log_softmax(head(hidden), config.loss.temperature)
-    if config.kd.top_k >= log_probs.shape[1]:
-        raise UserError(f"kd.top_k: expected fewer than the vocabulary's {log_probs.shape[1]}, got {config.kd.top_k}")
-    values, ids = log_probs.topk(config.kd.top_k, dim=-1)
-    return values.float().cpu(), ids.int().cpu()
+    log_probs, ids = TopK(config.kd.top_k, config.loss).of(hidden.to(device), head)
+    return {"log_probs": log_probs.cpu(), "ids": ids.cpu()}
 
 
 def _stored_dtype(config: Config) -> torch.dtype:

@@ -1,7 +1,8 @@
 """Divergences between a teacher's and a student's next-token distribution, with their gradients in closed form.
 
     C = positions of one chunk, V = vocabulary, k = entries of a top-k teacher
-    p = softmax(teacher logits / T), q = softmax(student logits / T), u = student logits / T
+    T = temperature, of the student; the teacher may have one of its own
+    p = softmax(teacher logits / its T), q = softmax(student logits / T), u = student logits / T
 
     forward_kl  KL(p || q)                                        d/du = q - p
     reverse_kl  KL(q || p)                                        d/du = q * (log q/p - KL(q || p))
@@ -27,28 +28,43 @@ class Distilled(NamedTuple):
     """What one chunk of positions learns from the teacher."""
 
     divergence: Tensor
-    """(C,) the divergence at temperature T, without the T^2 factor."""
+    """(C,) the divergence, without the T^2 factor."""
     grad: Tensor
-    """(C, V) its gradient with respect to u = student logits / T."""
+    """(C, V) its gradient with respect to u = student logits / T, and q_weight * q where that was asked for."""
     teacher_entropy: Tensor
-    """(C,) entropy in nats of the distribution distilled from, i.e. at temperature T."""
-    teacher_top1: Tensor
-    """(C,) the teacher's most probable token id."""
+    """(C,) entropy in nats of the distribution distilled from, i.e. at the teacher's temperature."""
+    agrees: Tensor
+    """(C,) bool: the student's most probable token is the teacher's, or one of several that tie for it."""
 
 
 def distil_full(
-    logits: Tensor, teacher_logits: Tensor, name: DivergenceName, temperature: float, beta: float
+    log_q: Tensor,
+    teacher_logits: Tensor,
+    top1: Tensor,
+    name: DivergenceName,
+    teacher_temperature: float,
+    beta: float,
+    q_weight: float | Tensor = 0.0,
 ) -> Distilled:
-    """Divergence from the teacher's whole distribution; logits (C, V) and teacher_logits (C, V) in any float type."""
-    log_q = tempered_log_softmax(logits, temperature)
-    log_p = tempered_log_softmax(teacher_logits, temperature)
-    entropy = -log_p.exp().mul_(log_p).sum(-1)
-    value, grad = divergence(log_q, log_p, name, beta)
-    return Distilled(value, grad, entropy, teacher_logits.argmax(-1))
+    """Divergence from the teacher's whole distribution.
+
+    A pass over (C, V) is what this costs beside the head: so what there is is written over, here and in `divergence`.
+
+    Args:
+        log_q: (C, V) the student's log-probabilities at its temperature, float32 or float64. Overwritten.
+        teacher_logits: (C, V) in any float type. Overwritten.
+        top1: (C,) the student's most probable tokens.
+        q_weight: a number, or one for each position (C, 1): so much of q is added to the gradient.
+    """
+    best = teacher_logits.amax(-1, keepdim=True)
+    agrees = (teacher_logits.gather(-1, top1.unsqueeze(-1)) == best).squeeze(-1)
+    log_p = tempered_log_softmax(teacher_logits, teacher_temperature)
+    p = torch.exp(log_p, out=teacher_logits) if teacher_logits.dtype == log_p.dtype else log_p.exp()
+    return Distilled(*divergence(log_q, log_p, p, name, beta, q_weight), agrees)
 
 
 def distil_top_k(
-    logits: Tensor, log_probs: Tensor, ids: Tensor, name: DivergenceName, temperature: float, beta: float
+    logits: Tensor, log_probs: Tensor, ids: Tensor, top1: Tensor, name: DivergenceName, temperature: float, beta: float
 ) -> Distilled:
     """Divergence from a teacher of which only k log-probabilities per position are known.
 
@@ -58,10 +74,11 @@ def distil_top_k(
     remainder's total mass only, in proportion to the student's own weights.
 
     Args:
-        logits: (C, V) student logits.
-        log_probs: (C, k) teacher log-probabilities **at this temperature**, normalised over the whole vocabulary:
-            the remainder at another temperature cannot be known from them. In any order.
+        logits: (C, V) student logits, whose temperature is `temperature`.
+        log_probs: (C, k) teacher log-probabilities **at the teacher's temperature**, normalised over the whole
+            vocabulary: the remainder at another temperature cannot be known from them. In any order.
         ids: (C, k) int64, their token ids, distinct in a row; k < V.
+        top1: (C,) the student's most probable tokens.
 
     The entropy is that of the k + 1 outcomes, a lower bound of the full one.
     """
@@ -72,30 +89,36 @@ def distil_top_k(
     rest_logit = rest.logsumexp(-1, keepdim=True)  # (C, 1)
     log_q = torch.cat((top, rest_logit), -1).log_softmax(-1)  # (C, k + 1)
     log_p = _with_remainder(log_probs.to(work_dtype))  # (C, k + 1)
-    entropy = -log_p.exp().mul_(log_p).sum(-1)
-    value, outcome_grad = divergence(log_q, log_p, name, beta)
+    value, outcome_grad, entropy = divergence(log_q, log_p, log_p.exp(), name, beta)
     grad = rest.sub_(rest_logit).exp_().mul_(outcome_grad[:, -1:]).scatter_(-1, ids, outcome_grad[:, :-1])
     teacher_top1 = ids.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
-    return Distilled(value, grad, entropy, teacher_top1)
+    return Distilled(value, grad, entropy, teacher_top1 == top1)
 
 
-def divergence(log_q: Tensor, log_p: Tensor, name: DivergenceName, beta: float) -> tuple[Tensor, Tensor]:
-    """(rows,) divergence and (rows, outcomes) gradient with respect to the student's logits.
+def divergence(
+    log_q: Tensor, log_p: Tensor, p: Tensor, name: DivergenceName, beta: float, q_weight: float | Tensor = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows,) divergence, (rows, outcomes) gradient with respect to the student's logits, (rows,) entropy of p.
 
-    log_q and log_p (rows, outcomes) are normalised log-probabilities of student and teacher; both are overwritten.
+    log_q and log_p (rows, outcomes) are normalised log-probabilities of student and teacher, p = exp(log_p); all three
+    are overwritten. q_weight as in `distil_full`.
     """
     if name == "forward_kl":
-        p = log_p.exp()
         value = log_p.sub_(log_q).mul_(p).sum(-1)
-        return value, log_q.exp_().sub_(p)
+        entropy = -(torch.mul(p, log_q, out=log_p).sum(-1) + value)  # KL(p || q) = -sum p log q - H(p)
+        grad = log_q.exp_() if _is_zero(q_weight) else log_q.exp_().mul_(1 + q_weight)
+        return value, grad.sub_(p), entropy.clamp_(min=0)
     if name == "reverse_kl":
-        return _towards(log_q, log_p)
+        entropy = -p.mul_(log_p).sum(-1)
+        return *_towards(log_q, log_p, q_weight), entropy
     if name == "jsd":
-        log_m = log_p + math.log(beta / (1 - beta))
+        log_m = torch.mul(p, log_p)
+        entropy = -log_m.sum(-1)
+        torch.add(log_p, math.log(beta / (1 - beta)), out=log_m)
         torch.logaddexp(log_m, log_q, out=log_m).add_(math.log1p(-beta))
-        from_teacher = torch.sub(log_p, log_m).mul_(log_p.exp_()).sum(-1)
-        from_student, grad = _towards(log_q, log_m)
-        return beta * from_teacher + (1 - beta) * from_student, grad.mul_(1 - beta)
+        from_teacher = log_p.sub_(log_m).mul_(p).sum(-1)
+        from_student, grad = _towards(log_q, log_m, q_weight / (1 - beta))
+        return beta * from_teacher + (1 - beta) * from_student, grad.mul_(1 - beta), entropy
     raise ValueError(f"unknown divergence {name!r}; expected one of {', '.join(DIVERGENCES)}")
 
 
@@ -107,16 +130,20 @@ def tempered_log_softmax(logits: Tensor, temperature: float) -> Tensor:
     return logits.to(work_dtype).div(temperature).log_softmax(-1)
 
 
-def _towards(log_q: Tensor, log_r: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || r) per row, and q * (log q/r - KL(q || r)); both arguments are overwritten.
+def _towards(log_q: Tensor, log_r: Tensor, q_weight: float | Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || r) per row, and q * (log q/r - KL(q || r) + q_weight); both distributions are overwritten.
 
-    For r fixed this is the gradient of the KL with respect to q's logits; for r = m it is the gradient of the JSD
-    but for its factor, since the terms through m cancel: b p/m + (1-b) q/m = 1.
+    For r fixed this is (but for q_weight) the gradient of the KL with respect to q's logits; for r = m it is the
+    gradient of the JSD but for its factor, since the terms through m cancel: b p/m + (1-b) q/m = 1.
     """
     log_ratio = torch.sub(log_q, log_r, out=log_r)
     q = log_q.exp_()
     value = (q * log_ratio).sum(-1)
-    return value, q.mul_(log_ratio.sub_(value.unsqueeze(-1)))
+    return value, q.mul_(log_ratio.sub_(value.unsqueeze(-1) - q_weight))
+
+
+def _is_zero(q_weight: float | Tensor) -> bool:
+    return not isinstance(q_weight, Tensor) and q_weight == 0
 
 
 def _with_remainder(log_probs: Tensor) -> Tensor:

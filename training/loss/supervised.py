@@ -48,6 +48,10 @@ class LossSettings:
     chunk_size: int = 1024
     """Supervised positions whose logits exist at one time; changes memory and speed, not the loss."""
 
+    teacher_temperature: float = 0.0
+    """Another temperature for the teacher's distribution alone: below T it is learnt sharper than it is, towards 0 as
+    labels are; 0 = loss.temperature."""
+
     def __post_init__(self) -> None:
         """Raises ValueError for a setting that cannot be trained with."""
         for name in ("ce_weight", "kd_weight"):
@@ -58,6 +62,10 @@ class LossSettings:
             raise ValueError("ce_weight and kd_weight are both 0: nothing to train on; set at least one above 0")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ValueError(f"temperature must be a finite number > 0, got {self.temperature}")
+        if not (math.isfinite(self.teacher_temperature) and self.teacher_temperature >= 0):
+            raise ValueError(
+                f"teacher_temperature must be a finite number >= 0 (0 = temperature), got {self.teacher_temperature}"
+            )
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence must be one of {', '.join(DIVERGENCES)}, got {self.divergence!r}")
         if not 0 < self.jsd_beta < 1:
@@ -67,6 +75,11 @@ class LossSettings:
             )
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1 position, got {self.chunk_size}")
+
+    @property
+    def temperature_of_teacher(self) -> float:
+        """Of the distribution that is learnt."""
+        return self.teacher_temperature or self.temperature
 
 
 class LossSums(NamedTuple):
@@ -80,11 +93,11 @@ class LossSums(NamedTuple):
     ce: Tensor
     """Cross-entropy with the labels, in nats, weighted."""
     kl: Tensor
-    """The chosen divergence at temperature T in nats, weighted by position, without kd_weight and T^2."""
+    """The chosen divergence at the temperatures in nats, weighted by position, without kd_weight and T^2."""
     num_agree: Tensor
-    """Positions where student and teacher have the same most probable token."""
+    """Positions where the student's most probable token is the teacher's (one of them, where several tie)."""
     teacher_entropy: Tensor
-    """Entropy in nats of the teacher's distribution at temperature T (with a top-k teacher, a lower bound)."""
+    """Entropy in nats of the teacher's distribution at its temperature (with a top-k teacher, a lower bound)."""
     num_correct: Tensor
     """Positions where the student's most probable token is the label."""
 
@@ -117,8 +130,8 @@ def supervised_loss(
             teacher_head where they differ.
         teacher_head: the teacher's output head, to the same vocabulary; no gradient reaches it.
         teacher_topk: in place of hidden states, (log_probs (N, k), ids (N, k)) with k < V, log-probabilities taken
-            at settings.temperature. Merging all other tokens into one outcome bounds the divergence from below: see
-            `training.loss.divergence.distil_top_k`.
+            at settings.temperature_of_teacher. Merging all other tokens into one outcome bounds the divergence from
+            below: see `training.loss.divergence.distil_top_k`.
 
     Raises:
         ValueError: shapes that do not belong together, or kd_weight > 0 without exactly one teacher.
@@ -129,9 +142,8 @@ def supervised_loss(
         teacher = _make_teacher(hidden.shape[0], settings, teacher_hidden, teacher_head, teacher_topk)
 
     def loss_of_logits(rows: slice, logits: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor | None]:
-        distilled = teacher.distil(rows, logits, settings) if teacher is not None else None
         by_position = (None if values is None else values[rows] for values in (weights, labelled))
-        return _chunk_loss(logits, labels[rows], distilled, settings, wants_grad, *by_position)
+        return _chunk_loss(rows, logits, labels[rows], teacher, settings, wants_grad, *by_position)
 
     num_sums = len(LossSums._fields)
     total, reported = chunked_head_loss(hidden, lm_head, loss_of_logits, num_sums, settings.chunk_size)
@@ -142,43 +154,41 @@ class _FullTeacher(NamedTuple):
     hidden: Tensor  # (N, D_teacher)
     head: nn.Module
 
-    def distil(self, rows: slice, logits: Tensor, settings: LossSettings) -> Distilled:
+    def distil(
+        self, rows: slice, student: Tensor, top1: Tensor, settings: LossSettings, q_weight: float | Tensor = 0.0
+    ) -> Distilled:
         weight = next(self.head.parameters(), None)
         hidden = self.hidden[rows].to(self.hidden.dtype if weight is None else weight.dtype)
         with torch.no_grad():
             teacher_logits = self.head(hidden)
-        if teacher_logits.shape != logits.shape:
+        if teacher_logits.shape != student.shape:
             raise ValueError(
-                f"teacher_head gives logits {tuple(teacher_logits.shape)}, lm_head gives {tuple(logits.shape)}: "
+                f"teacher_head gives logits {tuple(teacher_logits.shape)}, lm_head gives {tuple(student.shape)}: "
                 "teacher and student need the same vocabulary; choose a teacher of the same family"
             )
-        return distil_full(logits, teacher_logits, settings.divergence, settings.temperature, settings.jsd_beta)
+        temperature = settings.temperature_of_teacher
+        return distil_full(student, teacher_logits, top1, settings.divergence, temperature, settings.jsd_beta, q_weight)
 
 
 class _TopKTeacher(NamedTuple):
     log_probs: Tensor  # (N, k)
     ids: Tensor  # (N, k)
 
-    def distil(self, rows: slice, logits: Tensor, settings: LossSettings) -> Distilled:
-        if self.ids.shape[1] >= logits.shape[1]:
+    def distil(self, rows: slice, student: Tensor, top1: Tensor, settings: LossSettings) -> Distilled:
+        if self.ids.shape[1] >= student.shape[1]:
             raise ValueError(
                 f"teacher_topk holds k = {self.ids.shape[1]} entries, which leaves no remainder in a vocabulary of "
-                f"{logits.shape[1]}; use fewer entries or teacher_hidden"
+                f"{student.shape[1]}; use fewer entries or teacher_hidden"
             )
-        return distil_top_k(
-            logits,
-            self.log_probs[rows],
-            self.ids[rows].long(),
-            settings.divergence,
-            settings.temperature,
-            settings.jsd_beta,
-        )
+        log_probs, ids = self.log_probs[rows], self.ids[rows].long()
+        return distil_top_k(student, log_probs, ids, top1, settings.divergence, settings.temperature, settings.jsd_beta)
 
 
 def _chunk_loss(
+    rows: slice,
     logits: Tensor,
     labels: Tensor,
-    distilled: Distilled | None,
+    teacher: _FullTeacher | _TopKTeacher | None,
     settings: LossSettings,
     wants_grad: bool,
     weights: Tensor | None,
@@ -186,23 +196,33 @@ def _chunk_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """Sums (6,) in the order of LossSums, and the gradient (C, V) of their total in the dtype of the logits.
 
-    The distillation comes ready made, so its temporaries are gone when the cross-entropy makes its own.
+    At T = 1 both terms have one softmax, and one tensor takes both gradients. Otherwise the distillation is done
+    before the cross-entropy makes its own, so that its temporaries are gone.
     """
     columns = labels.unsqueeze(-1)
     top1 = logits.argmax(-1)
+    shares_softmax = settings.temperature == 1 and isinstance(teacher, _FullTeacher)
+    distilled = None
+    if isinstance(teacher, _TopKTeacher):
+        distilled = teacher.distil(rows, logits, top1, settings)
+    elif teacher is not None and not shares_softmax:
+        distilled = teacher.distil(rows, tempered_log_softmax(logits, settings.temperature), top1, settings)
     log_q = tempered_log_softmax(logits, 1.0)  # (C, V) float32
     by_row = None if weights is None else weights.to(log_q.dtype).unsqueeze(-1)  # (C, 1)
-    ce_by_row = by_row
-    if labelled is not None:
-        is_label = labelled.to(log_q.dtype).unsqueeze(-1)
-        ce_by_row = is_label if by_row is None else by_row * is_label
+    is_label = None if labelled is None else labelled.to(log_q.dtype).unsqueeze(-1)
+    ce_by_row = _product(by_row, is_label)
     log_p = log_q.gather(-1, columns)
     ce = -(log_p if ce_by_row is None else log_p * ce_by_row).sum()
     total, kl, num_agree, entropy = settings.ce_weight * ce, ce.new_zeros(()), ce.new_zeros(()), ce.new_zeros(())
     kd_scale = settings.kd_weight * settings.temperature
+    if shares_softmax:
+        assert isinstance(teacher, _FullTeacher)
+        ce_share = settings.ce_weight / kd_scale
+        q_weight = ce_share if is_label is None else ce_share * is_label
+        distilled = teacher.distil(rows, log_q, top1, settings, q_weight)
     if distilled is not None:
         kl = (distilled.divergence if by_row is None else distilled.divergence * by_row.squeeze(-1)).sum()
-        num_agree = (distilled.teacher_top1 == top1).sum()
+        num_agree = distilled.agrees.sum()
         entropy = distilled.teacher_entropy.sum()
         total = total + kd_scale * settings.temperature * kl
     is_correct = top1 == labels
@@ -210,18 +230,35 @@ def _chunk_loss(
     sums = torch.stack([value.to(ce.dtype) for value in (total, ce, kl, num_agree, entropy, num_correct)])
     if not wants_grad:
         return sums, None
-    if distilled is not None and by_row is not None:
-        distilled.grad.mul_(by_row)
-    if settings.ce_weight > 0:
+    if shares_softmax:
+        assert distilled is not None
+        grad = _scaled(distilled.grad, kd_scale, by_row)  # d/dlogits = d/du / T
+        if settings.ce_weight > 0:
+            ce_scale = settings.ce_weight if ce_by_row is None else settings.ce_weight * ce_by_row
+            grad.scatter_(-1, columns, grad.gather(-1, columns) - ce_scale)
+    elif settings.ce_weight > 0:
         grad = log_q.exp_()  # softmax - one-hot
-        scale = settings.ce_weight if ce_by_row is None else settings.ce_weight * ce_by_row
-        grad.scatter_(-1, columns, grad.gather(-1, columns) - 1).mul_(scale)
+        grad = _scaled(grad.scatter_(-1, columns, grad.gather(-1, columns) - 1), settings.ce_weight, ce_by_row)
         if distilled is not None:
-            grad.add_(distilled.grad, alpha=kd_scale)  # d/dlogits = d/du / T
+            grad.add_(_scaled(distilled.grad, 1, by_row), alpha=kd_scale)
     else:
         assert distilled is not None, "LossSettings refuses ce_weight = kd_weight = 0"
-        grad = distilled.grad.mul_(kd_scale)
+        grad = _scaled(distilled.grad, kd_scale, by_row)
     return sums, grad.to(logits.dtype)
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Of two factors by row, None for ones."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one * other
+
+
+def _scaled(grad: Tensor, scale: float, by_row: Tensor | None) -> Tensor:
+    """grad * scale * by_row in place; no pass over it where that is 1."""
+    if by_row is not None:
+        return grad.mul_(scale * by_row)
+    return grad if scale == 1 else grad.mul_(scale)
 
 
 def _check_student(hidden: Tensor, labels: Tensor, weights: Tensor | None) -> None:

@@ -140,7 +140,7 @@ def describe_targets(
     # Ignored keys are no part of a record, nor of its content hash; how objects are written is, as text.
     for name in ("prune", "ignore_keys", "answer_format", "grounding_tokens"):
         del sample[name]
-    top_k = {"top_k": kd.top_k, "temperature": loss.temperature}
+    top_k = {"top_k": kd.top_k, "temperature": loss.temperature_of_teacher}
     stored = kd.cache_dtype or kd.dtype or model.dtype
     return {
         "version": FORMAT_VERSION,

@@ -23,16 +23,19 @@ from training.config.settings import ModelSettings
 from training.config.teacher import TeacherSettings
 from training.data.distillation import DistillationPack
 from training.distributed.ranks import Ranks
+from training.loss.supervised import LossSettings
 from training.model.attention import attention_for
 from training.model.loading import load_model
 from training.model.sharing import check_sharing
 from training.model.supervised import Teacher
 from training.teacher.files import TeacherPlan, load_head, teacher_dtype
+from training.teacher.top_k import TopK
 
 
 def build_teacher(
     kd: TeacherSettings,
     model: ModelSettings,
+    loss: LossSettings,
     plan: TeacherPlan | None,
     ranks: Ranks,
     attention: str,
@@ -47,7 +50,9 @@ def build_teacher(
     if plan.targets is not None:
         head = None if kd.top_k else load_head(plan.files, teacher_dtype(kd, model), ranks.device)
         return CachedTeacher(head)
-    return build_online_teacher(kd, model, plan.files, ranks, attention, share_prefix)
+    teacher = build_online_teacher(kd, model, plan.files, ranks, attention, share_prefix)
+    teacher.top_k = TopK(kd.top_k, loss) if kd.top_k else None
+    return teacher
 
 
 def build_online_teacher(
@@ -68,13 +73,20 @@ def build_online_teacher(
 
 
 class OnlineTeacher:
-    """Runs on the full row of every pack, without gradients."""
+    """Runs on the full row of every pack, without gradients.
+
+    top_k: say only so many log-probabilities, as a cache with kd.top_k does; None says all.
+    """
 
     def __init__(self, model: PreTrainedModel, head: nn.Module, geometry: VisionGeometry, *, is_sharded: bool = False):
         self.model, self.head, self.geometry, self.is_sharded = model, head, geometry, is_sharded
+        self.top_k: TopK | None = None
 
     def targets(self, pack: DistillationPack) -> dict[str, Any]:
-        return {"teacher_hidden": self.hidden(pack.full_pack()), "teacher_head": self.head}
+        hidden = self.hidden(pack.full_pack())
+        if self.top_k is not None:
+            return {"teacher_topk": self.top_k.of(hidden, self.head)}
+        return {"teacher_hidden": hidden, "teacher_head": self.head}
 
     @torch.no_grad()
     def hidden(self, full: Pack) -> torch.Tensor:
