@@ -8,8 +8,7 @@ from pathlib import Path
 
 from pixelprune.command import CommandParser, plain_console
 from training.command import run_command
-from training.run_page.document import NUM_SAMPLES, PAGE_FILE, RunPage
-from training.run_page.server import PageServer
+from training.run_page import NUM_SAMPLES, PAGE_FILE
 from training.tracking.report import named_runs, report
 
 _REFRESH_SECONDS = 5
@@ -41,6 +40,10 @@ def _report(args: argparse.Namespace) -> None:
     if not (args.html or args.serve):
         return report(args.runs, out, console)
     runs = named_runs(args.runs, may_have_begun=args.serve)
+    # A page's sample records need torch and transformers, seconds that a table with its pictures does without.
+    from training.run_page.document import RunPage
+    from training.run_page.server import PageServer
+
     if args.html:
         path = RunPage(runs, num_samples=args.samples).write(out / PAGE_FILE)
         console.print(f"page: {path}", soft_wrap=True)

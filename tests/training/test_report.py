@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 
+from tests.ranks import ROOT
 from training.report import main
 from training.tracking.report import plot_convergence, summarise
 
@@ -85,3 +88,10 @@ def test_a_piped_table_is_whole(tmp_path, capsys):
     assert all(name in said for name in names)
     assert "…" not in said
     assert all(name in next(line for line in said.splitlines() if names[0] in line) for name in names), "in one line"
+
+
+def test_a_table_does_not_wait_for_torch(tmp_path):
+    run = write_run(tmp_path / "run", rows(2.5, 2.25))
+    code = "import sys; from training.report import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from pixelprune.records.prepare import PreparedRecord, Preparer
 from training.data.files.address import is_remote
 from training.data.files.csv_rows import CsvRows
 from training.data.files.json_rows import JsonRows
-from training.data.files.layout import SUFFIXES, chosen_files, files_of_folder, kind_of, stem_of
+from training.data.files.layout import chosen_files, files_of_folder, kind_of, stem_of, why_unread
 from training.data.files.remote import RemoteFolder, list_remote
 from training.data.files.table_rows import ArrowFileRows, ArrowRows
 from training.data.files.tar_rows import TarRows
@@ -151,7 +151,7 @@ def _open_remote(settings: SourceSettings, index_dir: str) -> Source:
         by_path = {PurePosixPath(file.address): file for file in files}
         files = [by_path[place] for place in chosen_files(list(by_path), path, settings.split, settings.path)]
     elif kind_of(path) is None:
-        raise ValueError(f"source {settings.path}: {path.suffix or 'no'} suffix, expected {SUFFIXES} (sources[].path)")
+        raise ValueError(f"source {settings.path}: {why_unread(path)} (sources[].path)")
     side = home_of_index(path, index_dir)
     source = _open_files(settings, [file.copied(side) for file in files], side, [file.address for file in files])
     source.fingerprint = repr([(file.address, file.num_bytes, file.version) for file in files])
@@ -202,8 +202,7 @@ def _open_files(settings: SourceSettings, files: list[Path], side: Path, names: 
     kind = kind_of(files[0])
     fingerprint = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
     if kind is None:
-        suffix = "".join(files[0].suffixes[-2:])
-        raise ValueError(f"source {settings.path}: {suffix or 'no'} suffix, expected {SUFFIXES} (sources[].path)")
+        raise ValueError(f"source {settings.path}: {why_unread(files[0])} (sources[].path)")
     if kind == "Parquet":
         import datasets
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pixelprune.command.page import build_page
 from pixelprune.files import write_whole
+from training.run_page import NUM_SAMPLES
 from training.run_page.curves import charts_of, curves_of
 from training.run_page.run_folder import (
     RECIPE_FILE,
@@ -24,9 +25,6 @@ from training.run_page.samples import sample_groups
 from training.tracking.metrics_file import METRICS_FILE, read_metrics
 from training.tracking.report import summarise
 
-PAGE_FILE = "report.html"
-NUM_SAMPLES = 3
-"""Records of each training source, unless --samples says otherwise."""
 _READ = (METRICS_FILE, RECIPE_FILE, "quarantine*.jsonl", "grounding/step-*.jsonl", "*-evaluation/*/result.json")
 
 

@@ -75,7 +75,10 @@ def test_one_record_alone_and_a_damaged_first_line(tmp_path):
         ("d.jsonl.gz", gzip.compress(LINES)[:-9], "damaged, or no gzip"),
         ("d.jsonl.zst", LINES, "damaged, or no zstd"),
         ("d.jsonl.gz", gzip.compress(b""), "holds no records"),
-        ("d.parquet.gz", b"x", "suffix, expected .jsonl"),
+        ("d.tsv.gz", b"x", "suffix, expected .jsonl"),
+        ("d.parquet.zst", b"x", r"compressed, .* unpack it to a .parquet first \(zstd -d\)"),
+        ("d.tar.gz", b"x", r"compressed, .* unpack it to a .tar first \(gunzip\)"),
+        ("d.tgz", b"x", r"compressed, .* unpack it to a .tar first \(gunzip\)"),
         ("d.arrow", b"ARROW1 or not", "no Arrow file"),
         ("d.arrow", b"", "no Arrow file"),
         ("d.csv", b"a,a\n1,2\n", "names that differ"),
@@ -86,6 +89,9 @@ def test_what_is_refused_is_named(name, content, match, tmp_path):
     with pytest.raises(ValueError, match=match) as caught:
         open_source(SourceSettings(str(tmp_path / name)))
     assert name in str(caught.value)
+    if "unpack it" in match:
+        with pytest.raises(ValueError, match=match):
+            open_source(SourceSettings(str(tmp_path)))
 
 
 def test_a_changed_file_is_unpacked_anew_and_an_unchanged_one_is_not(tmp_path):

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import logging
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -139,9 +141,16 @@ def cannot_start(*_):
     raise SystemExit(7)
 
 
+def is_killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_processes_that_cannot_start_say_so(screens, prepare, monkeypatch):
+    monkeypatch.setattr(index_builder, "_start_worker", is_killed)
+    with pytest.raises(ValueError, match=r"could not start: signal 9.*memory is short.*data\.index_workers=1"):
+        build(screens, prepare)
     monkeypatch.setattr(index_builder, "_start_worker", cannot_start)
-    with pytest.raises(ValueError, match=r"could not start: exit code 7.*data\.index_workers=1"):
+    with pytest.raises(ValueError, match=r"could not start: exit code 7.*__main__"):
         build(screens, prepare)
 
 

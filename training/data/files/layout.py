@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from training.data.files.unpacked import COMPRESSIONS
 
-__all__ = ["KINDS", "SUFFIXES", "chosen_files", "files_of_folder", "kind_of", "stem_of"]
+__all__ = ["KINDS", "chosen_files", "files_of_folder", "kind_of", "stem_of", "why_unread"]
 
 P = TypeVar("P", bound=PurePath)
 
@@ -24,6 +24,7 @@ KINDS = {
 }
 """Suffix -> the kind of file; those of text may have a compression's suffix behind theirs."""
 _TEXT = ("JSON", "CSV")
+_UNPACKERS = {".gz": "gunzip", ".tgz": "gunzip", ".zst": "zstd -d"}
 SUFFIXES = ", ".join([*KINDS, *(f".jsonl{packed}" for packed in COMPRESSIONS)])
 """What is read, for messages."""
 
@@ -44,6 +45,19 @@ def kind_of(path: PurePath) -> str | None:
     suffix = suffixes[-2] if is_packed and len(suffixes) > 1 else suffixes[-1] if suffixes else ""
     kind = KINDS.get(suffix)
     return None if is_packed and kind not in _TEXT else kind
+
+
+def why_unread(path: PurePath) -> str:
+    """Of a file without a kind: what is wrong with its name, and what would be read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    packing = suffixes[-1] if suffixes else ""
+    inner = ".tar" if packing == ".tgz" else "".join(suffixes[:-1])
+    if packing in _UNPACKERS and inner in KINDS:
+        return (
+            f"{path.name} is compressed, and {KINDS[inner]} is read by places in the file; unpack it to a {inner} "
+            f"first ({_UNPACKERS[packing]})"
+        )
+    return f"{''.join(suffixes) or 'no'} suffix, expected {SUFFIXES}"
 
 
 def stem_of(path: PurePath) -> str:
@@ -68,7 +82,9 @@ def chosen_files(files: Sequence[P], folder: PurePath, split: str, name: str = "
     data = sorted(path for path in files if _is_data(path))
     data = [path for path in data if path.parent == folder] or data
     if not data:
-        raise ValueError(f"source {name}: no {SUFFIXES} file or saved data set in this folder (sources[].path)")
+        packed = next((path for path in sorted(files) if path.suffix.lower() in _UNPACKERS), None)
+        why = f"no {SUFFIXES} file or saved data set in this folder" if packed is None else why_unread(packed)
+        raise ValueError(f"source {name}: {why} (sources[].path)")
     kinds = sorted({str(kind_of(path)) for path in data})
     if len(kinds) > 1:
         raise ValueError(
