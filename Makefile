@@ -14,10 +14,13 @@ $(STAMP): pyproject.toml constraints.txt launch/prebuild.py
 	  echo "       Install one, for example: apt-get install g++   or   dnf install gcc-c++"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,screens,recordings,dev]'
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m launch.prebuild
+	@test -x $(BIN)/python || { echo "1 of 4: a Python environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "2 of 4: PyTorch, the largest download (some 200 MB for CPUs, gigabytes for GPUs); pip says nothing until it is done"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@echo "3 of 4: about 120 more packages; pip says nothing until they are there, one to three minutes"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,screens,recordings,dev]'
+	@echo "4 of 4: what is compiled on this machine"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m launch.prebuild
 	@touch $(STAMP)
 
 demo: install

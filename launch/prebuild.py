@@ -27,8 +27,9 @@ def main() -> int:
     from pixelprune.command import plain_console
 
     console = plain_console()
-    console.print("building DeepSpeed's extension and the selection kernels (once)")
+    console.print("building DeepSpeed's extension for ranks on the CPU: a C++ compiler's half minute, once")
     prebuild()
+    console.print("compiling the selection kernels: as long, once")
     pixelprune.selection.kernels.compile_all()
     pixelprune.sessions.kernels.compile_all()
     console.print("ready")

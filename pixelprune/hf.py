@@ -92,7 +92,7 @@ def prepare(
     resize: ResizeSettings | None = None,
     tools: list[Any] | None = None,
     template_kwargs: dict[str, Any] | None = None,
-    grounding_tokens: bool = False,
+    grounding_tokens: bool | None = None,
     trust_remote_code: bool = False,
 ) -> PrunedInputs:
     """Messages with images -> prompts in which only kept blocks remain, at their original 2-D positions.
@@ -104,7 +104,7 @@ def prepare(
     Raises ValueError for messages that cannot be used and ImageError (a ValueError) for images that cannot.
     """
     if isinstance(source, Prompter):
-        if prune is not None or resize is not None:
+        if any(given is not None for given in (prune, resize, grounding_tokens)):
             raise ValueError("a Prompter brings its own prune and resize settings; give them to Prompter.load")
         prompter = source
     else:

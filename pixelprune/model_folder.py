@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pixelprune.family import family_of
 from pixelprune.settings import PruneSettings, ResizeSettings
@@ -16,11 +16,28 @@ from pixelprune.settings import PruneSettings, ResizeSettings
 if TYPE_CHECKING:
     from pixelprune.pack import VisionGeometry
 
-__all__ = ["PREPROCESSOR_FILE", "PRUNE_FILE", "ModelFolder", "read_model_file", "read_prune_file", "size_limits"]
+__all__ = [
+    "PREPROCESSOR_FILE",
+    "PRUNE_FILE",
+    "ModelFolder",
+    "TrainedWith",
+    "prune_file",
+    "read_model_file",
+    "read_prune_file",
+    "size_limits",
+]
 
 PRUNE_FILE = "pixelprune.json"
-"""Beside a trained model's weights: the prune and resize settings it was trained with."""
+"""Beside a trained model's weights: what of its training inference has to repeat (`TrainedWith`)."""
 PREPROCESSOR_FILE = "preprocessor_config.json"
+
+
+class TrainedWith(NamedTuple):
+    """How a model's prompts were made in training. grounding_tokens: `data.grounding_tokens`."""
+
+    prune: PruneSettings
+    resize: ResizeSettings
+    grounding_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,13 +101,22 @@ def read_model_file(path: str, name: str, revision: str | None = None) -> str | 
     return file.read_text() if file.exists() else None
 
 
-def read_prune_file(content: str, name: str = PRUNE_FILE) -> tuple[PruneSettings, ResizeSettings]:
+def read_prune_file(content: str, name: str = PRUNE_FILE) -> TrainedWith:
     """The settings a model was trained with, from the JSON beside its weights. Raises ValueError naming the file."""
     try:
         stored = json.loads(content)
-        return PruneSettings(**stored["prune"]), ResizeSettings(**stored["resize"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        grounding_tokens = stored.get("grounding_tokens", False)
+        if not isinstance(grounding_tokens, bool):
+            raise ValueError(f"{name}: 'grounding_tokens': expected true or false, got {grounding_tokens!r}")
+        return TrainedWith(PruneSettings(**stored["prune"]), ResizeSettings(**stored["resize"]), grounding_tokens)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name}: expected the objects 'prune' and 'resize' with known settings: {error}") from error
+
+
+def prune_file(trained: TrainedWith) -> str:
+    """The JSON that `read_prune_file` reads."""
+    stored = {"prune": dataclasses.asdict(trained.prune), "resize": dataclasses.asdict(trained.resize)}
+    return json.dumps(stored | {"grounding_tokens": trained.grounding_tokens}, indent=2) + "\n"
 
 
 def size_limits(preprocessor: dict[str, Any]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pixelprune.images.image import PrunedImage
-from pixelprune.model_folder import PRUNE_FILE, ModelFolder, read_model_file, read_prune_file, size_limits
+from pixelprune.model_folder import PRUNE_FILE, ModelFolder, TrainedWith, read_model_file, read_prune_file, size_limits
 from pixelprune.records.agents import strings_in
 from pixelprune.records.chat import control_tokens, would_forge
 from pixelprune.records.image_part import IMAGE_KEYS, image_of_part, read_keys
@@ -59,7 +59,7 @@ class Prompter:
         *,
         prune: PruneSettings | str | None = None,
         resize: ResizeSettings | None = None,
-        grounding_tokens: bool = False,
+        grounding_tokens: bool | None = None,
         trust_remote_code: bool = False,
     ) -> Prompter:
         """From a model folder, a hub id, or a processor (an object with `.tokenizer` and `.image_processor`).
@@ -67,8 +67,8 @@ class Prompter:
         prune, resize: where left out, the settings the model was trained with (pixelprune.json beside its weights),
         otherwise pred2d and the size limits of its image processor. `prune` may be a strategy's name; "none" keeps
         every block.
-        grounding_tokens: texts may hold the tokens around things and boxes. trust_remote_code: run code that comes with
-        a folder.
+        grounding_tokens: texts may hold the tokens around things and boxes; where left out, as the model was trained,
+        otherwise not. trust_remote_code: run code that comes with a folder.
         Raises ValueError for a source that is neither, or that has no chat template or image token.
         """
         if isinstance(source, str | Path):
@@ -80,15 +80,15 @@ class Prompter:
             raise ValueError(
                 f"expected a model folder, a hub id or a processor with a tokenizer, got {type(source).__name__}"
             )
-        trained = parts.pop("trained_with")
+        trained: TrainedWith | None = parts.pop("trained_with")
         limits = size_limits(parts.pop("preprocessor"))
         if isinstance(prune, str):
             prune = PruneSettings(strategy=prune)
         return cls(
             **parts,
-            prune=prune or (trained[0] if trained else PruneSettings()),
-            resize=resize or (trained[1] if trained else ResizeSettings(**limits)),
-            grounding_tokens=grounding_tokens,
+            prune=prune or (trained.prune if trained else PruneSettings()),
+            resize=resize or (trained.resize if trained else ResizeSettings(**limits)),
+            grounding_tokens=bool(trained and trained.grounding_tokens) if grounding_tokens is None else grounding_tokens,
         )
 
     @property

@@ -101,8 +101,8 @@ def _of_folder(folder: str, where: str) -> ServedSettings:
 
 
 def _stored(content: str, name: str) -> ServedSettings:
-    prune, resize = read_prune_file(content, name)
-    return ServedSettings(prune, resize, name)
+    trained = read_prune_file(content, name)
+    return ServedSettings(trained.prune, trained.resize, name)
 
 
 def _replaced(settings: ServedSettings, said: Any, where: str) -> ServedSettings:

@@ -254,6 +254,13 @@ def test_settings_come_from_the_trained_folder_then_from_its_preprocessor(toy_fo
     assert Prompter.load(folder).resize == ResizeSettings(1024, 2048)
     assert Prompter.load(folder, prune="none", resize=SMALL).prune == PruneSettings("none")
     assert Prompter.load(folder, prune="none", resize=SMALL).resize == SMALL
+    assert not Prompter.load(folder).grounding_tokens
+    (folder / "pixelprune.json").write_text(json.dumps(trained | {"grounding_tokens": True}))
+    assert Prompter.load(folder).grounding_tokens
+    assert not Prompter.load(folder, grounding_tokens=False).grounding_tokens
+    (folder / "pixelprune.json").write_text(json.dumps(trained | {"grounding_tokens": "yes"}))
+    with pytest.raises(ValueError, match="expected true or false, got 'yes'"):
+        Prompter.load(folder)
     (folder / "pixelprune.json").write_text('{"prune": {"stratgy": "raster"}, "resize": {}}')
     with pytest.raises(ValueError, match=r"pixelprune\.json.*stratgy"):
         Prompter.load(folder)

@@ -77,15 +77,20 @@ def test_export_gives_the_same_logits_as_the_model_in_memory(toy_model, toy_fold
     from tests.pixelprune.reference import make_sample
     from training.checkpoint.export import export_model
     from training.config.settings import Config, ModelSettings
+    from training.data.settings import DataSettings
     from training.model.loading import load_model_files
 
-    config = Config(prune=PruneSettings("serpentine", "mae", 0.02), resize=ResizeSettings(2048, 4096))
+    config = Config(
+        prune=PruneSettings("serpentine", "mae", 0.02),
+        resize=ResizeSettings(2048, 4096),
+        data=DataSettings(grounding_tokens=True),
+    )
     files = load_model_files(ModelSettings(path=str(toy_folder)))
     folder = export_model(tmp_path / "export", toy_model, files, config, {"steps": 1})
     again = AutoModelForImageTextToText.from_pretrained(folder).eval()
     # The direction that auto came to, every turn being supervised.
     trained = dataclasses.replace(config.prune, direction="forward")
-    assert read_prune_file((folder / PRUNE_FILE).read_text()) == (trained, config.resize)
+    assert read_prune_file((folder / PRUNE_FILE).read_text()) == (trained, config.resize, True)
     inputs = model_inputs(
         pack_samples([make_sample(toy_tokenizer, [screen(3, 5)], "Where?", "(5, 8)")], geometry),
         geometry,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pixelprune.family import EXPERTS_INPUTS_FIRST, published_layout
 from pixelprune.files import whole_folder
-from pixelprune.model_folder import PRUNE_FILE, ModelFolder
+from pixelprune.model_folder import PRUNE_FILE, ModelFolder, TrainedWith, prune_file
 from training.checkpoint.checkpointer import RunState
 from training.checkpoint.side_files import model_card, write_processor_files
 from training.config.settings import Config
@@ -39,8 +38,8 @@ def export_model(folder: Path, model: PreTrainedModel, files: ModelFolder, confi
         _write_weights(partial, model, config)
         files.tokenizer.save_pretrained(partial)  # type: ignore[attr-defined]
         write_processor_files(partial, files, config.resize)
-        settings = {"prune": dataclasses.asdict(config.pruning), "resize": dataclasses.asdict(config.resize)}
-        (partial / PRUNE_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        trained = TrainedWith(config.pruning, config.resize, config.data.grounding_tokens)
+        (partial / PRUNE_FILE).write_text(prune_file(trained))
         (partial / "README.md").write_text(model_card(config, files, facts))
     return folder
 

@@ -54,9 +54,9 @@ def evaluate(
     rank, for a caller with a page of its own; none is written then.
     Raises UserError for data, checkpoint or settings that cannot be used, the same one on every rank.
     """
-    tasks, refused = ranks.agree(lambda: _read_data(args))
     modes = MODES if args.mode == "both" else (args.mode,)
     prompters = ranks.agree(lambda: {mode: _prompter(args, mode) for mode in modes})
+    tasks, refused = ranks.agree(lambda: _read_data(args, prompters[modes[0]].grounding_tokens))
     model = ranks.agree(lambda: (load or load_checkpoint)(args, ranks.device))
     answers = AnswerSettings(args.max_new_tokens, args.answer_format, args.batch_size, args.template_kwargs, args.depth)
     ranks.agree(lambda: _check_depth(args, model))
@@ -98,11 +98,11 @@ def _check_depth(args: argparse.Namespace, model: Any) -> None:
         raise UserError("--depth: strategy 'resize' scales the image, there are no blocks to drop in the tower")
 
 
-def _read_data(args: argparse.Namespace) -> tuple[list[Task], dict[str, str]]:
+def _read_data(args: argparse.Namespace, grounding_tokens: bool) -> tuple[list[Task], dict[str, str]]:
     tasks, refused = read_tasks(
         _sources(args),
         ignore_keys=args.ignore_keys,
-        object_style=ObjectStyle(args.answer_format, args.grounding_tokens),
+        object_style=ObjectStyle(args.answer_format, grounding_tokens),
     )
     if not tasks:
         reason = next(iter(refused.values()), "no records")
@@ -194,7 +194,7 @@ def _shown(value: float | None, form: str) -> str:
 def _prompter(args: argparse.Namespace, mode: str) -> Prompter:
     """Prompts of a mode: all blocks, or pruned as the model was trained unless the command line says otherwise."""
     try:
-        prompter = Prompter.load(str(args.checkpoint), grounding_tokens=args.grounding_tokens)
+        prompter = Prompter.load(str(args.checkpoint), grounding_tokens=args.grounding_tokens or None)
     except ValueError as error:
         raise UserError(str(error)) from error
     limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
