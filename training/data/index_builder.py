@@ -89,7 +89,9 @@ def build_index(
     ]
     num_records, num_missing = sum(map(len, opened)), sum(len(opened[number]) for number in missing)
     if missing:
-        logger.info("index: measuring %d records of %d sources, once", num_missing, len(missing))
+        sources_of = "1 source" if len(missing) == 1 else f"{len(missing)} sources"
+        shared = f"; {world_size} ranks share them, the bar is the first one's" if world_size > 1 else ""
+        logger.info("index: measuring %d records of %s, once%s", num_missing, sources_of, shared)
     if num_records > num_missing:
         logger.info("index: %d records are as they were measured before", num_records - num_missing)
     pool = _Pool(opened, prepare, preparer, num_workers, max_seconds, show_progress and rank == 0, is_stopped)

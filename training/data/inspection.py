@@ -63,7 +63,7 @@ def spread(num_rows: int, num: int) -> list[int]:
 def _print_keys(source: Source, rules: KeyRules, console: Console) -> None:
     """What became of the source's keys: read, ignored by a rule, refused."""
     rows = spread(len(source), KEY_RECORDS)
-    console.rule(f"{source.name}: keys of {len(rows)} of {len(source)} records", align="left")
+    console.rule(f"{source.name}: keys of {len(rows)} of {len(source)} records", align="left", style="dim")
     for line in describe_keys(count_keys(source, rows, rules)):
         console.print(Text(line, "bold red" if line.startswith("refused") else ""), soft_wrap=True)
     unread = unread_columns(source, rules)
@@ -95,7 +95,7 @@ def describe_keys(seen: KeyCounts) -> Iterator[str]:
 
 def _inspect_record(source: Source, row: int, preparer: Preparer, console: Console, folder: Path) -> None:
     record_id = source.record_id(row)
-    console.rule(f"{record_id}  ({source.rows.where(row)})", align="left")
+    console.rule(f"{record_id}  ({source.rows.where(row)})", align="left", style="dim")
     try:
         prepared = source.prepared(row, preparer)
     except RecordError as error:

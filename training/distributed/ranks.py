@@ -7,7 +7,9 @@ whatever the backend of training: nothing waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import logging
 import socket
 from collections.abc import Callable
@@ -178,7 +180,9 @@ def join_ranks(timeout_minutes: float = TIMEOUT_MINUTES) -> Ranks:
         )  # whoever started the ranks: what they load next would wait for it for ever
     if has_launcher and local_rank == 0:
         logger.info("waiting for the other ranks, %g minutes at most (distributed.timeout_minutes)", timeout_minutes)
-    deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
+    # DeepSpeed prints "... built successfully" on every rank, whether it has built anything or not.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(accelerator.communication_backend_name(), timeout=timeout, verbose=False)
     device = torch.device(accelerator.current_device_name())
     world_size = dist.get_world_size()
     group = dist.new_group(backend="gloo", timeout=timeout) if world_size > 1 else None
