@@ -84,11 +84,13 @@ class Prompter:
         limits = size_limits(parts.pop("preprocessor"))
         if isinstance(prune, str):
             prune = PruneSettings(strategy=prune)
+        if grounding_tokens is None:
+            grounding_tokens = bool(trained and trained.grounding_tokens)
         return cls(
             **parts,
             prune=prune or (trained.prune if trained else PruneSettings()),
             resize=resize or (trained.resize if trained else ResizeSettings(**limits)),
-            grounding_tokens=bool(trained and trained.grounding_tokens) if grounding_tokens is None else grounding_tokens,
+            grounding_tokens=grounding_tokens,
         )
 
     @property

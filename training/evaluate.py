@@ -84,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     add("--system", default="", help="a system prompt instead of the preset's")
     add("--template", default="", help="a template instead of the preset's, {question} where the record's text belongs")
     add("--answer-format", choices=FORMATS, default="auto", help="how coordinates are read, and written for `objects`")
-    add("--grounding-tokens", action="store_true", help="as in training with data.grounding_tokens, which newer exports say themselves")
+    what = "as in training with data.grounding_tokens, which an export says itself"
+    add("--grounding-tokens", action="store_true", help=what)
     what = 'for the chat template; by default {"enable_thinking": false}'
     add("--template-kwargs", type=_json_object, default=AnswerSettings().template_kwargs, metavar="JSON", help=what)
     add("--limit", type=int, default=0, help="only the first n records; 0 takes all")
