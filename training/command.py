@@ -21,7 +21,7 @@ LOST_PEER = 1
 _LOST_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 """What gloo and NCCL say of it; both raise what they raise for everything else."""
 
-_SAID_ALIKE = ("training.data.index_builder", "training.model")
+_SAID_ALIKE = ("training.data.index_builder", "training.distributed.stopping", "training.model")
 
 _FULL_OR_LOCKED = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
 

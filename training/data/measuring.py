@@ -195,7 +195,7 @@ class MeasuringPool:
             return f"most likely memory is short: use fewer than data.index_workers={self.num_workers}"
         return (
             "its own lines, above, say why. These processes import the script that was started: one of your own starts "
-            'everything below `if __name__ == "__main__":`'
+            "everything below `if __name__ == '__main__':`"
         )
 
 

@@ -142,7 +142,8 @@ def _train(context: RunContext) -> int:
                 checkpointer.save(engine, state)
             journal.close()
             saved = "saved" if _is_saved_everywhere(checkpointer, ranks, config) else "NOT saved"
-            logger.info("rank %d: stopped after step %d, %s; start again to continue", ranks.rank, num_done, saved)
+            if ranks.is_first:
+                logger.info("stopped after step %d, %s; start again to continue", num_done, saved)
             return RESUMABLE
     checkpointer.finish()
     if ranks.is_first and config.checkpoint.export_at_end:
