@@ -20,9 +20,14 @@ def pytest_make_parametrize_id(config, val, argname):
 
 
 def pytest_collection_modifyitems(items):
-    """`-m cuda` selects all that needs a GPU: the marker alone says so, and skips where there is none."""
+    """`-m cuda` selects all that needs a GPU: the marker alone says so, and skips where there is none.
+
+    Files that start ranks take minutes and come first, whole: last, one worker would wait for the other's.
+    """
     import torch
 
+    long = {item.path for item in items if item.get_closest_marker("ranks")}
+    items.sort(key=lambda item: item.path not in long)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
