@@ -21,6 +21,7 @@ from pixelprune.records.objects import PLAIN_STYLE, ObjectStyle, written
 from pixelprune.records.presets import AS_RECORDED, Preset
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import ImageRef, ObjectMark, Record, RecordError, of_the_record
+from pixelprune.records.token_answers import is_open, with_end_alone
 from pixelprune.sample import ChatTokens, Sample, build_sample
 from pixelprune.selection.registry import is_in_time
 from pixelprune.sessions.pruning import Shot, prune_shots
@@ -53,6 +54,8 @@ class PreparedRecord:
     sample: Sample
     content_hash: int
     full: Sample | None = None
+    has_no_answer: bool = False
+    """The record ended with a question: its answer is the end token alone, and not to be trained on."""
 
     @property
     def num_images(self) -> int:
@@ -81,6 +84,8 @@ class PrepareSettings:
     """Write things and boxes of `objects` between the model's own tokens for them, which texts may then hold, too."""
 
     limits: RecordLimits = DEFAULT_LIMITS
+    takes_open: bool = False
+    """Take records that end with a question and train on none of their answers: another answers them later."""
 
     def build(self) -> Preparer:
         """Open the model folder. Raises ValueError when there is nothing that takes images."""
@@ -98,7 +103,7 @@ class PrepareSettings:
         rules = KeyRules.ignoring(self.ignore_keys)
         token = folder.config.image_token_id
         style = ObjectStyle(self.answer_format, self.grounding_tokens)
-        return Preparer(chat, prune, self.resize, token, self.with_full, rules, self.limits, style)
+        return Preparer(chat, prune, self.resize, token, self.with_full, rules, self.limits, style, self.takes_open)
 
     def fingerprint(self, preparer: Preparer) -> dict[str, Any]:
         """Everything a sample depends on besides its record: two equal fingerprints give equal samples."""
@@ -116,6 +121,7 @@ class PrepareSettings:
             "tokenizer": vocabulary,
             "chat_template": xxhash.xxh3_128(tokenizer.chat_template.encode()).hexdigest(),
             "image_token_id": preparer.image_token_id,
+            **({"takes_open": True} if self.takes_open else {}),
         }
 
 
@@ -131,6 +137,7 @@ class Preparer:
     rules: KeyRules = NO_RULES
     limits: RecordLimits = DEFAULT_LIMITS
     object_style: ObjectStyle = PLAIN_STYLE
+    takes_open: bool = False
 
     @of_the_record()
     def prepare(
@@ -155,6 +162,9 @@ class Preparer:
         self.limits.check(record)
         record = with_objects_written(record, root, self.object_style, self.limits.max_file_bytes)
         record = preset.apply(record)
+        has_no_answer = self.takes_open and is_open(record)
+        if has_no_answer:
+            record = with_end_alone(record, self.chat.tokenizer.eos_token_id)
         chat = self.chat.encode(record)
         pictures = [read_image(ref, root, self.limits.max_file_bytes) for ref in record.images]
         content_hash = hash_content(record, pictures)
@@ -179,7 +189,7 @@ class Preparer:
         if self.with_full:
             full_images = [full_image for _, full_image in prepared if full_image is not None]
             full = build_sample(chat, full_images, image_token_id=self.image_token_id, record_id=record_id)
-        return PreparedRecord(record, sample, content_hash, full)
+        return PreparedRecord(record, sample, content_hash, full, has_no_answer)
 
     def _check_direction(self, chat: ChatTokens) -> None:
         """Backward, what is trained on must have all images before it: it would see screenshots with holes whose blocks

@@ -10,6 +10,7 @@ in a text at all. So the ids are what is trained on, behind the prompt that the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,10 +18,19 @@ import numpy as np
 
 from pixelprune.records.agents import REASONING_KEYS
 from pixelprune.records.keys import is_empty
-from pixelprune.records.record import AnswerTokens, Message, RecordError
+from pixelprune.records.record import AnswerTokens, Message, Record, RecordError
 from pixelprune.sample import ChatTokens
 
-__all__ = ["MAX_WEIGHT", "MIN_WEIGHT", "TOKEN_KEYS", "answer_tokens_of", "text_of_tokens", "with_answer_tokens"]
+__all__ = [
+    "MAX_WEIGHT",
+    "MIN_WEIGHT",
+    "TOKEN_KEYS",
+    "answer_tokens_of",
+    "is_open",
+    "text_of_tokens",
+    "with_answer_tokens",
+    "with_end_alone",
+]
 
 TOKEN_KEYS = ("token_ids", "token_weights", "enable_thinking")
 MIN_WEIGHT, MAX_WEIGHT = 1e-4, 1e4
@@ -79,6 +89,17 @@ def with_answer_tokens(tokenizer: Any, prompt: str, answer: Message) -> ChatToke
     supervised = np.arange(len(weights)) >= len(head)
     is_weighted = bool((weights[supervised] != 1).any())
     return ChatTokens(np.concatenate([head, ids]), supervised, weights if is_weighted else None)
+
+
+def is_open(record: Record) -> bool:
+    """Whether a record ends with a question, and no answer in it is to be trained on."""
+    return record.messages[-1].role != "assistant" and not any(message.supervised for message in record.messages)
+
+
+def with_end_alone(record: Record, end_token_id: int) -> Record:
+    """An open record with the shortest answer there is, so that it has a place for the one that will be written."""
+    answer = Message("assistant", (), tokens=AnswerTokens((end_token_id,)))
+    return dataclasses.replace(record, messages=(*record.messages, answer))
 
 
 def text_of_tokens(tokenizer: Any, ids: tuple[int, ...]) -> str:

@@ -40,6 +40,12 @@ class Watched:
                 "labels": pack.labels.tolist(),
                 "full_labels": pack.full.labels.tolist(),
                 "labelled": pack.labelled.tolist(),
+                "samples": [
+                    (record_id, labelled.tolist())
+                    for record_id, labelled in zip(
+                        pack.record_ids, pack.labelled.split(pack.num_supervised_per_sample), strict=True
+                    )
+                ],
                 "num_supervised": batch.num_supervised,
                 "loss_weight": batch.loss_weight,
                 "step": batch.step,

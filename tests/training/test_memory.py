@@ -18,6 +18,7 @@ from training.config.settings import AUTO, Config, ModelSettings
 from training.loop.memory import (
     USABLE,
     Recomputation,
+    cache_bytes,
     choose_recomputation,
     estimate_memory,
     llm_bytes,
@@ -172,6 +173,35 @@ def test_the_static_part_is_counted_by_hand(big):
     assert estimate.optimizer == 12 * num_weights / 8
     assert estimate.gradients == 4 * num_weights / 8 + (3 * 2 + 4) * config.distributed.reduce_bucket_size
     assert estimate.teacher == 2 * 1000
+
+
+def test_the_cache_of_answers_is_what_the_stock_generation_holds(toy_folder):
+    model = AutoModelForImageTextToText.from_pretrained(toy_folder).eval()
+    config = Config(model=ModelSettings(path=str(toy_folder), dtype="float32"))
+    config.kd.on_policy_batch_size, config.kd.on_policy_max_new_tokens, config.data.pack_tokens = 3, 4, 3 * 7
+    ids = torch.arange(3 * 7).view(3, 7) + 5
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=4 + 1, min_new_tokens=4 + 1, do_sample=False,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers)
+    assert cache_bytes(config, model.config.text_config, 4) == held, "of all tokens but the last, which nothing follows"
+
+
+def test_the_cache_of_answers_counts_where_it_exceeds_the_step(big):
+    config = Config()
+    config.kd.on_policy, config.kd.on_policy_max_new_tokens = 1.0, 2**20
+
+    def estimate(share: float):
+        config.kd.on_policy = share
+        return estimate_memory(config, big, Recomputation(1, 1), world_size=1, attention="varlen")
+
+    step = estimate(0.0)
+    assert step.generation == 0
+    cache = cache_bytes(config, big.config.text_config, 2)
+    assert estimate(1.0).generation == cache - (step.vit + step.llm + step.workspace) > 0
+    config.kd.on_policy_max_new_tokens = 1
+    assert estimate(1.0).generation == 0
 
 
 def test_a_frozen_vit_keeps_nothing(big):

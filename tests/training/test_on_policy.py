@@ -31,6 +31,7 @@ def results(toy_folder, tmp_path_factory) -> dict[int, dict]:
         if name:
             draw_screen(i, 96, 64 + 32 * (i % 2)).save(folder / name)
         rows.append(chat_row(name, f"Find {i}", f"({i}, {3 * i}) {'yes ' * (i % 3)}"))
+    rows[2]["messages"].pop()
     data = write_jsonl(folder / "train.jsonl", rows)
     program = "tests.training.on_policy_program"
     return {n: run_ranks(program, n, folder / f"{n}.json", str(toy_folder), str(data)) for n in (1, 2)}
@@ -72,6 +73,15 @@ def test_every_step_divides_by_what_all_ranks_hold(num_ranks, results):
             [sum(p["labelled"].count(False) for p in packs if p["step"] == s) for s in steps] for packs in by_rank
         ]
         assert lengths[0] != lengths[1], "uneven"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_record_without_an_answer_is_always_answered_by_the_student(num_ranks, results):
+    packs = [pack for packs in results[num_ranks]["half"]["packs"] for pack in packs]
+    of_record = [sample for pack in packs for sample in pack["samples"] if sample[0] == "train:2"]
+    assert len(of_record) == 2, "an epoch each"
+    assert not any(True in labelled for _, labelled in of_record)
 
 
 @pytest.mark.ranks

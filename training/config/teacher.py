@@ -36,7 +36,8 @@ class TeacherSettings:
 
     on_policy: float = 0.0
     """Share of the samples that the student answers itself, as it is at that step; the online teacher grades every
-    token of these answers, and the records' labels are not used. Drawn anew for every step."""
+    token of these answers, and the records' labels are not used. Drawn anew for every step; records that have no
+    answer are always among them."""
     on_policy_max_new_tokens: int = 128
     """Longest such answer, tokens; one that is cut has no end token."""
     on_policy_temperature: float = 1.0

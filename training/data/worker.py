@@ -111,7 +111,8 @@ class PackDataset(torch.utils.data.Dataset):
                 )
                 weighted = record.sample.weighted(source.settings.loss_weight)
                 records.append(dataclasses.replace(record, sample=weighted))
-                is_asked.append(asks)
+                assert self.as_drafts or not record.has_no_answer, "nobody would answer it"
+                is_asked.append(asks or record.has_no_answer)
             except UserError as error:
                 return PackFailure(str(error))
             except RecordError as error:

@@ -113,6 +113,8 @@ def build_feed(
     config, ranks, folder, files = context.config, context.ranks, context.folder, context.files
     data = config.data
     prepare = prepare_settings(config, files)
+    if teacher_plan is not None and config.kd.on_policy:
+        prepare = dataclasses.replace(prepare, takes_open=True)
     ask_hub_once(sources, data.index_dir, ranks)
     try:
         index = build_index(

@@ -69,6 +69,9 @@ class MemoryEstimate:
     workspace: float
     """The head's chunk or one layer's recomputed activations and gradients, whichever is larger."""
     teacher: float
+    generation: float = 0.0
+    """Keys and values of the answers that the student writes before a step, as far as they exceed what the step itself
+    keeps for backward, which is not there yet."""
 
     @property
     def total(self) -> float:
@@ -173,13 +176,24 @@ def estimate_memory(
     if not trains_vit:  # without a trained weight before or in it nothing of a layer is kept
         vit = TowerBytes(vit.num_layers, 0.0, 0.0, vit.outside)
     head = _head_bytes(config, text, b, trained=model.get_output_embeddings().weight.requires_grad)
+    step = {
+        "vit": vit.saved(policy.vit),
+        "llm": llm.saved(policy.llm),
+        "workspace": max(head, llm.workspace(policy.llm), vit.workspace(policy.vit) - llm.saved(policy.llm)),
+    }
     return MemoryEstimate(
         **state_bytes(config, model, world_size),
-        vit=vit.saved(policy.vit),
-        llm=llm.saved(policy.llm),
-        workspace=max(head, llm.workspace(policy.llm), vit.workspace(policy.vit) - llm.saved(policy.llm)),
+        **step,
         teacher=teacher_weights * ITEMSIZE[config.kd.dtype or config.model.dtype],
+        generation=max(0.0, cache_bytes(config, text, b) - sum(step.values())) if config.kd.on_policy else 0.0,
     )
+
+
+def cache_bytes(config: Config, text: Any, itemsize: int) -> float:
+    """Keys and values of the answers that a rank generates together (kd.on_policy): prompts that fill a pack and are
+    equally long, with the longest answers behind them."""
+    num_tokens = config.data.pack_tokens + config.kd.on_policy_batch_size * config.kd.on_policy_max_new_tokens
+    return 2.0 * itemsize * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * num_tokens
 
 
 def state_bytes(config: Config, model: Any, world_size: int) -> dict[str, float]:

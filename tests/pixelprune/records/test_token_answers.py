@@ -9,6 +9,7 @@ from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.prepare import hash_content
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import RecordError
+from pixelprune.records.token_answers import is_open, with_end_alone
 from tests.pixelprune.records.agent_templates import TEMPLATES
 from training.composition.toy import build_tokenizer
 
@@ -142,3 +143,15 @@ def test_a_turn_before_the_last_cannot_have_them(tokenizer):
     row["messages"].append({"role": "user", "content": "And?"})
     with pytest.raises(RecordError, match="another turn than the last"):
         encoded(tokenizer, row)
+
+
+def test_an_open_question_gets_an_end_token_to_be_replaced(tokenizer):
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    said = {"role": "assistant", "content": "There.", "loss": False}
+    record = parse_record({"messages": [QUESTION, said, QUESTION]})
+    assert is_open(record)
+    chat = ChatEncoder(tokenizer).encode(with_end_alone(record, end))
+    assert chat.supervised.tolist() == [False] * (len(chat.input_ids) - 1) + [True]
+    assert chat.input_ids[-1] == end
+    for messages in ([QUESTION, said], [QUESTION, {**said, "loss": True}, QUESTION]):
+        assert not is_open(parse_record({"messages": messages})), "ends with an answer, or teaches an earlier one"
