@@ -33,50 +33,78 @@ def same_blocks(pixels, reference, block, row_len, same):
             for c in range(cols):
                 if same[r, c]:
                     start = (r * block + top) * stride + c * row_len
-                    differs = pixels[start] ^ reference[start]
-                    for i in range(min(_BAND, block - top)):
-                        p = start + i * stride
-                        ours, theirs = pixels[p : p + row_len], reference[p : p + row_len]
-                        for k in range(row_len):
-                            differs |= ours[k] ^ theirs[k]
-                    same[r, c] = differs == 0
-                    num_open += differs == 0
+                    equal = _band_equal(pixels, start, reference, start, stride, min(_BAND, block - top), row_len)
+                    same[r, c] = equal
+                    num_open += equal
 
 
 @njit(nogil=True, cache=True)
 def equal_after(pixels, block, row_len, same, left_before, above_before, left, above):
     """Set `left` and `above` (rows, cols) True where a block equals its left neighbour, the one above it.
 
-    left_before, above_before: the same of the reference. Two blocks that are those of the reference need no look.
+    left_before, above_before: the same of the reference. Of two blocks of which both are as there, nothing changed; one
+    that is as there no longer equals one that is not, if it did. With X the block, A left, B above, C above-left, X = B
+    is looked up only where the three equalities known by then (X = A, A = C, C = B) do not decide it.
     pixels, row_len: as in `same_blocks`.
     """
     rows, cols = same.shape
     stride = row_len * cols
+    is_open = np.empty(cols, np.bool_)
     for r in range(rows):
+        num_open = 0
+        left[r, 0], is_open[0] = False, False
+        for c in range(1, cols):
+            known = (same[r, c] and same[r, c - 1]) or (left_before[r, c] and same[r, c] != same[r, c - 1])
+            is_open[c] = not known
+            left[r, c] = left_before[r, c] and same[r, c] and same[r, c - 1] if known else True
+            num_open += not known
+        for top in range(0, block, _BAND):
+            if num_open == 0:
+                break
+            num_open = 0
+            for c in range(1, cols):
+                if is_open[c]:
+                    p = (r * block + top) * stride + c * row_len
+                    equal = _band_equal(pixels, p, pixels, p - row_len, stride, min(_BAND, block - top), row_len)
+                    left[r, c], is_open[c] = equal, equal
+                    num_open += equal
         for c in range(cols):
-            p = r * block * stride + c * row_len
-            left[r, c], above[r, c] = False, False
-            if c > 0:
-                known = same[r, c] and same[r, c - 1]
-                left[r, c] = left_before[r, c] if known else _equal(pixels, stride, p, p - row_len, block, row_len)
-            if r > 0:
-                known = same[r, c] and same[r - 1, c]
-                other = p - block * stride
-                above[r, c] = above_before[r, c] if known else _equal(pixels, stride, p, other, block, row_len)
+            if r == 0:
+                above[r, c] = False
+                continue
+            left_is_corner, corner_is_above = c > 0 and above[r, c - 1], c > 0 and left[r - 1, c]
+            if same[r, c] and same[r - 1, c]:
+                above[r, c] = above_before[r, c]
+            elif above_before[r, c] and same[r, c] != same[r - 1, c]:
+                above[r, c] = False
+            elif left[r, c] and (left_is_corner or corner_is_above):
+                above[r, c] = left_is_corner and corner_is_above
+            elif left_is_corner and corner_is_above:
+                above[r, c] = False
+            else:
+                p = r * block * stride + c * row_len
+                above[r, c] = _block_equal(pixels, p, p - block * stride, stride, block, row_len)
 
 
 @njit(nogil=True, cache=True)
-def _equal(pixels, stride, p, q, block, row_len):
-    for _ in range(block):
-        ours, theirs = pixels[p : p + row_len], pixels[q : q + row_len]
-        differs = ours[0] ^ theirs[0]
+def _band_equal(pixels, p, others, q, stride, num_rows, row_len):
+    """Whether `num_rows` rows of the blocks at p in `pixels` and at q in `others` are equal: all of them are read."""
+    differs = pixels[p] ^ others[q]
+    for i in range(num_rows):
+        at, beside = p + i * stride, q + i * stride
+        ours, theirs = pixels[at : at + row_len], others[beside : beside + row_len]
         for k in range(row_len):
             differs |= ours[k] ^ theirs[k]
-        if differs != 0:
-            return False
-        p += stride
-        q += stride
-    return True
+    return differs == 0
+
+
+@njit(nogil=True, cache=True)
+def _block_equal(pixels, p, q, stride, block, row_len):
+    """Whether the blocks at p and at q are equal; the first row that differs ends it."""
+    num_equal = 0
+    while num_equal < block and _band_equal(pixels, p, pixels, q, stride, 1, row_len):
+        p, q, num_equal = p + stride, q + stride, num_equal + 1
+    return num_equal == block
 
 
 @njit(nogil=True, cache=True)
@@ -98,12 +126,37 @@ def pred2d_of(left, above, number, keep, origin):
 
 
 @njit(nogil=True, cache=True)
-def change_exact(left, above, same, forced, number, reference, keep, origin):
+def beside_exact(pixels, reference, block, row_len, before, before_origin, number, keep_replaced, equal, keep, origin):
+    """One image beside its reference at threshold 0; returns whether pred2d keeps no more blocks, and is taken.
+
+    pixels, reference, row_len: as in `same_blocks`. before, equal: (2, rows, cols), `left` and `above` of the reference
+    and of the image, as in `equal_after`. before_origin: (rows, cols, 2) `origin` of the reference. number: of this
+    image. keep_replaced: also keep what changed where pred2d keeps a block of the reference.
+    Fills equal, keep (rows, cols) and origin (rows, cols, 2): image and flat index of the kept block that stands there.
+    One call, since a call of compiled code from outside takes as long as the rule itself.
+    """
+    rows, cols = keep.shape
+    same, forced = np.empty((rows, cols), np.bool_), np.zeros((rows, cols), np.bool_)
+    plain, plain_origin = np.empty((rows, cols), np.bool_), np.empty((rows, cols, 2), np.int32)
+    same_blocks(pixels, reference, block, row_len, same)
+    equal_after(pixels, block, row_len, same, before[0], before[1], equal[0], equal[1])
+    if keep_replaced:
+        pred2d_of(before[0], before[1], number, forced, plain_origin)
+        forced &= ~same
+    _change_exact(equal[0], equal[1], same, forced, number, before_origin, keep, origin)
+    pred2d_of(equal[0], equal[1], number, plain, plain_origin)
+    if plain.sum() > keep.sum():
+        return False
+    keep[:], origin[:] = plain, plain_origin
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _change_exact(left, above, same, forced, number, reference, keep, origin):
     """The rule at threshold 0, of the equalities alone.
 
     left, above: whether a block equals its left neighbour, the one above. same: ... the one at its place in the
-    reference. forced: kept in any case. number: of this image. reference: (rows, cols, 2) `origin` of the reference.
-    Fills keep (rows, cols) and origin (rows, cols, 2): image and flat index of the kept block that stands there.
+    reference. forced: kept in any case. reference: `origin` of the reference; number, keep, origin: as above.
     """
     rows, cols = keep.shape
     told = np.zeros((rows, cols), np.bool_)  # changed since the reference, and where pred2d would expect it
@@ -195,16 +248,11 @@ def change_near(pixels, block, is_max, limit, forced, keep, at):
 
 def compile_all() -> None:
     """Compile every kernel, or load it from the cache."""
-    image = np.zeros(6, np.uint8)
-    image.flags.writeable = False
     flags, keep = np.zeros((1, 2), np.bool_), np.empty((1, 2), np.bool_)
-    origin = np.zeros((1, 2, 2), np.int32)
-    same_blocks(image, image, 1, 3, keep)
-    words = np.zeros(6, np.uint64)
-    words.flags.writeable = False
-    same_blocks(words, words, 1, 3, keep)
-    for pixels in (image, words):
-        equal_after(pixels, 1, 3, flags, flags, flags, keep, keep.copy())
+    equal, origin = np.zeros((2, 1, 2), np.bool_), np.zeros((1, 2, 2), np.int32)
+    for dtype in (np.uint8, np.uint64):
+        pixels = np.zeros(6, dtype)
+        pixels.flags.writeable = False
+        beside_exact(pixels, pixels, 1, 3, equal, origin, 0, False, equal.copy(), keep, origin.copy())
     pred2d_of(flags, flags, 0, keep, origin.copy())
-    change_exact(flags, flags, flags, flags, 0, origin, keep, origin.copy())
     change_near(np.zeros(12, np.uint8), 1, True, 1, flags, keep, np.empty((1, 2), np.int64))

@@ -170,21 +170,16 @@ def _beside(
 
 def _beside_exact(image: np.ndarray, before: Coded, number: int, keep_replaced: bool, block: int) -> Coded:
     from pixelprune.selection.strategies import pixel_bytes
-    from pixelprune.sessions.kernels import change_exact, equal_after, same_blocks
+    from pixelprune.sessions.kernels import beside_exact
 
     assert before.equal is not None
-    equal = np.empty_like(before.equal)
-    same, keep = (np.empty(equal.shape[1:], np.bool_) for _ in range(2))
     width, dtype = (8, np.uint64) if block % 8 == 0 else (1, np.uint8)
     ours, theirs = (pixel_bytes(pixels).view(dtype) for pixels in (image, before.standing))
-    row_len = 3 * block // width
-    same_blocks(ours, theirs, block, row_len, same)
-    equal_after(ours, block, row_len, same, *before.equal, *equal)
-    forced = ~same & _pred2d_of(before.equal, number).keep if keep_replaced else np.zeros_like(same)
-    origin = np.empty_like(before.selection.origin)
-    change_exact(*equal, same, forced, number, before.selection.origin, keep, origin)
-    coded, plain = SessionSelection(keep, origin, alone=False), _pred2d_of(equal, number)
-    return Coded(plain if plain.num_kept <= coded.num_kept else coded, image, equal)
+    equal, origin = np.empty_like(before.equal), np.empty_like(before.selection.origin)
+    keep = np.empty(equal.shape[1:], np.bool_)
+    known = before.equal, before.selection.origin, number, keep_replaced
+    alone = beside_exact(ours, theirs, block, 3 * block // width, *known, equal, keep, origin)
+    return Coded(SessionSelection(keep, origin, bool(alone)), image, equal)
 
 
 def _change_near(
