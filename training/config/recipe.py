@@ -218,10 +218,18 @@ def _field_type(kind: Any, key: str, prefix: str, source: str) -> Any:
     if key in hints:
         return hints[key]
     name = f"{prefix}.{key}" if prefix else key
-    close = _nearest(key, hints)
-    nearest = f"{prefix}.{close[0]}" if close and prefix else close[0] if close else ""
-    advice = f"did you mean {nearest!r}?" if nearest else f"valid keys are {', '.join(hints)}"
+    deeper = [] if prefix else _in_sections(key)
+    close = [f"{prefix}.{one}".lstrip(".") for one in _nearest(key, hints)]
+    meant = " or ".join(map(repr, deeper or close))
+    advice = f"did you mean {meant}?" if meant else f"valid keys are {', '.join(hints)}"
     raise ConfigError(f"{source}: unknown key {name!r}; {advice}")
+
+
+def _in_sections(key: str) -> list[str]:
+    """Where a key that was given without its section stands, under its name here or elsewhere."""
+    field = _NAMES_ELSEWHERE.get(key, key)
+    sections = get_type_hints(Config).items()
+    return [f"{name}.{field}" for name, kind in sections if field in get_type_hints(kind)]
 
 
 def _nearest(key: str, fields: Iterable[str]) -> list[str]:
@@ -243,6 +251,8 @@ def _refuse_interpolation(content: Any, source: str) -> None:
         )
 
 
+_KINDS = {"converted to Float": "a number", "converted to Integer": "a whole number", "a valid bool": "true or false"}
+_CONVERSION = re.compile(rf"Value '(?P<value>.*?)' .*(?P<kind>{'|'.join(_KINDS)}).*")
 _CHOICE = re.compile(r"Invalid value (?P<value>.*), expected one of \[(?P<choices>.*)\]")
 
 
@@ -251,4 +261,6 @@ def _one_line(error: Exception) -> str:
     key = next((line.removeprefix("full_key:").strip() for line in lines if line.startswith("full_key:")), "")
     if choice := _CHOICE.fullmatch(lines[0] if lines else ""):
         return f"{key}: expected one of {choice['choices'].replace(chr(39), '')}, got {choice['value']}"
+    if conversion := _CONVERSION.fullmatch(lines[0] if lines else ""):
+        return f"{key}: expected {_KINDS[conversion['kind']]}, got {conversion['value']!r}"
     return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0] if lines else type(error).__name__

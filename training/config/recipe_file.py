@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from training.config.settings import ConfigError
+from training.errors import path_meant
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,7 +77,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such recipe") from error
+        meant = path_meant(path)
+        raise ConfigError(f"{path}: no such recipe" + (f"; did you mean {meant}?" if meant else "")) from error
     except OSError as error:
         raise ConfigError(f"{str(path)[:200]}: cannot be read as a recipe: {error.strerror}") from error
     try:

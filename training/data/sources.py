@@ -8,7 +8,6 @@ it is asked for. A compressed file is unpacked for that, beside its index.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -25,6 +24,7 @@ from training.data.files.table_rows import ArrowFileRows, ArrowRows
 from training.data.files.tar_rows import TarRows
 from training.data.files.unpacked import COMPRESSIONS, home_of_index, side_folder, unpacked
 from training.data.settings import SourceSettings
+from training.errors import path_meant
 
 HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 """A data set of the hub, as the hub's own file system names it: a path that looks like OWNER/NAME is a path, and one
@@ -174,11 +174,9 @@ def _what_is_missing(path: Path) -> str:
     missing = path
     while not missing.parent.exists():
         missing = missing.parent
-    names = [other.name for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
-    near = difflib.get_close_matches(missing.name, names, n=1)
     what = "no such file or folder" if missing == path else f"there is no {missing}"
-    if near:
-        return f"{what}; did you mean {missing.with_name(near[0])}?"
+    if meant := path_meant(path):
+        return f"{what}; did you mean {meant}?"
     is_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix
     return f"{what}; a data set of the hub is written hf://datasets/{path}" if is_like_hub else what
 

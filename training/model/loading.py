@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from pixelprune.model_folder import ModelFolder
 from training.config.settings import AUTO, ConfigError, ModelSettings
 from training.distributed.ranks import Ranks
+from training.errors import path_meant
 from training.model.attention import load_pretrained
 from training.model.attention_check import check_attention
 from training.model.compiled import compile_layers
@@ -28,7 +29,8 @@ def load_model_files(settings: ModelSettings, key: str = "model.path") -> ModelF
     """The model folder or hub id of a recipe, without its weights. Raises ConfigError naming `key`."""
     path = settings.path
     if not (Path(path).is_dir() or is_hub_id(path)):
-        raise ConfigError(f"{key}: no such model folder: {path}")
+        meant = path_meant(Path(path))
+        raise ConfigError(f"{key}: no such model folder: {path}" + (f"; did you mean {meant}?" if meant else ""))
     try:
         return ModelFolder.open(path, trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
