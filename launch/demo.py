@@ -44,8 +44,11 @@ def _demo() -> int:
 
 
 def _make_start_model(console: Console) -> None:
+    from transformers.utils.logging import disable_progress_bar
+
     from training.composition.toy import build_toy_model, texts_of_records
 
+    disable_progress_bar()  # of files that take milliseconds
     folder = build_toy_model(RUN / "start", texts_of_records(SAMPLES / "train.jsonl"))
     console.print(f"a toy Qwen3-VL of 4 million random weights, in the form of the real ones: {folder}")
 

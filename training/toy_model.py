@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from pixelprune.command import CommandParser, plain_console
 from pixelprune.family import FAMILIES
 from training.command import run_command
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def build() -> None:
+        disable_progress_bar()  # of files that take milliseconds
         texts = texts_of_records(args.texts) if args.texts else DEFAULT_TEXTS
         folder = build_toy_model(args.folder, texts, family=args.family, seed=args.seed)
         plain_console().print(f"toy model written to {folder}")
