@@ -55,7 +55,7 @@ def _quieten() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    # requests silences it; it came through when another thread put back its filters while the one of wandb imported this.
+    # requests silences it, unless another thread puts its own filters back while wandb's imports this.
     warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its tries again; how it ended is said once

@@ -131,9 +131,14 @@ def test_a_curve_has_every_extreme_and_only_numbers(monkeypatch):
 
 
 def test_charts_come_in_the_order_of_the_table_and_what_nobody_has_is_named():
-    charts, missing = charts_of(["retain_ratio", "lr_llm", "eval_loss", "loss", "ce"])
+    run = {
+        name: {"steps": [1, 2], "values": [0, 0.5]} for name in ("retain_ratio", "lr_llm", "eval_loss", "loss", "ce")
+    }
+    never_used, always_wrong = ({"steps": [1, 2], "values": [0.0, 0.0]} for _ in range(2))
+    charts, missing = charts_of([run, run | {"shared_prefix": never_used, "eval_accuracy": always_wrong}])
     assert [(chart["name"], chart["is_first"]) for chart in charts] == [
-        ("ce", True), ("eval_loss", True), ("retain_ratio", True), ("loss", False), ("lr_llm", False)
+        ("ce", True), ("eval_loss", True), ("eval_accuracy", True), ("retain_ratio", True),
+        ("loss", False), ("lr_llm", False), ("shared_prefix", False)
     ]  # fmt: skip
     assert "MFU on kept tokens" in missing
     assert "retain ratio" not in missing

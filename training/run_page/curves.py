@@ -56,11 +56,15 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
     return [steps[i] for i in kept], [values[i] for i in kept]
 
 
-def charts_of(names: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Charts for these metrics, losses and accuracies before the order of METRICS, others behind; and what of METRICS
-    nobody recorded, in words."""
-    found = set(names)
+def charts_of(runs: Iterable[Mapping[str, Mapping[str, Sequence[float]]]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Charts for the metrics of these runs' curves, losses and accuracies before the order of METRICS; behind them what
+    is not in METRICS, and what is 0 throughout: of parts that no run uses. And what of METRICS nobody recorded, in words.
+    """
+    runs = list(runs)
+    found = {name for curves in runs for name in curves}
     hidden = {name for name in _HIDDEN if name in found and "ce" in found}
+    used = {name for curves in runs for name, curve in curves.items() if any(curve["values"])}
+    hidden |= {name for name in found - used if not name.startswith(_RARE)}
     known = [metric for metric in METRICS if metric.name in found - hidden]
     known.sort(key=lambda metric: (metric.name not in ("loss", "ce"), not metric.name.startswith(_RARE)))
     charts = [Chart(metric.name, metric.words, metric.name.startswith(_RARE), is_first=True) for metric in known]

@@ -75,7 +75,7 @@ def _content(runs: Mapping[str, Path]) -> dict[str, Any]:
             "curves": curves_of(rows),
         }
         parts.append(part)
-    charts, missing = charts_of(name for part in parts for name in part["curves"])
+    charts, missing = charts_of(part["curves"] for part in parts)
     recipes = [read_recipe(folder) for folder in runs.values()]
     return {
         "runs": parts,
