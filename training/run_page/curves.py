@@ -58,7 +58,7 @@ def _thinned(steps: list[int], values: list[float]) -> tuple[list[int], list[flo
 
 def charts_of(runs: Iterable[Mapping[str, Mapping[str, Sequence[float]]]]) -> tuple[list[dict[str, Any]], list[str]]:
     """Charts for the metrics of these runs' curves, losses and accuracies before the order of METRICS; behind them what
-    is not in METRICS, and what is 0 throughout: of parts that no run uses. And what of METRICS nobody recorded, in words.
+    is not in METRICS, and what is 0 throughout, of parts that no run uses. And what nobody recorded, in words.
     """
     runs = list(runs)
     found = {name for curves in runs for name in curves}
