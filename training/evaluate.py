@@ -19,8 +19,9 @@ from training.command import run_command, set_up_logging
 from training.config.settings import ATTENTION_NAMES
 from training.distributed.ranks import join_ranks, leave_ranks
 from training.evaluation.answering import AnswerSettings
-from training.evaluation.inputs import model_of
+from training.evaluation.inputs import default_out, model_of
 from training.evaluation.passes import MODES, evaluate, result_table
+from training.evaluation.results_page import PAGE_FILE
 from training.exit_codes import leave_process
 from training.model.loading import DTYPES
 
@@ -40,6 +41,11 @@ def _evaluate(args: argparse.Namespace) -> None:
         if ranks.is_first:
             for mode, result in results.items():
                 plain_console(width=max(console.width, 110)).print(result_table(mode, result))
+            out = args.out or default_out(args.checkpoint)
+            out = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+            page = f"{PAGE_FILE}; " if args.page else ""
+            what = f"{page}predictions, figures and a sheet in {' and '.join(results)}"
+            plain_console().print(f"results: {out} ({what})", soft_wrap=True)
     finally:
         leave_ranks()
 

@@ -31,6 +31,7 @@ from training.errors import UserError
 from training.evaluation import answering
 from training.evaluation.answering import AnswerSettings, predict, prepare_task, read_tasks
 from training.evaluation.inputs import default_out, name_sources
+from training.evaluation.passes import result_table
 from training.evaluation.prediction_files import PredictionFiles
 from training.evaluation.prediction_sheet import draw_sheet
 from training.evaluation.scoring import Prediction
@@ -380,3 +381,13 @@ def test_half_a_character_fails_its_record_alone(toy_folder, tmp_path):
     assert refused == {}
     (made,) = predict(None, Prompter.load(str(toy_folder)), tasks, AnswerSettings())
     assert "not valid Unicode" in made[0].error
+
+
+def test_a_benchmark_without_subsets_is_one_line_of_the_table():
+    score = {"num": 4, "accuracy": 0.5, "num_unparsed": 0, "num_failed": 0, "retain_ratio": 0.3}
+    score |= {"tokens_per_answer": 9.0, "first_token_s": 0.1}
+    groups = {"overall": {"all": score}, "benchmark": {"a": score}, "element": {"icon": score}}
+    result = {"prune": {"strategy": "none"}, "num_refused": 0, **groups}
+    for subset, lines in ((["a"], ["all", "a", "icon"]), (["x", "y"], ["all", "a", "x", "y", "icon"])):
+        table = result_table("full", result | {"subset": dict.fromkeys(subset, score)})
+        assert list(table.columns[0].cells) == lines

@@ -168,7 +168,8 @@ def result_table(mode: str, result: dict[str, Any]) -> Table:
     table = Table(title=f"{mode} ({strategy})", title_justify="left")
     for head in ("", "records", "accuracy", "macro", "not parsed", "failed", "retain", "tokens", "first token s"):
         table.add_column(head, justify="left" if not head else "right")
-    for group in ("overall", "benchmark", "subset", "element"):
+    has_subsets = set(result["subset"]) != set(result["benchmark"])  # a benchmark without any is its own
+    for group in ("overall", "benchmark", *(("subset",) if has_subsets else ()), "element"):
         for name, score in result[group].items():
             table.add_row(
                 name,

@@ -62,7 +62,7 @@ class RunPage:
 
 
 def _content(runs: Mapping[str, Path]) -> dict[str, Any]:
-    parts = []
+    parts: list[dict[str, Any]] = []
     for name, folder in runs.items():
         rows = read_metrics(folder)
         summary = {words: finite(value) for words, value in summarise(rows).items()}
