@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
+import training.distributed.engine
 from pixelprune.attention.prefixes import find_groups
 from pixelprune.pack import pack_samples, row_pictures
 from pixelprune.records.collator import dummy_sample
@@ -62,10 +67,11 @@ def make_samples(tokenizer, *, some_without_image: bool, screens: Sequence[int] 
     ]
 
 
-def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
-    """Loss and gradient norm of three optimizer steps from the same weights, the global batch cut by `packing`."""
+def train_three_steps(packing: str, model_path: str, ranks: Ranks, dtype: str = "float32") -> dict:
+    """Loss and gradient norm of three optimizer steps from the same weights, the global batch cut by `packing`; a hash
+    of the weights behind them."""
     config = Config(
-        model=ModelSettings(path=model_path, dtype="float32", recompute_vit=1, recompute_llm=1),
+        model=ModelSettings(path=model_path, dtype=dtype, recompute_vit=1, recompute_llm=1),
         optim=OptimSettings(lr=1e-3, max_grad_norm=0.0),
     )
     files = load_model_files(config.model)
@@ -119,7 +125,15 @@ def train_three_steps(packing: str, model_path: str, ranks: Ranks) -> dict:
         steps.append({"loss": metrics["loss"], "grad_norm": float(engine.get_global_grad_norm())})
     names = ("num_samples", "num_supervised", "shared_prefix", "shared_vision")
     counts = {name: metrics[name] for name in names}
-    return {"steps": steps, **counts, "layer_calls_per_pack": len(calls) / (3 * 2 * len(mine))}
+    weights = hashlib.sha256(b"".join(p.detach().float().numpy().tobytes() for p in model.parameters())).hexdigest()
+    return {"steps": steps, **counts, "weights": weights, "layer_calls_per_pack": len(calls) / (3 * 2 * len(mine))}
+
+
+def _not_alone(make: Callable[..., dict], *args: Any, is_alone: bool, **kwargs: Any) -> dict:
+    settings, alone = (make(*args, is_alone=one, **kwargs) for one in (False, is_alone))
+    ways = [made["zero_optimization"]["contiguous_gradients"] for made in (settings, alone)]
+    assert ways == [True, False], "the two ways differ"
+    return settings
 
 
 def main() -> None:
@@ -129,6 +143,13 @@ def main() -> None:
     packings = ["four packs", "text beside images", "two screenshots, shared", "some screenshots twice, encoded once"]
     packings += ["one pack", "two screenshots", "some screenshots twice"] if ranks.world_size == 1 else []
     results = {packing: train_three_steps(packing, model_path, ranks) for packing in packings}
+    if ranks.world_size == 1:
+        # Gradients left where they are, and the copies that several ranks make.
+        copying = functools.partial(_not_alone, training.distributed.engine.deepspeed_json)
+        for dtype in ("float32", "bfloat16"):
+            results[f"left, {dtype}"] = train_three_steps("four packs", model_path, ranks, dtype)
+            with mock.patch.object(training.distributed.engine, "deepspeed_json", copying):
+                results[f"copied, {dtype}"] = train_three_steps("four packs", model_path, ranks, dtype)
     if ranks.is_first:
         Path(out).write_text(json.dumps(results))
     leave_ranks()

@@ -34,6 +34,13 @@ def test_four_packs_equal_all_samples_in_one(results):
     assert_same(results[1]["one pack"], results[1]["four packs"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_that_one_rank_leaves_in_place_train_as_copied_ones(results, dtype):
+    left, copied = (results[1][f"{way}, {dtype}"] for way in ("left", "copied"))
+    assert left["steps"] == copied["steps"]
+    assert left["weights"] == copied["weights"]
+
+
 def test_a_rank_without_an_image_trains_beside_one_that_has(results):
     assert_same(results[2]["text beside images"], results[1]["text beside images"])
 

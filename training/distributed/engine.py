@@ -22,6 +22,9 @@ from training.model.parameters import parameter_groups
 
 logger = logging.getLogger(__name__)
 
+BUCKET_OF_ONE_RANK = 2**18
+"""Elements, 1 MB: a CPU that reduces nothing gains nothing from more at once."""
+
 
 def bucket_elements(wanted: int, model: nn.Module) -> int:
     """Elements of ZeRO's gradient bucket: those `wanted`, but room for every gradient that others follow in backward.
@@ -50,10 +53,13 @@ def deepspeed_json(
     dtype: str,
     max_grad_norm: float,
     reduce_bucket_size: int = 0,
+    is_alone: bool = False,
 ) -> dict[str, Any]:
     """DeepSpeed's settings, generated. Raises ConfigError for a passthrough that is not allowed.
 
     reduce_bucket_size: `bucket_elements` of the model, or what the setting says.
+    is_alone: of one rank. On a CPU its gradients then stay where backward left them: with nothing to reduce, a bucket
+    and the copy behind it would be two more sets of gradients in the step's peak. What is left is a copy of a bucket.
 
     Buckets, for models of 2 to 8 billion weights in bfloat16: 200 million elements are 0.4 GB, twice (one fills while
     the other is reduced), 1 % of an 80 GB device; DeepSpeed's 500 million would be 2 GB. A backward makes 11 to 44 of
@@ -70,6 +76,9 @@ def deepspeed_json(
     """
     check_passthrough(distributed.deepspeed)
     on_cpu = device.type == "cpu"
+    # ZeRO-1 has no other way than the copy.
+    copies_gradients = not (is_alone and on_cpu and distributed.zero_stage == 2)
+    bucket = reduce_bucket_size or distributed.reduce_bucket_size
     generated: dict[str, Any] = {
         # The loop decides where an optimizer step ends and scales losses itself: these two only satisfy DeepSpeed.
         "train_micro_batch_size_per_gpu": 1,
@@ -78,8 +87,8 @@ def deepspeed_json(
         "zero_optimization": {
             "stage": distributed.zero_stage,
             "overlap_comm": not on_cpu,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": reduce_bucket_size or distributed.reduce_bucket_size,
+            "contiguous_gradients": copies_gradients,
+            "reduce_bucket_size": bucket if copies_gradients else min(bucket, BUCKET_OF_ONE_RANK),
             "allgather_bucket_size": 2 * -(-distributed.reduce_bucket_size // 2),  # it must be even
         },
         "bf16": {"enabled": dtype == "bfloat16"},
@@ -116,6 +125,7 @@ def build_engine(
         dtype=dtype,
         max_grad_norm=optim.max_grad_norm,
         reduce_bucket_size=bucket_elements(distributed.reduce_bucket_size, module),
+        is_alone=ranks.world_size == 1,
     )
     if ranks.is_first:
         stage, backend = distributed.zero_stage, torch.distributed.get_backend()
