@@ -1,8 +1,10 @@
-"""A file or a folder appears under its name whole or not at all, also after a kill or a power cut."""
+"""A file or a folder appears under its name whole or not at all, also after a kill or a power cut. And names of files
+that are nearly right."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import glob
 import logging
@@ -13,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["PARTIAL", "whole_file", "whole_folder", "write_whole"]
+__all__ = ["PARTIAL", "path_meant", "whole_file", "whole_folder", "write_whole"]
 
 PARTIAL = ".partial"
 """Ends the name of what is being written."""
@@ -120,3 +122,15 @@ def _errors_name(path: Path, partial: Path) -> Iterator[None]:
         if str(error.filename) == str(partial) or (error.filename is None and error.errno in _NO_ROOM):
             error.filename = str(path)
         raise
+
+
+def path_meant(path: Path) -> Path | None:
+    """What was probably meant by a path where nothing is: a name nearly like its first part that is not there."""
+    missing = path
+    while not missing.parent.exists():
+        missing = missing.parent
+    names = [other.name for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, names)
+    # Names that have but their suffix in common are not near.
+    near = [name for name in near if difflib.get_close_matches(missing.stem, [Path(name).stem], n=1)]
+    return missing.with_name(near[0]) if near else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pixelprune.family import family_of
+from pixelprune.files import path_meant
 from pixelprune.settings import PruneSettings, ResizeSettings
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ __all__ = [
     "PRUNE_FILE",
     "ModelFolder",
     "TrainedWith",
+    "is_hub_id",
     "prune_file",
     "read_model_file",
     "read_prune_file",
@@ -30,6 +33,7 @@ __all__ = [
 PRUNE_FILE = "pixelprune.json"
 """Beside a trained model's weights: what of its training inference has to repeat (`TrainedWith`)."""
 PREPROCESSOR_FILE = "preprocessor_config.json"
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
 class TrainedWith(NamedTuple):
@@ -65,6 +69,9 @@ class ModelFolder:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             if "trust_remote_code" in str(error):
                 said = "it brings code of its own; read it, then set trust_remote_code"
+            elif not (Path(path).is_dir() or is_hub_id(path)):
+                meant = path_meant(Path(path))
+                said = "there is no such folder" + (f"; did you mean {meant}?" if meant else "")
             raise ValueError(f"{path} is not a loadable model folder: {said}") from error
         family_of(config)
         if getattr(config, "image_token_id", None) is None:
@@ -79,6 +86,11 @@ class ModelFolder:
         from pixelprune.pack import VisionGeometry  # torch loads here: processes that only index do without
 
         return VisionGeometry.from_config(self.config, self.preprocessor)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is no folder here may be a hub id, OWNER/NAME; others are typos that no network knows."""
+    return _HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
 
 
 def read_model_file(path: str, name: str, revision: str | None = None) -> str | None:

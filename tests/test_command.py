@@ -142,3 +142,11 @@ def test_help_of_every_inner_command_begins_with_an_example_that_it_takes(packag
         start, module, *words = shlex.split(first.removeprefix("example: "))[1:]
         assert (start, module, words[0]) == ("-m", package, name), first
         parser.parse_args(words)
+
+
+def test_a_file_that_is_not_there_is_named_with_what_was_meant(tmp_path, capsys):
+    (tmp_path / "train.jsonl").touch()
+    assert run_command(lambda: open(tmp_path / "trian.jsonl").close()) == 2
+    said = capsys.readouterr().err
+    meant = tmp_path / "train.jsonl"
+    assert said == f"error: {tmp_path}/trian.jsonl: No such file or directory; did you mean {meant}?\n"

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
 
 class UserError(ValueError):
     """What is wrong, what was expected, what came, and which setting to change, in one line."""
-
-
-def path_meant(path: Path) -> Path | None:
-    """What was probably meant by a path where nothing is: a name nearly like its first part that is not there."""
-    missing = path
-    while not missing.parent.exists():
-        missing = missing.parent
-    names = [other.name for other in missing.parent.iterdir()] if missing.parent.is_dir() else []
-    near = difflib.get_close_matches(missing.name, names)
-    # Names that have but their suffix in common are not near.
-    near = [name for name in near if difflib.get_close_matches(missing.stem, [Path(name).stem], n=1)]
-    return missing.with_name(near[0]) if near else None
 
 
 class StopAskedError(Exception):

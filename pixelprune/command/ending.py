@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from rich.text import Text
 
 from pixelprune.command.console import plain_console
+from pixelprune.files import path_meant
 
 __all__ = ["INTERRUPTED", "USER_ERROR", "print_error", "run_command"]
 
@@ -34,5 +36,13 @@ def run_command(do: Callable[[], int | None], *, expected: tuple[type[Exception]
 
 def print_error(error: Exception | str) -> None:
     """One line on stderr; text in [brackets] is text. A name that is not Unicode is shown with its bytes escaped."""
-    line = str(error).encode("utf-8", "backslashreplace").decode()
+    line = _said_of_a_file(error) if isinstance(error, OSError) and isinstance(error.filename, str) else str(error)
+    line = line.encode("utf-8", "backslashreplace").decode()
     plain_console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {line}"), soft_wrap=True)
+
+
+def _said_of_a_file(error: OSError) -> str:
+    """Which file, what about it, and what was probably meant; without the system's number for it."""
+    line = f"{error.filename}: {error.strerror}"
+    meant = path_meant(Path(error.filename)) if isinstance(error, FileNotFoundError) else None
+    return f"{line}; did you mean {meant}?" if meant else line

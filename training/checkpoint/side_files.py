@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pixelprune.model_folder import PREPROCESSOR_FILE, PRUNE_FILE, ModelFolder, read_model_file
+from pixelprune.model_folder import PREPROCESSOR_FILE, PRUNE_FILE, ModelFolder, is_hub_id, read_model_file
 from pixelprune.selection.registry import is_in_time
 from pixelprune.settings import ResizeSettings
 from training.config.settings import Config
@@ -24,7 +24,6 @@ COPIED = (
 )  # fmt: skip
 """Files of a published model that stock loaders and converters read beside the tokenizer's own, and its license."""
 LICENSE_KEYS = ("license", "license_name", "license_link")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/\w+/?$")
 
 
@@ -90,7 +89,7 @@ def _hub_id(path: str) -> str:
     """OWNER/NAME of a model that came from the hub, by its id or out of the hub's cache; "" for another folder."""
     if cached := _CACHED.search(path):
         return "/".join(cached.groups())
-    return path if _HUB_ID.fullmatch(path) and not Path(path).is_dir() else ""
+    return path if is_hub_id(path) else ""
 
 
 def _front_matter(card: str) -> dict[str, Any]:

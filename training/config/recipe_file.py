@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from pixelprune.files import path_meant
 from training.config.settings import ConfigError
-from training.errors import path_meant
 
 
 class _Loader(yaml.SafeLoader):

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from pixelprune.files import path_meant
 from pixelprune.records.prepare import PreparedRecord, Preparer
 from training.data.files.address import is_remote
 from training.data.files.csv_rows import CsvRows
@@ -24,7 +25,6 @@ from training.data.files.table_rows import ArrowFileRows, ArrowRows
 from training.data.files.tar_rows import TarRows
 from training.data.files.unpacked import COMPRESSIONS, home_of_index, side_folder, unpacked
 from training.data.settings import SourceSettings
-from training.errors import path_meant
 
 HUB = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 """A data set of the hub, as the hub's own file system names it: a path that looks like OWNER/NAME is a path, and one

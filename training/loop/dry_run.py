@@ -9,17 +9,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForImageTextToText
 
-from pixelprune.model_folder import ModelFolder
+from pixelprune.model_folder import ModelFolder, is_hub_id
 from pixelprune.records.prepare import Preparer
 from pixelprune.records.record import RecordError
 from training.config.settings import AUTO, Config
 from training.data.inspection import spread
-from training.data.settings import SourceSettings
+from training.data.settings import DataSettings, SourceSettings
 from training.data.sources import HUB, Source, open_sources
 from training.errors import UserError
 from training.loop.feed import prepare_settings
 from training.loop.memory import Recomputation, estimate_memory, is_estimated, state_bytes, teacher_weights
-from training.model.loading import is_hub_id, load_model_files
+from training.model.loading import load_model_files
 from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts
 from training.teacher.files import TeacherPlan, load_teacher_files
@@ -38,7 +38,7 @@ def dry_run(config: Config, console: Console, *, num_ranks: int, on_gpu: bool) -
     table.add_row("model", f"{files.path}, {files.config.model_type}, {config.model.dtype}")
     preparer = prepare_settings(config, files).build()
     for what, settings in (("data", config.data.sources), ("held-out data", config.data.eval_sources)):
-        for name, said in _look_at(settings, preparer, config.data.index_dir):
+        for name, said in _look_at(settings, preparer, config.data):
             table.add_row(what, f"{name}: {said}")
     for line in _memory(config, files, num_ranks, "varlen" if on_gpu else "sdpa"):
         table.add_row("memory of a rank", line)
@@ -58,18 +58,18 @@ def missing_paths(config: Config) -> list[str]:
     ]
 
 
-def _look_at(settings: list[SourceSettings], preparer: Preparer, index_dir: str) -> list[tuple[str, str]]:
+def _look_at(settings: list[SourceSettings], preparer: Preparer, data: DataSettings) -> list[tuple[str, str]]:
     """(name, what was found) of every source. Raises UserError for one of which no sampled record can be used."""
     if not settings:
         return []
     try:
-        sources = open_sources(settings, index_dir)
+        sources = open_sources(settings, data.index_dir)
     except (ValueError, OSError) as error:
         raise UserError(str(error).splitlines()[0]) from error
-    return [(source.name, _sampled(source, preparer)) for source in sources]
+    return [(source.name, _sampled(source, preparer, data.max_quarantined_share)) for source in sources]
 
 
-def _sampled(source: Source, preparer: Preparer) -> str:
+def _sampled(source: Source, preparer: Preparer, max_share: float) -> str:
     rows = spread(len(source), NUM_SAMPLES)
     num_tokens = kept = full = 0
     refused = []
@@ -89,7 +89,10 @@ def _sampled(source: Source, preparer: Preparer) -> str:
         f"{len(source)} records; of {len(rows)} sampled {num_tokens / (len(rows) - len(refused)):.0f} tokens on average"
     )
     said += f", {kept / full:.1%} of the blocks kept" if full else ", no images"
-    return said + (f"; {len(refused)} of them would be quarantined, {refused[0]}" if refused else "")
+    if refused:
+        said += f"; {len(refused)} of them would be quarantined, {refused[0]}; no run starts with a share of more than "
+        said += f"data.max_quarantined_share={max_share:g}"
+    return said
 
 
 def _memory(config: Config, files: ModelFolder, num_ranks: int, attention_for_auto: str) -> list[str]:

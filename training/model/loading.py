@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from pixelprune.model_folder import ModelFolder
+from pixelprune.files import path_meant
+from pixelprune.model_folder import ModelFolder, is_hub_id
 from training.config.settings import AUTO, ConfigError, ModelSettings
 from training.distributed.ranks import Ranks
-from training.errors import path_meant
 from training.model.attention import load_pretrained
 from training.model.attention_check import check_attention
 from training.model.compiled import compile_layers
@@ -21,7 +20,6 @@ from training.model.fused import use_fused
 
 logger = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -35,11 +33,6 @@ def load_model_files(settings: ModelSettings, key: str = "model.path") -> ModelF
         return ModelFolder.open(path, trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path that is no folder here may be a hub id, OWNER/NAME; others are typos that no network knows."""
-    return _HUB_ID.fullmatch(path) is not None and not Path(path).is_dir()
 
 
 def load_model_files_once(settings: ModelSettings, ranks: Ranks, key: str = "model.path") -> ModelFolder:

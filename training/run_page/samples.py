@@ -9,6 +9,7 @@ from typing import Any
 
 from pixelprune.command.page import embedded_picture, omitted_runs
 from pixelprune.images.image import decode_image
+from pixelprune.model_folder import is_hub_id
 from pixelprune.records.images import read_image
 from pixelprune.records.prepare import PreparedRecord, Preparer
 from pixelprune.records.record import RecordError
@@ -18,7 +19,7 @@ from training.data.files.address import is_remote
 from training.data.inspection import describe_image, runs, spread
 from training.data.sources import Source, open_sources
 from training.loop.feed import prepare_settings
-from training.model.loading import is_hub_id, load_model_files
+from training.model.loading import load_model_files
 from training.run_page.run_folder import cut
 
 logger = logging.getLogger(__name__)
