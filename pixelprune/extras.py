@@ -21,8 +21,8 @@ def require_extra(what: str, extra: str, modules: tuple[str, ...]) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"{what} needs {', '.join(missing)}: pip install 'pixelprune[{extra}]' (in the checkout: "
-            f"pip install -e '.[{extra}]')",
+            f"{what} needs {', '.join(missing)}: pip install 'pixelprune[{extra}]' (in the checkout: `make install`, "
+            "then `source .venv/bin/activate`)",
             name=missing[0],
         )
 

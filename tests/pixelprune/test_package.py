@@ -131,7 +131,7 @@ def test_what_is_not_installed_is_one_line_with_the_command():
         require_extra("training", "train", ("numpy", "no_such_module", "nor_this"))
     assert str(caught.value) == (
         "training needs no_such_module, nor_this: pip install 'pixelprune[train]' "
-        "(in the checkout: pip install -e '.[train]')"
+        "(in the checkout: `make install`, then `source .venv/bin/activate`)"
     )
 
 
