@@ -9,6 +9,9 @@ weights and records through transformers alone, one by one (`benchmarks.parts.st
 process, without recomputation and without loader processes; the first round is warm-up. Ratios are medians over the
 rounds of one step beside another of the same round; CPU seconds stand beside the wall clock, for machines that do
 other work. Before anything is measured, loss and gradient of a shared step are held to those of the samples apart.
+
+FLOPs say nothing of decoding, the optimizer and whatever else a step does as often however many questions share it. So
+forward and backward are timed for themselves too, and one step of each way with the most questions is taken apart.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ from benchmarks.exact_screens import write_exact_screens
 from benchmarks.parts.one_rank import only_rank
 from benchmarks.parts.record import markdown_table, write_record
 from benchmarks.parts.shapes import SHAPES
-from benchmarks.parts.step_meter import DeviceMeter
+from benchmarks.parts.step_meter import PhaseMeter
+from benchmarks.parts.step_profile import PARTS, profile_step
 from benchmarks.parts.step_ways import Bench, Way
 from benchmarks.parts.stock import StockTrainer
 from benchmarks.step_stock import Measured, measured, read_records
@@ -69,8 +73,8 @@ def ways_of(bench: Bench, num: int, num_steps: int) -> dict[str, Way]:
     }
 
 
-def our_step(bench: Bench, way: Way, seen: list[MicroBatch]) -> float:
-    """The next optimizer step of a way; `seen` becomes its packs."""
+def our_step(bench: Bench, way: Way, seen: list[MicroBatch], spent: dict[str, float] | None = None) -> float:
+    """The next optimizer step of a way; `seen` becomes its packs, `spent` its seconds by phase."""
     bench.prepare(way)
     seen.clear()
 
@@ -79,12 +83,15 @@ def our_step(bench: Bench, way: Way, seen: list[MicroBatch]) -> float:
             seen.append(batch)
             yield batch
 
-    meter = DeviceMeter(bench.ranks)
+    meter = PhaseMeter(bench.ranks)
     run_step(bench.engine, noted(next(way.steps)[1]), meter)
-    return float(meter.finish_step()[1]["loss"])
+    phases = meter.finish_phases()
+    if spent is not None:
+        spent |= phases
+    return meter.loss
 
 
-def measure(bench: Bench, stock: StockTrainer, num: int, rounds: int) -> dict[str, list[Measured]]:
+def measure(bench: Bench, stock: StockTrainer | None, num: int, rounds: int) -> dict[str, list[Measured]]:
     """Steps of every way with `num` questions about one screenshot, by round; the first round is left out."""
     by_id = read_records(bench.records)
     ways = ways_of(bench, num, rounds + 1)
@@ -92,14 +99,26 @@ def measure(bench: Bench, stock: StockTrainer, num: int, rounds: int) -> dict[st
     for number in range(rounds + 1):
         row, same = {}, list[dict[str, Any]]()
         for name, way in ways.items():
-            row[name] = measured(partial(our_step, bench, way, seen), device)
+            spent: dict[str, float] = {}
+            row[name] = measured(partial(our_step, bench, way, seen, spent), device)
             row[name] |= {"flops": seen[0].flops, "tokens": seen[0].pack.num_tokens}
+            row[name]["model_s"] = spent["forward"] + spent["backward"]
             same = [by_id[record] for record in seen[0].record_ids]
-        row[STOCK] = measured(partial(stock.step, same, bench.records.parent, padded=False), device)
-        row[STOCK] |= {what: row["Full"][what] for what in ("flops", "tokens")}
+        if stock is not None:
+            row[STOCK] = measured(partial(stock.step, same, bench.records.parent, padded=False), device)
+            row[STOCK] |= {what: row["Full"][what] for what in ("flops", "tokens")}
         for name, one in row.items():
             if number:
                 found.setdefault(name, []).append(one)
+    return found
+
+
+def parts_of(bench: Bench, num: int) -> dict[str, dict[str, float]]:
+    """Seconds of one step of each way by part of the model (`benchmarks.parts.step_profile`); the second of two."""
+    found = {}
+    for name, way in ways_of(bench, num, 2).items():
+        for _ in range(2):
+            found[name] = profile_step(bench.module, partial(our_step, bench, way, []))
     return found
 
 
@@ -136,13 +155,22 @@ def summarise(num: int, found: dict[str, list[Measured]]) -> list[dict[str, Any]
         apart = name.removesuffix(", shared")
         row = {"questions": num, "way": name, "flops_ratio": middle(apart, "flops") / middle(name, "flops")}
         row |= {what: middle(name, what) for what in ("wall_s", "cpu_s", "added_bytes", "flops", "tokens")}
+        row["parts_over_apart"] = gain(apart, name, "model_s") if name != STOCK else None
         for clock in ("wall_s", "cpu_s"):
-            row |= {f"over_apart_{clock}": gain(apart, name, clock), f"over_stock_{clock}": gain(STOCK, name, clock)}
+            row[f"over_apart_{clock}"] = gain(apart, name, clock)
+            row[f"over_stock_{clock}"] = gain(STOCK, name, clock) if STOCK in found else None
         rows.append(row | {"steps": steps})
     return rows
 
 
 def table_of(rows: list[dict[str, Any]]) -> str:
+    """All ways: what a step computes and takes."""
+
+    def over_stock(row: dict[str, Any]) -> dict[str, str]:
+        if row["over_stock_cpu_s"] is None:
+            return {}
+        return {"over stock (CPU time)": f"{row['over_stock_wall_s']:.2f}x ({row['over_stock_cpu_s']:.2f}x)"}
+
     return markdown_table(
         [
             {
@@ -152,12 +180,38 @@ def table_of(rows: list[dict[str, Any]]) -> str:
                 "step ms": f"{1000 * row['wall_s']:.0f}",
                 "CPU ms": f"{1000 * row['cpu_s']:.0f}",
                 "memory of the step MB": f"{row['added_bytes'] / 1e6:.0f}",
-                "over apart (CPU time)": f"{row['over_apart_wall_s']:.2f}x ({row['over_apart_cpu_s']:.2f}x)",
-                "FLOPs ratio": f"{row['flops_ratio']:.2f}x",
-                "over stock (CPU time)": f"{row['over_stock_wall_s']:.2f}x ({row['over_stock_cpu_s']:.2f}x)",
             }
+            | over_stock(row)
             for row in rows
         ]
+    )
+
+
+def gain_table(rows: list[dict[str, Any]]) -> str:
+    """Shared beside apart: CPU time of whole steps and of forward and backward, and the share of what FLOPs allow."""
+
+    def beside(gain: float, row: dict[str, Any]) -> str:
+        return f"{gain:.2f}x ({gain / row['flops_ratio']:.2f})"
+
+    return markdown_table(
+        [
+            {
+                "questions": row["questions"],
+                "way": row["way"],
+                "FLOPs ratio": f"{row['flops_ratio']:.2f}x",
+                "forward and backward over apart (of the FLOPs ratio)": beside(row["parts_over_apart"], row),
+                "whole step over apart (of the FLOPs ratio)": beside(row["over_apart_cpu_s"], row),
+                "wall clock": f"{row['over_apart_wall_s']:.2f}x",
+            }
+            for row in rows
+            if row["way"].endswith("shared")
+        ]
+    )
+
+
+def parts_table(found: dict[str, dict[str, float]]) -> str:
+    return markdown_table(
+        [{"part": part} | {name: f"{1000 * seconds[part]:.0f} ms" for name, seconds in found.items()} for part in PARTS]
     )
 
 
@@ -169,6 +223,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--retain", type=float, default=0.4, help="share of kept blocks")
     parser.add_argument("--megapixels", type=float, default=0.3, help="size of the screenshots")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds")
+    parser.add_argument("--no-stock", action="store_true", help="shared beside apart alone")
     parser.add_argument("--threads", type=int, default=1, help="torch threads on a cpu")
     parser.add_argument("--folder", type=Path, default=Path("runs/share"))
     parser.add_argument("--name", help="name of the record under benchmarks/results")
@@ -192,13 +247,16 @@ def main() -> None:
     ]  # fmt: skip
     bench = Bench(arguments.shapes, folder, settings, ranks, files[arguments.questions[-1]])
     differences = check_equal_work(bench, arguments.questions[-1])
-    stock = StockTrainer(
-        bench.model, bench.files.tokenizer, bench.config.resize, attention="sdpa", lr=bench.config.optim.lr
-    )
+    stock = None
+    if not arguments.no_stock:
+        stock = StockTrainer(
+            bench.model, bench.files.tokenizer, bench.config.resize, attention="sdpa", lr=bench.config.optim.lr
+        )
     rows = []
     for num in arguments.questions:
         bench.records = files[num]
         rows += summarise(num, measure(bench, stock, num, arguments.rounds))
+    parts = parts_of(bench, arguments.questions[-1])
     loads = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     sentence = (
         f"Shape {arguments.shapes} (random weights, {bench.config.model.dtype}), one screenshot of "
@@ -208,11 +266,21 @@ def main() -> None:
         f"{differences['gradient']:.1e}, relative. Load averages at the end: {loads}; where they are above the cores, "
         "read the CPU time."
     )
-    table = table_of(rows)
+    table = (
+        f"Shared over apart, by CPU time:\n\n{gain_table(rows)}\n\n{table_of(rows)}\n\nWhere a step of "
+        f"{arguments.questions[-1]} questions goes, under the profiler, which adds its own time:\n\n"
+        + parts_table(parts)
+    )
     print(sentence + "\n\n" + table)
     if not arguments.no_record:
         options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-        payload = {"settings": options, "differences": differences, "load_average": os.getloadavg(), "rows": rows}
+        payload = {
+            "settings": options,
+            "differences": differences,
+            "load_average": os.getloadavg(),
+            "rows": rows,
+            "parts": parts,
+        }
         name = arguments.name or f"share_{arguments.shapes}_{arguments.device}"
         write_record(name, payload, sentence + "\n\n" + table)
     leave_ranks()

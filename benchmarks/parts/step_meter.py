@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,31 @@ class DeviceMeter(StepMeter):
         metrics = self.finish()
         seconds = {name: metrics[f"{name}_share"] * metrics["step_s"] for name in PHASES}
         return seconds | {"step": metrics["step_s"]}, metrics
+
+
+class PhaseMeter(DeviceMeter):
+    """A DeviceMeter that counts the processor's seconds of each phase too, for machines that do other work."""
+
+    loss: float
+    """Of the step, once it is finished."""
+
+    def begin(self) -> None:
+        super().begin()
+        self.cpu = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def timing(self, name: str) -> Iterator[None]:
+        begun = time.process_time()
+        with super().timing(name):
+            yield
+        self.cpu[name] += time.process_time() - begun
+
+    def finish_phases(self) -> dict[str, float]:
+        """Seconds by phase: of the processor, or on a GPU those that the device took."""
+        cpu = self.cpu
+        seconds, metrics = self.finish_step()
+        self.loss = float(metrics["loss"])
+        return seconds if self.ranks.device.type == "cuda" else cpu
 
 
 def reset_peak(device: torch.device) -> None:

@@ -39,7 +39,7 @@ PARTS = {
 PREFIX = "part: "
 
 
-def profile_step(module: SupervisedModel, step: Callable[[], None]) -> dict[str, float]:
+def profile_step(module: SupervisedModel, step: Callable[[], object]) -> dict[str, float]:
     """Seconds by part of one call of `step`, which runs one optimizer step of an engine around `module`."""
     on_device = next(module.parameters()).device.type == "cuda"
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -48,7 +48,7 @@ def profile_step(module: SupervisedModel, step: Callable[[], None]) -> dict[str,
     return seconds
 
 
-def operations_by_part(module: SupervisedModel, step: Callable[[], None]) -> list[tuple[Any, str]]:
+def operations_by_part(module: SupervisedModel, step: Callable[[], object]) -> list[tuple[Any, str]]:
     """Every operation of one call of `step`, as the host issued it, and the part that it belongs to."""
     on_device = next(module.parameters()).device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
