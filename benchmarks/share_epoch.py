@@ -34,14 +34,12 @@ PACK_SAMPLES = 16
 """Of the longest: what a pack may hold."""
 
 
-def first_records(path: Path, count: int, folder: Path) -> Path:
-    """A file of the first `count` records of a rendered set, beside a link to its images."""
+def first_records(path: Path, count: int) -> Path:
+    """A file of the first `count` records of a rendered set, beside it, where its images are found."""
     lines = path.read_text().splitlines()[:count]
     if len(lines) < count:
-        raise SystemExit(f"{path}: expected {count} records, got {len(lines)}; render more, or set --records")
-    folder.mkdir(parents=True)
-    (folder / "images").symlink_to(path.parent.resolve() / "images")
-    part = folder / "train.jsonl"
+        raise SystemExit(f"{path}: expected {count} records, got {len(lines)}; render more, or set --num-records")
+    part = path.with_name(f"first_{count}.jsonl")
     part.write_text("\n".join(lines) + "\n")
     return part
 
@@ -115,7 +113,7 @@ def main() -> None:
     arguments = parse()
     ranks = only_rank("benchmarks.share_epoch", "cpu", 1)
     shutil.rmtree(arguments.folder, ignore_errors=True)
-    records = first_records(arguments.records, arguments.num_records, arguments.folder / "data")
+    records = first_records(arguments.records, arguments.num_records)
     settings = [
         "model.dtype=float32", "model.attention=sdpa", "model.recompute_vit=0", "model.recompute_llm=0",
         "data.num_workers=0", "distributed.threads_per_rank=1", f"resize.max_pixels={arguments.max_pixels}",
@@ -143,7 +141,8 @@ def main() -> None:
     sentence = (
         f"{len(index):,} rendered records about {len(np.unique(index.picture_hash)):,} screenshots, shrunk to at most "
         f"{arguments.max_pixels / 1e6:g} megapixels, pruned by pred2d; toy shape, float32, "
-        f"{arguments.samples_per_step} records in a step, packs of up to {PACK_SAMPLES} of the longest, no recomputation, no loader processes. "
+        f"{arguments.samples_per_step} records in a step, packs of up to {PACK_SAMPLES} of the longest, "
+        "no recomputation, no loader processes. "
         f"{counted} of the epoch's {num_steps} steps were run by each way, in turns; CPU seconds of one epoch"
         f"{'' if counted == num_steps else ' by the mean step'}. Load averages at the end: {loads}."
     )

@@ -20,6 +20,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import is_flash_attention_requested
 
+from pixelprune.attention.carried_state import carried_hidden
 from pixelprune.attention.segments import takes_borders
 from pixelprune.family import family_of
 from pixelprune.pack import Pack, VisionGeometry, model_inputs, row_inputs, vision_inputs
@@ -54,10 +55,13 @@ def final_hidden(
     """
     dtype = dtype or model.dtype
     if pack.shared and geometry.linear_attention:
-        raise ValueError(
-            "a row whose samples share a prefix, in a model with linear-attention layers: their state runs along the "
-            "row; pack without groups"
-        )
+        if in_one_call:
+            raise ValueError(
+                "a row whose samples share a prefix, in a model with linear-attention layers: it takes several calls, "
+                "which ranks that share the layers cannot make equally often; pack without groups"
+            )
+        features = image_features(model, pack, geometry, dtype).pooler_output if pack.num_patches else ()
+        return carried_hidden(model, pack, features, group_by_length, _filler(model.config))
     if takes_packed_rows(model):
         inputs = _packed_inputs(model, pack, geometry, dtype)
         if is_flash_attention_requested(model.config):

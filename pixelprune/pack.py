@@ -55,7 +55,8 @@ class Pack:
     logit_index int64 (N,): positions whose logits predict a supervised token; labels int64 (N,): those tokens;
     weights float32 (N,): what the loss of each is multiplied with, all 1 unless is_weighted; loss_weight: their sum.
     Per sample, with what it shares: num_supervised_per_sample, sample_lens, num_images_per_sample, record_ids, and
-    num_kept_blocks, num_full_blocks summed over samples. shared: the prefixes that stand in the row once for several.
+    num_kept_blocks, num_full_blocks summed over samples. num_images_per_segment: in the order of the row, those of a
+    shared prefix once. shared: the prefixes that stand in the row once for several.
     image_order: of each image in the row, which of those in blocks and vit_* gives its features, where a picture of
     several places would be encoded once; None where every image is encoded within the stock forward.
     """
@@ -79,6 +80,7 @@ class Pack:
     num_supervised_per_sample: tuple[int, ...]
     sample_lens: tuple[int, ...]
     num_images_per_sample: tuple[int, ...]
+    num_images_per_segment: tuple[int, ...]
     record_ids: tuple[str, ...]
     num_kept_blocks: int
     num_full_blocks: int
@@ -186,6 +188,7 @@ def pack_samples(
         num_supervised_per_sample=tuple(sample.num_supervised for sample in samples),
         sample_lens=tuple(map(len, samples)),
         num_images_per_sample=tuple(len(sample.images) for sample in samples),
+        num_images_per_segment=tuple(piece.images[1] - piece.images[0] for piece in pieces),
         record_ids=tuple(sample.record_id for sample in samples),
         num_kept_blocks=sum(image.selection.num_kept for sample in samples for image in sample.images),
         num_full_blocks=sum(image.num_full_blocks for sample in samples for image in sample.images),

@@ -245,10 +245,3 @@ def test_full_rows_share_the_same_prefix_unless_their_pictures_differ(toy_tokeni
 def test_groups_that_are_no_row_are_refused(groups, toy_tokenizer):
     with pytest.raises(ValueError, match="groups: "):
         pieces_of(group_of(toy_tokenizer, 0, 2), groups)
-
-
-def test_hybrid_models_refuse_a_shared_row(toy_model, toy_tokenizer, geometry):
-    samples = group_of(toy_tokenizer, 0, 2)
-    pack = pack_samples(samples, geometry, find_groups(samples, geometry.image_token_id))
-    with pytest.raises(ValueError, match="linear-attention layers: their state runs along the row"):
-        final_hidden(toy_model, pack, dataclasses.replace(geometry, linear_attention=True))

@@ -83,7 +83,9 @@ class PackDataset(torch.utils.data.Dataset):
         answers some of their samples.
         """
         self.sources, self.prepare, self.geometry, self.dummy_image = sources, prepare, geometry, dummy_image
-        self.targets, self.share_prefix, self.share_vision = targets, share_prefix, share_vision
+        self.targets, self.share_prefix = targets, share_prefix
+        # A hybrid's shared row encodes its pictures before the rest of the model runs, as all ranks then have to.
+        self.share_vision = share_vision or (share_prefix and geometry.linear_attention)
         self.as_drafts = as_drafts
         self._collator: PixelPruneCollator | None = None
 

@@ -39,7 +39,7 @@ from training.model.attention import choose_attention
 from training.model.loading import DTYPES, load_model, load_model_files_once, prepare_layers
 from training.model.lora import add_adapters
 from training.model.parameters import freeze_parts, set_learning_rates, trains_vision
-from training.model.sharing import check_sharing
+from training.model.sharing import check_layers_of_prefix, check_sharing
 from training.model.supervised import SupervisedModel
 from training.on_policy.own_answers import OwnAnswers
 from training.teacher.files import TeacherPlan, plan_teacher
@@ -166,7 +166,9 @@ def _build(context: RunContext, teacher_plan: TeacherPlan | None) -> tuple[Engin
     add_adapters(model, config.lora)
     memory = plan_memory(context, model, attention, teacher_plan)
     shares_prefix = config.data.share_prefix != "off"
-    prepare_layers(model, memory.applied_to(config.model), ranks.device, shares_prefix=shares_prefix)
+    layers = memory.applied_to(config.model)
+    check_layers_of_prefix(config.data.share_prefix, context.files.config, layers)
+    prepare_layers(model, layers, ranks.device, shares_prefix=shares_prefix)
     teacher = build_teacher(
         config.kd, config.model, config.loss, teacher_plan, ranks, attention, config.data.share_prefix
     )

@@ -15,6 +15,7 @@ from pixelprune.attention.segments import KERNELS
 from pixelprune.family import family_of
 from pixelprune.flops import CostModel
 from pixelprune.pack import Pack
+from training.config.settings import ModelSettings
 from training.data.balance import PrefixColumns
 from training.data.distillation import DistillationPack
 from training.data.plan import PlanInput
@@ -87,20 +88,40 @@ def _potential(
     )
 
 
-def check_sharing(share_prefix: str, config: Any, attention: str) -> None:
-    """Raises UserError where rows with a shared prefix would be computed wrong, for a model's config and attention."""
+def check_sharing(share_prefix: str, config: Any, attention: str, *, is_sharded: bool = False) -> None:
+    """Raises UserError where rows with a shared prefix would be computed wrong, for a model's config and attention.
+
+    is_sharded: ranks hold parts of the model and fetch the others' (kd.sharding=zero3).
+    """
     if share_prefix == "off":
         return
-    family = family_of(config)
-    if family.linear_attention:
-        raise UserError(
-            f"data.share_prefix={share_prefix}: {family.model_type} has linear-attention layers, whose state runs "
-            "along the row and not from a prefix into several suffixes; set data.share_prefix=off, and "
-            f"data.share_vision={share_prefix} to encode a picture of several records once"
-        )
     if attention not in SHARING_ATTENTIONS:
         raise UserError(
             f"data.share_prefix={share_prefix}: model.attention={attention} gives every query the keys of its own "
             f"sample alone; set model.attention=varlen or sdpa, or data.share_prefix=off with "
             f"data.share_vision={share_prefix}, which needs no other attention"
         )
+    family = family_of(config)
+    if family.linear_attention and is_sharded:
+        raise UserError(
+            f"data.share_prefix={share_prefix}: kd.sharding=zero3 runs a teacher in one call, "
+            f"{family.model_type} takes one for each prefix; set kd.sharding=replica, or data.share_prefix=off"
+        )
+
+
+def check_layers_of_prefix(share_prefix: str, config: Any, model: ModelSettings) -> None:
+    """Raises UserError where layers would lose what a prefix hands on to its suffixes.
+
+    model: with the recomputation that was chosen.
+    """
+    family = family_of(config)
+    if share_prefix == "off" or not family.linear_attention:
+        return
+    for setting, value in (("recompute_llm", model.recompute_llm), ("compile", model.compile)):
+        if value:
+            raise UserError(
+                f"data.share_prefix={share_prefix}: {family.model_type} has linear-attention layers, which are handed "
+                f"the state of a prefix; with model.{setting}={str(value).lower()} they would lose it; set model."
+                f"{setting}={'false' if value is True else 0}, or data.share_prefix=off with "
+                f"data.share_vision={share_prefix}, which encodes a picture of several records once"
+            )

@@ -65,8 +65,9 @@ def build_online_teacher(
 ) -> OnlineTeacher:
     """The teacher's weights, frozen; kd.sharding says how the ranks hold them. share_prefix: as in `build_teacher`."""
     attention = attention_for(teacher_dtype(kd, model), ranks.device, attention)
-    check_sharing(share_prefix, files.config, attention)
-    if kd.sharding == "zero3" and ranks.world_size > 1:
+    is_sharded = kd.sharding == "zero3" and ranks.world_size > 1
+    check_sharing(share_prefix, files.config, attention, is_sharded=is_sharded)
+    if is_sharded:
         return _build_sharded(kd, model, files, ranks, attention)
     teacher = _load_frozen(kd, model, files, ranks.device, attention)
     return OnlineTeacher(teacher, teacher.lm_head, files.geometry)

@@ -16,13 +16,14 @@ from pixelprune.records import prepare as preparing
 from pixelprune.records.prepare import PrepareSettings
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.samples import chat_row, draw_screen, write_jsonl
+from training.config.settings import ModelSettings
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
 from training.data.plan import PlanSettings
 from training.data.settings import SourceSettings
 from training.data.worker import PackDataset, PackTask
 from training.errors import UserError
-from training.model.sharing import SavedFlops, check_sharing
+from training.model.sharing import SavedFlops, check_layers_of_prefix, check_sharing
 
 NUM_SCREENS, NUM_QUESTIONS = 3, 4
 PLAN = PlanSettings(samples_per_step=8, pack_tokens=400, pack_patches=1600, seed=1)
@@ -180,13 +181,27 @@ def test_the_teachers_row_shares_the_same_and_sees_its_own_pixels(folder, model_
     assert saved > 0, "of the teacher's forward"
 
 
-def test_hybrid_families_and_attention_without_borders_are_refused_by_name():
-    hybrid, dense = ({"model_type": name} for name in ("qwen3_5", "qwen3_vl"))
-    configs = [type("Config", (), values)() for values in (hybrid, dense)]
-    with pytest.raises(UserError, match=r"qwen3_5 has linear-attention layers.*share_prefix=off.*share_vision=step"):
-        check_sharing("step", configs[0], "sdpa")
-    with pytest.raises(UserError, match=r"model.attention=flash_attention_2 gives.*set model.attention=varlen or sdpa"):
-        check_sharing("step", configs[1], "flash_attention_2")
+def test_attention_without_borders_is_refused_by_name():
+    config = type("Config", (), {"model_type": "qwen3_vl"})()
+    for attention in ("flash_attention_2", "flash_attention_3"):
+        with pytest.raises(UserError, match=rf"model.attention={attention} gives.*set model.attention=varlen or sdpa"):
+            check_sharing("step", config, attention)
+        check_sharing("off", config, attention)
     for attention in ("sdpa", "eager", "varlen"):
-        check_sharing("step", configs[1], attention)
-    check_sharing("off", configs[0], "flash_attention_2")
+        check_sharing("step", config, attention)
+
+
+def test_what_would_lose_a_hybrids_state_is_refused_by_name():
+    hybrid, dense = (type("Config", (), {"model_type": name})() for name in ("qwen3_5", "qwen3_vl"))
+    plain = ModelSettings(recompute_llm=0)
+    with pytest.raises(UserError, match=r"kd.sharding=zero3.*set kd.sharding=replica"):
+        check_sharing("step", hybrid, "sdpa", is_sharded=True)
+    check_sharing("step", dense, "sdpa", is_sharded=True)
+    lost = {"recompute_llm=2": {"recompute_llm": 2}, "compile=true": {"compile": True}}
+    for said, settings in lost.items():
+        model = dataclasses.replace(plain, **settings)
+        with pytest.raises(UserError, match=rf"with model.{said} they would lose it.*data.share_vision=group"):
+            check_layers_of_prefix("group", hybrid, model)
+        check_layers_of_prefix("off", hybrid, model)
+        check_layers_of_prefix("group", dense, model)
+    check_layers_of_prefix("group", hybrid, plain)
