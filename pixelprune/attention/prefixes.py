@@ -5,7 +5,8 @@
 Exact, since attention is causal and every other layer works on single tokens: a prefix sees nothing of what follows
 it, so it is computed once for all, and the gradients of all suffixes meet in it. What is equal is asked of the token
 ids of whole tokenised texts, never of text: tokenising prefix and suffix apart would break merges.
-Not for families with linear-attention layers, whose state runs along the row.
+Families with linear-attention layers, whose state runs along the row, compute it as a row of its own
+(`pixelprune.attention.carried_state`).
 """
 
 from __future__ import annotations
