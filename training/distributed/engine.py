@@ -22,8 +22,8 @@ from training.model.parameters import parameter_groups
 
 logger = logging.getLogger(__name__)
 
-BUCKET_OF_ONE_RANK = 2**18
-"""Elements, 1 MB: a CPU that reduces nothing gains nothing from more at once."""
+BUCKET_OF_ONE_RANK = 2**19
+"""Elements, 2 MB: a CPU that reduces nothing gains nothing from more at once."""
 
 
 def bucket_elements(wanted: int, model: nn.Module) -> int:

@@ -12,7 +12,7 @@ from benchmarks.parts.peers.runs import Start, kill, wait_until
 SAVE_STEPS = 4
 LAST_SAVE = 2 * SAVE_STEPS
 """The second save: a first one lies whole beside it."""
-ERROR = re.compile(r"^\s*(?:\S+ ERROR\s+)?([\w.]*(?:Error|Exception|Interrupt)\b.*)$")
+ERROR = re.compile(r"^\s*(?:\S+ ERROR\s+)?((?:[\w.]*(?:Error|Exception|Interrupt)\b|error:).*)$")
 
 Rows = list[dict[str, Any]]
 

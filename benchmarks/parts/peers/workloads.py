@@ -28,7 +28,7 @@ class Workload:
         return self.name.replace(" ", "_")
 
 
-WORKLOADS = (Workload("0.25 MP", 262144, 4, 12), Workload("native size", 16777216, 2, 3))
+WORKLOADS = (Workload("0.25 MP", 262144, 4, 12), Workload("native size", 16777216, 2, 2))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import step_log
 
+from training.command import run_command
 from training.config.recipe import load_recipe
 from training.distributed.ranks import leave_ranks
 from training.loop import run as loop
@@ -53,4 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))
