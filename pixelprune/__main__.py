@@ -24,6 +24,12 @@ from pixelprune.selection.overlay import draw_overlay, side_by_side
 from pixelprune.selection.registry import is_in_time, strategy_names
 from pixelprune.selection.selection import DIRECTIONS
 from pixelprune.selection.stats import DatasetStats, ImageStats, find_images, measure_files
+from pixelprune.sessions.conversations import (
+    find_conversations,
+    measure_conversations,
+    num_conversations,
+    read_conversation,
+)
 from pixelprune.sessions.pruning import Shot, prune_shots
 from pixelprune.settings import BLOCK, PruneSettings, ResizeSettings
 from pixelprune.vllm.parity import TOLERANCE, run_parity
@@ -49,9 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=DIRECTIONS[1:],
         default=None,
         metavar="D",
-        help="of pred3d, over the images of a folder in the order of their names, or of the command line: "
-        "backward (default), forward",
+        help="of pred3d, over the images of a folder in the order of their names, of the command line, or of a "
+        "conversation: backward (default), forward",
     )
+    shared.add_argument("--root", type=Path, help="of the images of a JSONL file, default its folder")
     shared.add_argument("--min-pixels", type=int, default=resize.min_pixels, help=f"default {resize.min_pixels}")
     shared.add_argument("--max-pixels", type=int, default=resize.max_pixels, help=f"default {resize.max_pixels}")
     stats_example = "python -m pixelprune stats data_tools/samples/images"
@@ -62,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
         "stats", parents=[shared], help="redundancy of images, files or folders", example=stats_example
     )
     stats.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="image, or folder of PNG, JPEG and WebP files"
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="image, folder of PNG, JPEG and WebP files, or JSONL file of conversations",
     )
     stats.add_argument("--json", action="store_true", help="all numbers as JSON on standard output")
     stats.add_argument("--extremes", type=int, default=3, metavar="N", help="best and worst images to list, default 3")
@@ -76,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         example="python -m pixelprune show data_tools/samples/images/settings-1366x768-dark.png "
         "-o runs/tutorial/settings.png",
     )
-    show.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="several: a session, in the order of time")
+    what = "several: a session, in the order of time; or one JSONL file of conversations"
+    show.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help=what)
+    show.add_argument("--line", type=int, default=1, help="of the JSONL file, default 1: whose images are drawn")
     show.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png")
     show.add_argument("--panel-width", type=int, default=1280, help="pixels at most, default 1280")
     show.set_defaults(run=_show)
@@ -160,18 +173,24 @@ def _resize(options: argparse.Namespace) -> ResizeSettings:
 
 def _stats(options: argparse.Namespace) -> int:
     rules = _rules(options, default=("pred2d", "raster", "serpentine"))
-    paths, unreadable = find_images(options.paths)
-    if not paths and not unreadable:
+    files, others = find_conversations(options.paths)
+    paths, unreadable = find_images(others)
+    if not files and not paths and not unreadable:
         raise ValueError(f"no PNG, JPEG or WebP image below {', '.join(map(str, options.paths))}")
+    _check_root(options, files)
     if options.threads < 1:
         raise ValueError(f"--threads: expected at least 1, got {options.threads}")
     result = DatasetStats(unreadable=unreadable)
-    with ProgressLine("measuring", len(paths)) as progress:
-        for outcome in measure_files(paths, rules, _resize(options), options.threads):
-            if isinstance(outcome, ImageStats):
-                result.images.append(outcome)
-            else:
-                result.unreadable.append(outcome)
+    how = rules, _resize(options), options.threads
+    by_record = (measure_conversations(file, *how, options.root or file.parent) for file in files)
+    by_file = ([outcome] for outcome in measure_files(paths, *how))
+    with ProgressLine("measuring", len(paths) + sum(map(num_conversations, files))) as progress:
+        for outcomes in itertools.chain(by_file, *by_record):
+            for outcome in outcomes:
+                if isinstance(outcome, ImageStats):
+                    result.images.append(outcome)
+                else:
+                    result.unreadable.append(outcome)
             progress.advance()
     if options.json:
         print(json.dumps(result.as_dict(), indent=2))
@@ -213,13 +232,13 @@ def _show(options: argparse.Namespace) -> int:
     if options.panel_width < 64:
         raise ValueError(f"--panel-width: expected at least 64 pixels, got {options.panel_width}")
     resize = _resize(options)
-    images = [resize_image(decode_image(path, resize), resize) for path in options.images]
-    shots = [Shot(path) for path in options.images]
+    names, shots = _shown(options)
+    images = [resize_image(decode_image(shot.source, resize), resize, shot.wish) for shot in shots]
     panels = []
     for label, rule in rules.items():
-        for path, image, (pruned, _) in zip(options.images, images, prune_shots(shots, rule, resize), strict=True):
+        for title, image, (pruned, _) in zip(names, images, prune_shots(shots, rule, resize), strict=True):
             kept, total = pruned.selection.num_kept, pruned.num_full_blocks
-            name = f"{path.name}, {label}" if len(images) > 1 else label
+            name = f"{title}, {label}" if len(images) > 1 else label
             panels.append((f"{name}: keeps {kept} of {total} blocks ({kept / total:.1%})", _panel(image, pruned)))
     # Of a session, a row for every way to see it.
     sheet = side_by_side(panels, options.panel_width, len(images) if 1 < len(images) <= 6 else None)
@@ -227,6 +246,25 @@ def _show(options: argparse.Namespace) -> int:
     sheet.save(options.output, format="PNG")
     plain_console().print(f"wrote {options.output} ({sheet.width} x {sheet.height})", soft_wrap=True)
     return 0
+
+
+def _shown(options: argparse.Namespace) -> tuple[list[str], list[Shot]]:
+    """Names and images of what is drawn: the files named, or a record's."""
+    files, others = find_conversations(options.images)
+    _check_root(options, files)
+    if not files:
+        return [path.name for path in others], [Shot(path) for path in others]
+    if others or len(files) > 1:
+        raise ValueError(f"show: expected images, or one JSONL file, got {', '.join(map(str, options.images))}")
+    conversation = read_conversation(files[0], options.line, options.root or files[0].parent)
+    if not conversation.shots:
+        raise ValueError(f"{files[0]}, line {options.line}: the record has no image")
+    return [Path(name).name for name in conversation.names], list(conversation.shots)
+
+
+def _check_root(options: argparse.Namespace, files: list[Path]) -> None:
+    if options.root is not None and not files:
+        raise ValueError("--root: belongs to JSONL files of conversations, and none is named")
 
 
 def _panel(image: np.ndarray, pruned: PrunedImage) -> np.ndarray:

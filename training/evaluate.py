@@ -14,6 +14,7 @@ from typing import Any
 from pixelprune.answers import FORMATS
 from pixelprune.command import CommandParser, plain_console
 from pixelprune.records.presets import PRESETS
+from pixelprune.selection.selection import BUDGETS, DIRECTIONS
 from pixelprune.settings import ResizeSettings
 from training.command import run_command, set_up_logging
 from training.config.settings import ATTENTION_NAMES
@@ -102,6 +103,10 @@ def parser() -> argparse.ArgumentParser:
     add("--metric", help="mode pruned: max or mae")
     add("--threshold", type=float, help="mode pruned: distance at which a block is omitted")
     add("--seed", type=int, help="mode pruned: seed of the random baselines")
+    add("--direction", choices=DIRECTIONS, help="mode pruned: of pred3d (docs/sessions.md); auto is backward here")
+    what = "mode pruned: of pred3d forward, whether a block that replaced another is kept"
+    add("--keep-replaced", action=argparse.BooleanOptionalAction, help=what)
+    add("--budget", choices=BUDGETS, help="mode pruned: of a baseline, as many blocks of an image as this one keeps")
     add(
         "--depth",
         type=int,

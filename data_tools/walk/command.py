@@ -29,8 +29,8 @@ The records are conversations as Qwen3-VL's published computer agents are asked:
 text, --history screenshots with their actions, then the current screenshot and the action to be learnt. Train with
 prompt: computer_use_agent, which describes the tool.
 
-Output: DIR/images/*.png, DIR/train.jsonl, DIR/eval.jsonl (with --eval-fraction), DIR/sessions.jsonl (every step's
-action, its place and box in pixels, and what it did), DIR/report.json, DIR/sheet.png.
+Output: DIR/images/*.png, DIR/train.jsonl, DIR/eval.jsonl (with --eval-fraction or --eval-pages), DIR/sessions.jsonl
+(every step's action, its place and box in pixels, and what it did), DIR/report.json, DIR/sheet.png.
 """
 _EXAMPLES = """\
 examples:
@@ -64,6 +64,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--history + 1 screenshots, all actions trained on (%(default)s)",
     )
     add("--eval-fraction", type=float, default=0.0, help="share of the sessions that go to eval.jsonl (%(default)s)")
+    add(
+        "--eval-pages",
+        nargs="+",
+        default=[],
+        metavar="PAGE",
+        help="pages whose sessions go to eval.jsonl instead; sessions to train on never show them",
+    )
     add("--no-caret", action="store_true", help="show no caret in text fields")
     add("--no-pointer", action="store_true", help="draw no mouse pointer")
     add("--seed", type=int, default=0, help="draws lengths and actions (%(default)s)")
@@ -82,6 +89,10 @@ def _settings(options: argparse.Namespace) -> WalkSettings:
         raise ValueError(f"--sessions: expected 1 or more, got {options.sessions}")
     if options.history < 0:
         raise ValueError(f"--history: expected 0 or more, got {options.history}")
+    if options.eval_pages and options.eval_fraction:
+        raise ValueError(
+            "--eval-pages: says which sessions are held out, as --eval-fraction does; expected one of them"
+        )
     if not 0 <= options.eval_fraction < 1:
         raise ValueError(f"--eval-fraction: expected a number from 0 up to 1, got {options.eval_fraction}")
     return WalkSettings(
@@ -92,6 +103,7 @@ def _settings(options: argparse.Namespace) -> WalkSettings:
         history=options.history,
         supervise=options.supervise,
         eval_fraction=options.eval_fraction,
+        eval_pages=frozenset(options.eval_pages),
         caret=not options.no_caret,
         pointer=not options.no_pointer,
         seed=options.seed,
@@ -107,6 +119,15 @@ def run(options: argparse.Namespace) -> None:
     settings = _settings(options)
     site = Site(options.pages)
     pages = site.crawl()
+    if unknown := sorted(settings.eval_pages.difference(pages)):
+        raise ValueError(f"--eval-pages: expected some of {', '.join(pages)}, got {unknown[0]}")
+    if settings.eval_pages.issuperset(pages):
+        raise ValueError("--eval-pages: expected some of the pages, got all of them: none is left to train on")
+    if settings.eval_pages and not settings.held_out(pages):
+        raise ValueError(
+            f"--eval-pages: none of {settings.num_sessions} sessions begins on them, pages take turns in the order "
+            f"{', '.join(pages)}; expected more --sessions"
+        )
     prepare_out(options.out, overwrite=options.overwrite)
     report = WalkReport()
     with ProgressLine("sessions", settings.num_sessions) as progress:

@@ -39,6 +39,8 @@ class WalkSettings:
     supervise: Supervise = "last"
     eval_fraction: float = 0.0
     """Share of the sessions that go to eval.jsonl."""
+    eval_pages: frozenset[str] = frozenset()
+    """Pages whose sessions go to eval.jsonl instead; no other session shows them, nor do those show another page."""
     caret: bool = True
     pointer: bool = True
     seed: int = 0
@@ -48,8 +50,10 @@ class WalkSettings:
     png_level: int = 6
     file_format: ImageFormat = "png"
 
-    def held_out(self) -> set[int]:
-        """Numbers of the sessions that go to eval.jsonl."""
+    def held_out(self, pages: list[str]) -> set[int]:
+        """Numbers of the sessions that go to eval.jsonl; `pages` take turns."""
+        if self.eval_pages:
+            return {n for n in range(self.num_sessions) if pages[n % len(pages)] in self.eval_pages}
         order = sorted(range(self.num_sessions), key=lambda n: hashlib.sha256(f"{self.seed}|{n}".encode()).digest())
         return set(order[: round(self.eval_fraction * self.num_sessions)])
 
@@ -81,7 +85,7 @@ def run_walks(
     screenshot, and where) and report.json. A session whose page fails is listed with its reason; the run goes on.
     """
     report = WalkReport()
-    held_out = settings.held_out()
+    held_out = settings.held_out(pages)
     lines: list[str] = []
     browser: Browser | None = None
     with RenderOutput(
@@ -124,14 +128,24 @@ def _walked(
     theme = settings.themes[(number // len(settings.viewports) + turn) % len(settings.themes)]
     tab = browser.new_tab()
     tab.start_clock(settings.timeout)
-    screen = Screen(tab, site, viewport, theme, caret=settings.caret, seed=rng.randrange(2**31))
+    closed = _closed_to(page, site, settings)
+    screen = Screen(tab, site, viewport, theme, caret=settings.caret, seed=rng.randrange(2**31), closed=closed)
     try:
         steps = walk(screen, page, rng.randint(*settings.num_steps), rng, pointer=settings.pointer)
     finally:
         report.blocked_requests += screen.view.blocked
     browser.close_tab(tab)
+    if shown := sorted(closed.intersection(step.page for step in steps)):  # by a script: no link was followed there
+        raise PageError(f"it led to {shown[0]}, a page of the other split")
     about = {"source": settings.source, "page": page.rsplit(".", 1)[0], "viewport": str(viewport), "theme": theme}
     return steps, about
+
+
+def _closed_to(page: str, site: Site, settings: WalkSettings) -> frozenset[str]:
+    """Pages that a session on `page` may not show, where the splits share none."""
+    if not settings.eval_pages:
+        return frozenset()
+    return frozenset(site.crawl()) - settings.eval_pages if page in settings.eval_pages else settings.eval_pages
 
 
 def _written(

@@ -84,10 +84,23 @@ class Sight:
 
 
 class Screen:
-    """One tab, driven by actions. `seed` is for what the pages draw by lot. Raises PageError and its kinds."""
+    """One tab, driven by actions. `seed` is for what the pages draw by lot, `closed` are pages that no link leads to.
 
-    def __init__(self, tab: Tab, site: Site, viewport: Viewport, theme: str, *, caret: bool, seed: int) -> None:
-        self.tab, self.viewport, self.theme = tab, viewport, theme
+    Raises PageError and its kinds.
+    """
+
+    def __init__(
+        self,
+        tab: Tab,
+        site: Site,
+        viewport: Viewport,
+        theme: str,
+        *,
+        caret: bool,
+        seed: int,
+        closed: frozenset[str] = frozenset(),
+    ) -> None:
+        self.tab, self.viewport, self.theme, self.closed = tab, viewport, theme, closed
         self.view = PageView(tab, site, javascript=True, follow=True, caret=caret)
         self._leaving = 0
         self._pointer = (viewport.width / 2, viewport.height / 2)
@@ -124,7 +137,7 @@ class Screen:
             for area in report["scroll"]
         ]
         for use in uses:
-            if use["href"] and self.view.site.page_of(use["href"]) is None:
+            if use["href"] and (self.view.site.page_of(use["href"]) or "") in {"", *self.closed}:
                 use["href"] = "elsewhere"
         return Sight(
             image,

@@ -201,6 +201,37 @@ class TestCommand:
             for image in parse_record(record).images:
                 assert Image.open(outs[0] / str(image.source)).size == (640, 480)
 
+    def test_held_out_pages_are_never_shown_in_a_session_to_train_on(self, tmp_path: Path) -> None:
+        """Four links lead from every page to the others, and little else can be done; a script goes there, too."""
+        site, names = tmp_path / "site", ["a", "b", "c"]
+        site.mkdir()
+        for name in names:
+            links = "".join(f"<a href={other}.html style=display:block>Go to {other}</a>" for other in names)
+            script = f"<button onclick=\"location='{'b' if name == 'a' else name}.html'\">Leap</button>"
+            (site / f"{name}.html").write_text(f"{HEAD}<h1>{name}</h1>{links}{script}<button>Stay</button>")
+        out = tmp_path / "out"
+        options = [
+            "--sessions",
+            "9",
+            "--steps",
+            "6",
+            "--viewports",
+            "400x300",
+            "--sheet",
+            "0",
+            "--eval-pages",
+            "b.html",
+        ]
+        assert main(["sessions", str(site), "--out", str(out), *options]) == 0
+        sessions = [json.loads(line) for line in (out / "sessions.jsonl").open(encoding="utf-8")]
+        shown = {split: {step["page"] for s in sessions if s["split"] == split for step in s["steps"]}
+                 for split in ("train", "eval")}  # fmt: skip
+        assert shown == {"train": {"a", "c"}, "eval": {"b"}}
+        assert any(len({step["page"] for step in session["steps"]}) > 1 for session in sessions), "links are followed"
+        dropped = json.loads((out / "report.json").read_text())["dropped_sessions"].values()
+        assert all("it led to b.html, a page of the other split" in reason for reason in dropped)
+        assert len(sessions) + len(dropped) == 9
+
     def test_wrong_options_and_failing_pages_are_one_line(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -208,6 +239,8 @@ class TestCommand:
         command = ["sessions", str(tmp_path), "--out", str(tmp_path / "o"), "--sessions", "1"]
         assert main([*command, "--steps", "9-3"]) == 2
         assert "--steps" in capsys.readouterr().err
+        assert main([*command, "--eval-pages", "b.html"]) == 2
+        assert "--eval-pages: expected some of a.html, got b.html" in capsys.readouterr().err
         assert main(command) == 2
         told = capsys.readouterr().err
         assert "nothing on it can be acted on" in told

@@ -136,6 +136,48 @@ def test_a_folder_and_the_images_shown_are_sessions_for_pred3d(tmp_path: Path, c
     assert "--directions: belongs to --strategies pred3d" in capsys.readouterr().err
 
 
+def test_records_of_a_file_are_measured_and_drawn_with_their_conversations(tmp_path: Path, capsys) -> None:
+    pictures = draw_walk(3, 1)
+    (tmp_path / "images").mkdir()
+    for step, picture in enumerate(pictures):
+        picture.save(tmp_path / "images" / f"{step}.png")
+
+    def line(*parts: dict) -> str:
+        return json.dumps({"messages": [{"role": "user", "content": list(parts)}]}) + "\n"
+
+    images = [{"type": "image", "image": f"{step}.png"} for step in range(3)]
+    cut = [images[0], images[1], {**images[2], "new_session": True}]
+    lines = [line(*images), "{broken\n", line(*cut), line({"type": "text", "text": "no image"})]
+    (tmp_path / "records.jsonl").write_text("".join(lines))
+    sizes = ["--min-pixels", "1024", "--strategies", "pred3d", "pred2d", "--directions", "forward"]
+    root = ["--root", str(tmp_path / "images")]
+    assert main(["stats", str(tmp_path / "records.jsonl"), "--json", *sizes, *root]) == 0
+    found = json.loads(capsys.readouterr().out)
+    session = list(map(np.asarray, pictures))
+    whole, parted = (
+        select_session(session, direction="forward", keep_replaced=True, borders=borders) for borders in ([], [2])
+    )
+    assert [image["kept_blocks"]["pred3d forward"] for image in found["images"]] == [
+        one.num_kept for one in (*whole, *parted)
+    ]
+    assert [image["path"].split()[-1] for image in found["images"]] == ["0.png", "1.png", "2.png"] * 2
+    assert len(found["unreadable"]) == 1
+    assert "line 2: not a line of JSON" in found["unreadable"][0]["reason"]
+    sheet = tmp_path / "sheet.png"
+    assert main(["show", str(tmp_path / "records.jsonl"), "--line", "3", "-o", str(sheet), *sizes, *root]) == 0
+    pixels, panel = np.asarray(Image.open(sheet)), draw_overlay(session[1], parted[1])
+    corners = np.argwhere((pixels[: -panel.shape[0], : -panel.shape[1]] == panel[0, 0]).all(axis=-1))
+    assert any(np.array_equal(pixels[r : r + panel.shape[0], c : c + panel.shape[1]], panel) for r, c in corners)
+    capsys.readouterr()
+    for wrong, said in (
+        (["show", str(tmp_path / "records.jsonl"), "--line", "9", "-o", str(sheet)], "no record in line 9"),
+        (["show", str(tmp_path / "records.jsonl"), "--line", "4", "-o", str(sheet)], "the record has no image"),
+        (["show", str(tmp_path / "images" / "0.png"), "-o", str(sheet), *root], "--root: belongs to JSONL files"),
+    ):
+        assert main(wrong) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+
+
 def test_every_registered_strategy_is_offered(
     folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 from pixelprune.hf import generate, prepare
 from pixelprune.prompter import Prompter
 from pixelprune.records.chat import ChatEncoder
+from pixelprune.sessions import select_session
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.conftest import screen
 from tests.kernels import needs_plain_layers
@@ -364,12 +366,44 @@ def test_an_error_of_one_rank_is_said_and_ends_all(toy_folder, eval_path, tmp_pa
     [
         (["no/such/folder/here"], "not a loadable model folder"),
         (["TOY", "--strategy", "sideways", "--mode", "pruned"], "prune.strategy: expected one of"),
+        (["TOY", "--direction", "forward", "--mode", "pruned"], "--direction: belongs to --strategy pred3d"),
+        (["TOY", "--strategy", "pred3d", "--keep-replaced", "--mode", "pruned"], "belongs to pred3d with --direction"),
+        (["TOY", "--budget", "pred3d", "--mode", "pruned"], "--budget: belongs to --strategy conncomp"),
     ],
 )
 def test_mistakes_end_with_one_line(arguments, message, toy_folder, eval_path, tmp_path, capsys):
     arguments = [str(toy_folder) if argument == "TOY" else argument for argument in arguments]
     assert evaluate.main([*arguments, "--data", str(eval_path), "--out", str(tmp_path), *SMALL]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "direction", "keep_replaced"),
+    [
+        (["--strategy", "pred3d"], "backward", False),
+        (["--strategy", "pred3d", "--direction", "forward", "--no-keep-replaced"], "forward", False),
+        (["--strategy", "random", "--budget", "pred3d", "--seed", "1", "--direction", "forward"], "forward", True),
+    ],
+)
+def test_sessions_are_evaluated_as_the_command_line_says(flags, direction, keep_replaced, toy_folder, tmp_path):
+    """What is kept of two screenshots is what `select_session` keeps of them, whatever the model's own settings are."""
+    first = np.random.default_rng(1).integers(0, 255, (96, 128, 3), dtype=np.uint8)
+    first[:, 96:] = 9
+    second = first.copy()
+    second[32:64, 64:96] = 9  # it vanished into the ground
+    for number, pixels in enumerate((first, second)):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    content = [{"type": "image", "image": f"{number}.png"} for number in (0, 1)]
+    turns = [{"role": "user", "content": [*content, {"type": "text", "text": "Which?"}]}]
+    turns.append({"role": "assistant", "content": "b"})
+    row = {"messages": turns, "metadata": {"scorer": "exact", "answers": ["b"]}}
+    path = write_jsonl(tmp_path / "two.jsonl", [row])
+    arguments = [str(toy_folder), "--data", str(path), "--out", str(tmp_path / "out"), "--mode", "pruned", *SMALL]
+    assert evaluate.main([*arguments, "--page", "0", *flags]) == 0
+    result = json.loads((tmp_path / "out" / "pruned" / "result.json").read_text())
+    kept = select_session([first, second], direction=direction, keep_replaced=keep_replaced)
+    ratio = sum(one.num_kept for one in kept) / sum(one.num_blocks for one in kept)
+    assert result["overall"]["all"]["retain_ratio"] == pytest.approx(ratio, abs=1e-12)
 
 
 def test_half_a_character_fails_its_record_alone(toy_folder, tmp_path):

@@ -20,7 +20,8 @@ from pixelprune.files import write_whole
 from pixelprune.prompter import Prompter
 from pixelprune.records.objects import ObjectStyle
 from pixelprune.selection import check_settings
-from pixelprune.selection.registry import get_strategy
+from pixelprune.selection.baselines import AT_BUDGET
+from pixelprune.selection.registry import get_strategy, is_in_time
 from pixelprune.settings import PruneSettings
 from training.data.settings import SourceSettings
 from training.distributed.ranks import PATIENCE_MINUTES, Ranks
@@ -203,14 +204,28 @@ def _prompter(args: argparse.Namespace, mode: str) -> Prompter:
     if mode == "full":
         return dataclasses.replace(prompter, prune=PruneSettings("none"), resize=resize)
     trained = prompter.prune if prompter.prune.strategy != "none" else PruneSettings()
-    given = {"strategy": args.strategy, "metric": args.metric, "threshold": args.threshold, "seed": args.seed}
-    prune = dataclasses.replace(trained, **{name: value for name, value in given.items() if value is not None})
+    names = [field.name for field in dataclasses.fields(PruneSettings)]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    prune = dataclasses.replace(trained, **given)
     try:
         check_settings(prune)
         get_strategy(prune.strategy)
+        _check_read(prune, given)
     except ValueError as error:
         raise UserError(str(error)) from error
     return dataclasses.replace(prompter, prune=prune, resize=resize)
+
+
+def _check_read(prune: PruneSettings, given: dict[str, Any]) -> None:
+    """Raises ValueError for an option of sessions or budgets that the strategy would not look at."""
+    in_time = is_in_time(prune)
+    is_forward = in_time and prune.resolved(last_turn_only=True).direction == "forward"
+    if "budget" in given and prune.strategy not in AT_BUDGET:
+        raise ValueError(f"--budget: belongs to --strategy {', '.join(sorted(AT_BUDGET))}, got {prune.strategy}")
+    if "direction" in given and not in_time:
+        raise ValueError(f"--direction: belongs to --strategy pred3d, or --budget pred3d, got {prune.strategy}")
+    if "keep_replaced" in given and not is_forward:
+        raise ValueError("--keep-replaced: belongs to pred3d with --direction forward")
 
 
 def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Any:
