@@ -1,4 +1,4 @@
-"""benchmarks.sessions_learn in its short form: pictures show what is asked; cells are kept; the arithmetic of tables."""
+"""benchmarks.sessions_learn in its short form: pictures show what is asked, cells are kept, tables add up."""
 
 from __future__ import annotations
 
