@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from pixelprune import hf
 from pixelprune.hf import generate, prepare
 from pixelprune.prompter import Prompter
 from pixelprune.records.chat import ChatEncoder
@@ -121,6 +122,24 @@ def test_answers_are_those_of_generate_on_the_question_alone(lively, prompter, e
 def test_batches_change_nothing(lively, prompter, eval_path):
     one, four = (answers(lively, prompter, eval_path, batch_size=size) for size in (1, 4))
     assert [without_times(p) for p in one] == [without_times(p) for p in four]
+
+
+def test_many_questions_about_one_screenshot_are_answered_as_alone(lively, prompter, tmp_path, monkeypatch):
+    pixels = screen(8, 10, seed=1)
+    Image.fromarray(pixels).save(tmp_path / "one.png")
+    rows = []
+    for question in ("Where is Save?", "And what is below the title?", "Open", "Close", "Find the menu, please."):
+        content = [{"type": "image", "image": "one.png"}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "(1, 1)"}]
+        rows.append({"messages": messages, "metadata": {"bbox": [0, 0, *pixels.shape[1::-1]]}})
+    path, prefilled = write_jsonl(tmp_path / "eval.jsonl", rows), []
+    shared_cache = hf.shared_cache
+    monkeypatch.setattr(hf, "shared_cache", lambda *args: prefilled.append(shared_cache(*args)) or prefilled[-1])
+    one = answers(lively, prompter, path, batch_size=1)
+    assert not any(prefilled)
+    five = answers(lively, prompter, path, batch_size=5)
+    assert prefilled[-1] is not None, "the five prompts share what is prefilled"
+    assert [without_times(p) for p in five] == [without_times(p) for p in one]
 
 
 def test_records_that_cannot_be_prepared_are_counted_failures_with_their_reason(lively, prompter, eval_path):

@@ -14,9 +14,10 @@ from tests.conftest import screen
 from tests.pixelprune.reference import make_sample
 from tests.pixelprune.test_borders import assert_equal_gradients
 from tests.pixelprune.test_prefixes import QUESTIONS
-from training.config.settings import GroupSettings, OptimSettings
+from training.config.settings import GroupSettings, ModelSettings, OptimSettings
 from training.data.distillation import DistillationPack, with_full_rows
 from training.loss.supervised import LossSettings
+from training.model.loading import enable_recomputation
 from training.model.lora import LoraSettings, add_adapters
 from training.model.parameters import freeze_parts
 from training.model.supervised import SupervisedModel
@@ -94,3 +95,17 @@ def test_distillation_on_a_shared_row_equals_rows_apart(
     assert sums[2] == pytest.approx(expected_sums[2], abs=1e-5), "divergence"
     assert expected_sums[2] > 0
     assert_equal_gradients(gradients, expected)
+
+
+@pytest.mark.parametrize(("vit", "llm"), [(1, 0), (0, 1), (2, 2)])
+def test_whatever_is_recomputed_the_bits_are_those_of_the_shared_row_without(
+    student, toy_tokenizer, geometry, vit, llm
+):
+    module = SupervisedModel(student, geometry, LossSettings())
+    pack = pack_of(toy_tokenizer, geometry, [0, 1], "prefix")
+    expected_sums, expected = sums_and_gradients(module, pack)
+    enable_recomputation(student, ModelSettings(recompute_vit=vit, recompute_llm=llm))
+    sums, gradients = sums_and_gradients(module, pack)
+    assert sums == expected_sums
+    for name, gradient in expected.items():
+        assert torch.equal(gradients[name], gradient), name
