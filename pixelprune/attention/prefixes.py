@@ -160,15 +160,17 @@ def row_borders(pieces: Sequence[Piece]) -> Borders:
     )
 
 
-def picture_prefix(sample: Sample, image_token_id: int) -> tuple[int, int]:
+def picture_prefix(sample: Sample, image_token_id: int, keys: dict[int, int] | None = None) -> tuple[int, int]:
     """What stands up to the end of a sample's first image: its hash (63 bits, above 0) and its number of text tokens.
 
+    keys: as of `image_key`, of the sample's images.
     Samples of one hash share at least that prefix. (0, 0) for a sample without an image, or with one that cannot be
     shared.
     """
     if not sample.images:
         return 0, 0
-    kept, sequence = sample.images[0].selection.num_kept, _sequence(sample, image_token_id, {})
+    kept = sample.images[0].selection.num_kept
+    sequence = _sequence(sample, image_token_id, {} if keys is None else keys)
     end = int(np.flatnonzero(sample.input_ids == image_token_id)[kept - 1]) + 1
     if end > len(sequence):
         return 0, 0
@@ -176,9 +178,12 @@ def picture_prefix(sample: Sample, image_token_id: int) -> tuple[int, int]:
     return max(key, 1), end - kept
 
 
-def picture_hash(sample: Sample) -> int:
-    """Of a sample's first image alone, whatever stands before it (63 bits, above 0); 0 for a sample without one."""
-    return -image_key(sample.images, 0, {}) if sample.images else 0
+def picture_hash(sample: Sample, keys: dict[int, int] | None = None) -> int:
+    """Of a sample's first image alone, whatever stands before it (63 bits, above 0); 0 for a sample without one.
+
+    keys: as of `image_key`, of the sample's images.
+    """
+    return -image_key(sample.images, 0, {} if keys is None else keys) if sample.images else 0
 
 
 def _sequence(sample: Sample, image_token_id: int, keys: dict[int, int]) -> np.ndarray:

@@ -9,13 +9,12 @@ through the tokenizer's offsets.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from pixelprune.answers import GROUNDING_TOKENS
 from pixelprune.model_folder import ModelFolder
@@ -24,6 +23,8 @@ from pixelprune.records.record import Message, Record, RecordError
 from pixelprune.records.template import AnswerPlaces, Span, TemplateFacts, any_of, rewritten
 from pixelprune.records.token_answers import with_answer_tokens
 from pixelprune.sample import ChatTokens
+from pixelprune.steps import Steps, all_at_once
+from pixelprune.text.rendering import Rendering, Tokenising
 
 __all__ = ["GENERATION_TAG", "ChatEncoder", "control_tokens", "would_forge"]
 
@@ -70,6 +71,7 @@ class ChatEncoder:
             raise ValueError("the tokenizer has no chat template (chat_template.jinja in model.path)")
         self.tokenizer = tokenizer
         self.last_turn_only = last_turn_only
+        self._rendering, self._tokenise = Rendering(tokenizer), Tokenising(tokenizer)
         self.template = TemplateFacts(self._text)
         self._has_marks = bool(GENERATION_TAG.search(tokenizer.chat_template))
         self._special = control_tokens(tokenizer, grounding_tokens=grounding_tokens)
@@ -84,20 +86,23 @@ class ChatEncoder:
         opened = ModelFolder.open(folder, trust_remote_code=trust_remote_code)
         return cls(opened.tokenizer, last_turn_only=last_turn_only)
 
-    def encode(self, record: Record) -> ChatTokens:
+    def steps(self, record: Record) -> Steps[ChatTokens]:
         """Token ids with one placeholder per image, and which of them are supervised.
 
         A token is supervised when it lies wholly inside what the assistant wrote, end token included: a token that
         began in the turn's header would be given, not predicted, when generating.
+        Pauses before the template and before the tokenizer.
         Raises RecordError with reason special_token, bad_text, template, bad_token_ids or no_supervised_token.
         """
         self._check_text(record)
+        yield
         if any(message.tokens for message in record.messages):
             return self._encode_tokens(record)
         text, spans = self.render(record)
+        yield
         # The template's own special tokens are in the text already: nothing is to be added.
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts, ends = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        input_ids, characters = self._tokenise(text)
+        starts, ends = characters.T
         weights = np.zeros(len(starts), dtype=np.float32)
         for (start, end), weight in self._supervised(spans, record):
             weights[(starts >= start) & (ends <= end) & (ends > starts)] = weight
@@ -105,10 +110,12 @@ class ChatEncoder:
         if not supervised.any():
             raise RecordError("no_supervised_token", "no assistant turn to be trained on, so there is nothing to learn")
         return ChatTokens(
-            np.array(encoded["input_ids"], dtype=np.int64),
+            input_ids,
             supervised,
             weights if (weights[supervised] != 1).any() else None,
         )
+
+    encode = all_at_once(steps)
 
     def _encode_tokens(self, record: Record) -> ChatTokens:
         """A conversation whose last answer is token ids: the rendered prompt, and behind it the ids as they are."""
@@ -156,8 +163,10 @@ class ChatEncoder:
         answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
         trained = [i for i in (answers[-1:] if self.last_turn_only else answers) if messages[i].supervised]
         if self._has_marks:
-            texts, marks = self._apply(turns, tools=tools, return_assistant_tokens_mask=True)
-            text, spans = texts[0], [(int(start), int(end)) for start, end in marks[0]]
+            text, marks = self._asked(
+                self._rendering.text_and_marks, turns, tools=tools, return_assistant_tokens_mask=True
+            )
+            spans = [(int(start), int(end)) for start, end in marks]
             named = dict(zip(answers, spans, strict=True)) if len(spans) == len(answers) else {}
         else:
             text = self._text(turns, tools=tools)
@@ -209,19 +218,13 @@ class ChatEncoder:
                 raise RecordError("bad_text", f"{where} is not valid Unicode: {error}") from error
 
     def _text(self, turns: list[dict[str, Any]], **kwargs: Any) -> str:
-        return self._apply(turns, **kwargs)[0][0]
+        return str(self._asked(self._rendering.text, turns, **kwargs))
 
-    def _apply(self, turns: list[dict[str, Any]], **kwargs: Any) -> tuple[list[str], list[Any]]:
+    def _asked(self, render: Callable[..., Any], turns: list[dict[str, Any]], **kwargs: Any) -> Any:
         from jinja2 import TemplateError
 
         try:
-            texts, marks = render_jinja_template(
-                conversations=[turns],
-                chat_template=self.tokenizer.chat_template,
-                **self.tokenizer.special_tokens_map,
-                **kwargs,
-            )
-            return texts, marks
+            return render(turns, **kwargs)
         except TemplateError as error:
             # Templates refuse conversations by raising: a system turn in the middle, two user turns in a row, ...
             raise RecordError("template", f"the chat template refuses this conversation: {error}") from error

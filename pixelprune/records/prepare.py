@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -26,19 +26,31 @@ from pixelprune.sample import ChatTokens, Sample, build_sample
 from pixelprune.selection.registry import is_in_time
 from pixelprune.sessions.pruning import Shot, prune_shots
 from pixelprune.settings import PruneSettings, ResizeSettings
+from pixelprune.steps import Steps, all_at_once
 
 __all__ = [
     "PictureMemo",
+    "PicturePair",
     "PrepareSettings",
     "PreparedRecord",
     "Preparer",
+    "ShotKey",
     "hash_content",
     "with_objects_written",
 ]
 
-PictureMemo = dict[tuple[Shot, ...], list[tuple[PrunedImage, PrunedImage | None]]]
-"""Pictures prepared before, pruned and (`with_full`) on all blocks, by what they were made of, with the hash of their
-bytes as source: each by itself, or all of a conversation together."""
+ShotKey = tuple[Shot, ...]
+"""Pictures with the hash of their bytes as source: each by itself, or all of a conversation together."""
+PicturePair = tuple[PrunedImage, PrunedImage | None]
+"""A picture pruned and, `with_full`, on all its blocks."""
+
+
+class PictureMemo(Protocol):
+    """Pictures prepared before; a dictionary is one."""
+
+    def __contains__(self, key: ShotKey, /) -> bool: ...
+    def __getitem__(self, key: ShotKey, /) -> list[PicturePair]: ...
+    def __setitem__(self, key: ShotKey, pairs: list[PicturePair], /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -139,8 +151,7 @@ class Preparer:
     object_style: ObjectStyle = PLAIN_STYLE
     takes_open: bool = False
 
-    @of_the_record()
-    def prepare(
+    def steps(
         self,
         row: Any,
         root: Root | None,
@@ -150,46 +161,39 @@ class Preparer:
         record_id: str = "",
         expected_hash: int = -1,
         memo: PictureMemo | None = None,
-    ) -> PreparedRecord:
-        """Parse, check, read, decode, resize, prune.
+    ) -> Steps[PreparedRecord]:
+        """Parse, check, read, decode, resize, prune; pauses before the template, the tokenizer and the pictures.
 
         row: a mapping in any supported format, or a `Record`. preset: the prompt written around its questions.
         expected_hash: refuse a record whose content is another.
         memo: of the records of a pack, so that a picture of several is decoded, resized and selected once.
         Raises RecordError for whatever is wrong with the record or one of its images (reason `changed` for the hash).
         """
-        record = row if isinstance(row, Record) else parse_record(row, record_format, self.rules)
-        self.limits.check(record)
-        record = with_objects_written(record, root, self.object_style, self.limits.max_file_bytes)
-        record = preset.apply(record)
-        has_no_answer = self.takes_open and is_open(record)
-        if has_no_answer:
-            record = with_end_alone(record, self.chat.tokenizer.eos_token_id)
-        chat = self.chat.encode(record)
-        pictures = [read_image(ref, root, self.limits.max_file_bytes) for ref in record.images]
-        content_hash = hash_content(record, pictures)
-        if expected_hash not in (-1, content_hash):
-            raise RecordError("changed", "the record or an image of it changed since the index was built")
-        num_placeholders = int((chat.input_ids == self.image_token_id).sum())
-        if num_placeholders != len(pictures):
-            raise RecordError(
-                "image_count", f"the chat template wrote {num_placeholders} placeholders for {len(pictures)} images"
+        with of_the_record():
+            record = row if isinstance(row, Record) else parse_record(row, record_format, self.rules)
+            self.limits.check(record)
+            record = with_objects_written(record, root, self.object_style, self.limits.max_file_bytes)
+            record = preset.apply(record)
+            has_no_answer = self.takes_open and is_open(record)
+            if has_no_answer:
+                record = with_end_alone(record, self.chat.tokenizer.eos_token_id)
+            chat = yield from self.chat.steps(record)
+            yield
+            pictures = [read_image(ref, root, self.limits.max_file_bytes) for ref in record.images]
+            content_hash = hash_content(record, pictures)
+            if expected_hash not in (-1, content_hash):
+                raise RecordError("changed", "the record or an image of it changed since the index was built")
+            prepared = self._pruned(record, chat, pictures, {} if memo is None else memo)
+            sample = build_sample(
+                chat, [image for image, _ in prepared], image_token_id=self.image_token_id, record_id=record_id
             )
-        self._check_direction(chat)
-        shots = [
-            Shot(picture, ref.wish, ref.starts_session) for picture, ref in zip(pictures, record.images, strict=True)
-        ]
-        try:
-            prepared = self._pruned(shots, {} if memo is None else memo)
-        except ImageError as error:
-            raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
-        images = [image for image, _ in prepared]
-        sample = build_sample(chat, images, image_token_id=self.image_token_id, record_id=record_id)
-        full = None
-        if self.with_full:
-            full_images = [full_image for _, full_image in prepared if full_image is not None]
-            full = build_sample(chat, full_images, image_token_id=self.image_token_id, record_id=record_id)
-        return PreparedRecord(record, sample, content_hash, full, has_no_answer)
+            full = None
+            if self.with_full:
+                full_images = [full_image for _, full_image in prepared if full_image is not None]
+                full = build_sample(chat, full_images, image_token_id=self.image_token_id, record_id=record_id)
+            return PreparedRecord(record, sample, content_hash, full, has_no_answer)
+
+    prepare = all_at_once(steps)
 
     def _check_direction(self, chat: ChatTokens) -> None:
         """Backward, what is trained on must have all images before it: it would see screenshots with holes whose blocks
@@ -204,13 +208,27 @@ class Preparer:
                 "what later ones show; expected data.last_turn_only=true, or prune.direction=forward",
             )
 
-    def _pruned(self, shots: list[Shot], memo: PictureMemo) -> list[tuple[PrunedImage, PrunedImage | None]]:
+    def _pruned(
+        self, record: Record, chat: ChatTokens, pictures: list[bytes | Image.Image], memo: PictureMemo
+    ) -> list[PicturePair]:
         """Images pruned and, `with_full`, unpruned; each by itself, or together where the strategy looks at time."""
-        if is_in_time(self.prune):
-            return self._remembered(tuple(shots), memo)
-        return [pair for shot in shots for pair in self._remembered((shot,), memo)]
+        num_placeholders = int((chat.input_ids == self.image_token_id).sum())
+        if num_placeholders != len(pictures):
+            raise RecordError(
+                "image_count", f"the chat template wrote {num_placeholders} placeholders for {len(pictures)} images"
+            )
+        self._check_direction(chat)
+        shots = [
+            Shot(picture, ref.wish, ref.starts_session) for picture, ref in zip(pictures, record.images, strict=True)
+        ]
+        try:
+            if is_in_time(self.prune):
+                return self._remembered(tuple(shots), memo)
+            return [pair for shot in shots for pair in self._remembered((shot,), memo)]
+        except ImageError as error:
+            raise RecordError(error.reason, f"{_name_images(record)}: {error}") from error
 
-    def _remembered(self, shots: tuple[Shot, ...], memo: PictureMemo) -> list[tuple[PrunedImage, PrunedImage | None]]:
+    def _remembered(self, shots: ShotKey, memo: PictureMemo) -> list[PicturePair]:
         """Taken from the memo where the same bytes came before."""
         hashed = [(shot, xxhash.xxh3_128_digest(shot.source)) for shot in shots if isinstance(shot.source, bytes)]
         if len(hashed) < len(shots):  # a decoded picture

@@ -272,13 +272,13 @@ def read_index(sources: list[Source], files: list[Path]) -> Index:
     quarantined: list[Quarantined] = []
     for number, (source, file) in enumerate(zip(sources, files, strict=True)):
         table = pq.read_table(file)
-        bad = np.array(table["reason"].to_pylist(), dtype=object) != ""
-        for entry in table.filter(pa.array(bad)).to_pylist():
+        bad = pc.not_equal(table["reason"], "")
+        for entry in table.filter(bad).to_pylist():
             row = entry["row"]
             quarantined.append(
                 Quarantined(source.record_id(row), source.rows.where(row), entry["reason"], entry["detail"])
             )
-        good = table.filter(pa.array(~bad))
+        good = table.filter(pc.invert(bad))
         columns["source"].append(np.full(len(good), number, dtype=np.int64))
         for name in COLUMNS[1:]:
             dtype = np.float64 if name in ("loss_weight", "weight") else np.int64

@@ -11,8 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,17 +20,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pixelprune.attention.prefixes import picture_hash, picture_prefix
 from pixelprune.command import ProgressLine
 from pixelprune.files import whole_file
 from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
-from pixelprune.records.record import OUT_OF_MEMORY, UNEXPECTED, RecordError
+from pixelprune.records.record import OUT_OF_MEMORY, UNEXPECTED
 from pixelprune.sessions.pruning import Shot, prune_shots
+from pixelprune.steps import Steps
 from training.data.columns import refuse_unread_columns
 from training.data.index import SCHEMA, Index, read_index
-from training.data.index_folder import IndexFolder, open_folder
-from training.data.measuring import TOO_SLOW, Chunk, MeasuringPool, too_slow
+from training.data.index_folder import IndexFolder, index_writes, open_folder
+from training.data.measuring.pictures import MeasuredPictures, forget_pictures
+from training.data.measuring.pool import TOO_SLOW, Chunk, MeasuringPool, too_slow
+from training.data.measuring.row import Row, measured_rows, row_steps, unmeasured
 from training.data.quarantine import write_quarantine
 from training.data.settings import SourceSettings
 from training.data.sources import Source, open_sources
@@ -39,7 +40,11 @@ from training.errors import StopAskedError, UserError
 
 logger = logging.getLogger(__name__)
 
+RowSteps = Callable[[Preparer, Source, int, MeasuredPictures], Steps[Row]]
+
 CHUNK_ROWS = 128
+MOST_PARTS = 1024
+"""Of a source: above it, parts of 128 rows cost more than their rows, to write and to look through at a start."""
 PERHAPS_NOT_ITS_OWN = (UNEXPECTED, OUT_OF_MEMORY)
 """What may lie in the program or the machine: tried again at every start."""
 REPAIRABLE = (
@@ -74,6 +79,7 @@ def build_index(
     or one that is not shared by all ranks.
     """
     opened = open_sources(sources, index_dir)
+    prepare = replace(prepare, with_full=False)
     preparer = prepare.build()
     for source in opened:
         refuse_unread_columns(source, preparer.rules)
@@ -117,64 +123,14 @@ def build_index(
     return read_index(opened, [folder.table for folder in folders])
 
 
-def measure_row(preparer: Preparer, source: Source, row: int) -> dict:
-    """One row of the index; a record that cannot be used comes back with its reason."""
-    try:
-        prepared = preparer.prepare(
-            source.rows[row],
-            source.root,
-            record_format=source.settings.format,
-            preset=source.settings.preset(),
-        )
-    except RecordError as error:
-        return _unmeasured(row, error.reason, str(error))
-    except UserError:
-        raise
-    except Exception as error:
-        error.add_note(f"while measuring {source.rows.where(row)}")
-        raise
-    sample = prepared.sample
-    kept = [image.selection.num_kept for image in sample.images]
-    prefix_hash, prefix_text = picture_prefix(sample, preparer.image_token_id)
-    return {
-        "row": row,
-        "reason": "",
-        "detail": "",
-        "content_hash": prepared.content_hash,
-        "text_tokens": len(sample) - sum(kept),
-        "num_supervised": sample.num_supervised,
-        "loss_weight": sample.loss_weight,
-        "weight": prepared.record.weight,
-        "kept_blocks": kept,
-        "full_blocks": [image.num_full_blocks for image in sample.images],
-        "prefix_hash": prefix_hash,
-        "prefix_text": prefix_text,
-        "picture_hash": picture_hash(sample),
-    }
-
-
-def _unmeasured(row: int, reason: str, detail: str) -> dict:
-    return {
-        "row": row,
-        "reason": reason,
-        # A name that is no Unicode is shown with its bytes escaped: Parquet takes no other text.
-        "detail": detail.encode("utf-8", "backslashreplace").decode(),
-        "content_hash": 0,
-        "text_tokens": 0,
-        "num_supervised": 0,
-        "loss_weight": 0.0,
-        "weight": 0.0,
-        "kept_blocks": [],
-        "full_blocks": [],
-        "prefix_hash": 0,
-        "prefix_text": 0,
-        "picture_hash": 0,
-    }
-
-
 def _chunks(number: int, source: Source, folder: IndexFolder) -> Iterator[Chunk]:
-    for start in range(0, len(source), CHUNK_ROWS):
-        yield Chunk(number, range(start, min(start + CHUNK_ROWS, len(source))), folder.part(start))
+    for rows in _rows_of_parts(len(source)):
+        yield Chunk(number, rows, folder.part(rows.start))
+
+
+def _rows_of_parts(num_rows: int) -> list[range]:
+    size = max(CHUNK_ROWS, -(-num_rows // MOST_PARTS))
+    return [range(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
 @dataclass(frozen=True)
@@ -216,28 +172,44 @@ class _Pool:
         num_workers = min(self.num_workers, len(chunks))
         if num_workers <= 1 and not (num_workers and self.max_seconds):
             # A process more would cost its start (seconds) and save nothing.
+            measurer = _Measurer(self.sources, self.preparer)
             for number, chunk in enumerate(chunks):
-                source = self.sources[chunk.source]
-                yield number, _finish_chunk(chunk, [measure_row(self.preparer, source, row) for row in chunk.rows])
+                yield number, measurer.finish(chunk, list(measurer.measure(chunk, chunk.rows)))
             return
-        start = partial(_start_worker, self.sources, self.prepare, measure_row)
-        yield from MeasuringPool(start, _unmeasured, num_workers, self.max_seconds, self.is_stopped).measure(chunks)
+        start = partial(_start_worker, self.sources, self.prepare, row_steps)
+        yield from MeasuringPool(start, unmeasured, num_workers, self.max_seconds, self.is_stopped).measure(chunks)
 
 
-def _start_worker(
-    sources: list[Source], prepare: PrepareSettings, measure: Callable[[Preparer, Source, int], dict]
-) -> tuple[Callable[[Chunk, int], dict], Callable[[Chunk, list[dict]], list[dict]]]:
+class _Measurer:
+    """What measures the rows of chunks in one process."""
+
+    def __init__(self, sources: list[Source], preparer: Preparer, steps_of: RowSteps | None = None):
+        self.sources, self.preparer = sources, preparer
+        self._steps_of = steps_of or row_steps
+        self._pictures: dict[Path | None, MeasuredPictures] = {}
+
+    def measure(
+        self, chunk: Chunk, rows: Sequence[int], begin: Callable[[int], None] = lambda row: None
+    ) -> Iterator[Row]:
+        """Those rows of the chunk, in order. begin: as of `measured_rows`."""
+        source, folder = self.sources[chunk.source], chunk.part.parent if chunk.part else None
+        pictures = self._pictures.setdefault(folder, MeasuredPictures(folder))
+        pictures.look_around()
+        return measured_rows(lambda row: self._steps_of(self.preparer, source, row, pictures), rows, begin)
+
+    def finish(self, chunk: Chunk, rows: list[Row]) -> list[Row]:
+        """The part written, or the rows of a chunk that has none."""
+        if chunk.part is None:
+            return rows
+        _write_table(chunk.part, pa.Table.from_pylist(rows, schema=SCHEMA))
+        return []
+
+
+def _start_worker(sources: list[Source], prepare: PrepareSettings, steps_of: RowSteps) -> _Measurer:
     preparer = prepare.build()
     # The kernels are compiled, or read from their cache, with the first picture, which is no record's fault.
     prune_shots([Shot(Image.new("RGB", (70, 70)))] * 2, preparer.prune, prepare.resize)
-    return lambda chunk, row: measure(preparer, sources[chunk.source], row), _finish_chunk
-
-
-def _finish_chunk(chunk: Chunk, rows: list[dict]) -> list[dict]:
-    if chunk.part is None:
-        return rows
-    _write_table(chunk.part, pa.Table.from_pylist(rows, schema=SCHEMA))
-    return []
+    return _Measurer(sources, preparer, steps_of)
 
 
 def _is_whole(path: Path, num_rows: int) -> bool:
@@ -257,7 +229,7 @@ def _is_whole(path: Path, num_rows: int) -> bool:
 
 def _join_parts(source: Source, folder: IndexFolder) -> None:
     """Rank 0: parts -> index.parquet, then away with the parts. Without all of them nothing is written."""
-    parts = [folder.part(start) for start in range(0, len(source), CHUNK_ROWS)]
+    parts = [folder.part(rows.start) for rows in _rows_of_parts(len(source))]
     try:
         table = pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts])
     except (OSError, pa.ArrowException):
@@ -266,6 +238,7 @@ def _join_parts(source: Source, folder: IndexFolder) -> None:
     _write_index(source, folder, table)
     for part in parts:
         part.unlink(missing_ok=True)
+    forget_pictures(folder.path)
 
 
 def _recheck(numbers: Sequence[int], folders: list[IndexFolder], pool: _Pool) -> None:
@@ -323,22 +296,10 @@ def _replace_rows(source: Source, folder: IndexFolder, rows: list[dict]) -> None
 def _write_index(source: Source, folder: IndexFolder, table: pa.Table) -> None:
     assert len(table) == len(source), f"{len(table)} rows measured of {len(source)}"
     _write_table(folder.table, table)
-    with _index_writes(folder.path / "quarantine.jsonl"):
+    with index_writes(folder.path / "quarantine.jsonl"):
         write_quarantine(folder.path / "quarantine.jsonl", read_index([source], [folder.table]).quarantined)
 
 
 def _write_table(path: Path, table: pa.Table) -> None:
-    with _index_writes(path), whole_file(path, is_shared=True) as partial:
+    with index_writes(path), whole_file(path, is_shared=True) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
-
-
-@contextmanager
-def _index_writes(path: Path) -> Iterator[None]:
-    """No run goes on without its index: UserError, also from another process."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: the index cannot be written: {error.strerror or error} (free space, or keep indexes elsewhere: "
-            "data.index_dir)"
-        ) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from pixelprune.records.presets import AS_RECORDED
 from training.data.files.address import is_remote
 from training.data.files.unpacked import home_of_index, side_folder
 from training.data.sources import Source
+from training.errors import UserError
 
 INDEX_VERSION = 8
 """Raise when the meaning of a column, or what can be used, changes: older indexes are then built anew."""
@@ -67,3 +70,15 @@ def open_folder(source: Source, fingerprint: dict, index_dir: str) -> IndexFolde
     except OSError as error:
         raise ValueError(f"the index cannot be written to {folder.path}: {error.strerror} (data.index_dir)") from error
     return folder
+
+
+@contextmanager
+def index_writes(path: Path) -> Iterator[None]:
+    """No run goes on without its index: UserError, also from another process."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: the index cannot be written: {error.strerror or error} (free space, or keep indexes elsewhere: "
+            "data.index_dir)"
+        ) from error

@@ -106,8 +106,8 @@ class DataSettings:
     max_images: int = 256
     """Most images of one record."""
     max_seconds_per_record: float = 120.0
-    """Seconds that reading, decoding and templating one record may take when it is indexed, 0 for any time; a record
-    that takes longer is quarantined, and measured again under another limit."""
+    """Seconds that each of reading, templating, tokenising and decoding a record may take when it is indexed, 0 for any
+    time; one that takes longer is quarantined, and measured again under another limit."""
     index_dir: str = ""
     """Where indexes are kept, on a file system that all ranks share; by default beside each data file."""
     index_workers: int = 0

@@ -10,7 +10,7 @@ import torch
 from pixelprune.attention.prefixes import find_groups
 from pixelprune.pack import Pack, VisionGeometry, pack_samples, row_pictures
 from pixelprune.records.collator import PixelPruneCollator
-from pixelprune.records.prepare import PictureMemo, PreparedRecord, PrepareSettings
+from pixelprune.records.prepare import PicturePair, PreparedRecord, PrepareSettings, ShotKey
 from pixelprune.records.record import RecordError
 from pixelprune.selection.registry import is_recoverable
 from training.data.distillation import with_cached_targets, with_full_rows
@@ -98,7 +98,7 @@ class PackDataset(torch.utils.data.Dataset):
         records, lost, num_lost_supervised, lost_loss_weight = [], [], 0, 0.0
         is_asked: list[bool] = []
         asked = task.is_asked or (False,) * len(task.records)
-        memo: PictureMemo = {}
+        memo: dict[ShotKey, list[PicturePair]] = {}
         for (number, row, content_hash, num_supervised, loss_weight), asks in zip(task.records, asked, strict=True):
             source = self.sources[number]
             try:

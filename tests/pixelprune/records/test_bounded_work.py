@@ -163,11 +163,17 @@ def long_conversation(num_turns: int):
     return [(role, f"text {i}") for i, role in enumerate(roles)]
 
 
+def count_renderings(encoder, rendered, monkeypatch):
+    """Turns of every rendering, appended to `rendered`."""
+    original = encoder._rendering.text
+    counted = lambda turns, **options: (rendered.append(len(turns)), original(turns, **options))[1]  # noqa: E731
+    monkeypatch.setattr(encoder._rendering, "text", counted)
+
+
 def test_a_template_renders_many_turns_a_few_times(tokenizer, monkeypatch):
     rendered = []
     encoder = ChatEncoder(tokenizer)
-    original = encoder._apply
-    monkeypatch.setattr(encoder, "_apply", lambda turns, **kw: (rendered.append(len(turns)), original(turns, **kw))[1])
+    count_renderings(encoder, rendered, monkeypatch)
     turns = long_conversation(400)
     chat = encoder.encode(parse_record({"messages": [{"role": role, "content": text} for role, text in turns]}))
     ids, supervised = by_hand(tokenizer, turns)
@@ -262,8 +268,7 @@ def test_a_long_session_with_calls_renders_a_few_times(monkeypatch, name):
     encoder = ChatEncoder(own)
     encoder.encode(parse_record(session(2)))  # the template's own facts are asked once
     rendered = []
-    original = encoder._apply
-    monkeypatch.setattr(encoder, "_apply", lambda turns, **kw: (rendered.append(len(turns)), original(turns, **kw))[1])
+    count_renderings(encoder, rendered, monkeypatch)
     record = parse_record(session(200))
     chat = encoder.encode(record)
     assert sum(rendered) <= 8 * len(record.messages), f"{sum(rendered)} turns rendered for {len(record.messages)}"

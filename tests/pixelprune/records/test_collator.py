@@ -183,7 +183,7 @@ def test_what_nobody_thought_of_is_the_records_and_named_with_its_cause(toy_fold
         preparer.prepare({"messages": turns, "tools": [{"name": "f", "parameters": nested}]}, None)
     assert caught.value.reason == "unexpected"
     fault = MemoryError("2 GB of text")
-    monkeypatch.setattr(ChatEncoder, "encode", lambda self, record: (_ for _ in ()).throw(fault))
+    monkeypatch.setattr(ChatEncoder, "steps", lambda self, record: (_ for _ in ()).throw(fault))
     with pytest.raises(RecordError, match=r"MemoryError: 2 GB of text \(test_collator\.py:\d+\)") as caught:
         preparer.prepare({"messages": turns}, None)
     assert caught.value.reason == "out_of_memory"

@@ -13,6 +13,6 @@ from training.data.settings import SourceSettings
 if __name__ == "__main__":
     data, model = sys.argv[1:]
     index_builder.CHUNK_ROWS = 4
-    index_builder.measure_row = hostile_measures.logs
+    index_builder.row_steps = hostile_measures.logs
     prepare = PrepareSettings(model, PruneSettings(), ResizeSettings(min_pixels=32 * 32))
     index_builder.build_index([SourceSettings(data)], prepare, num_workers=1, max_seconds=600.0, show_progress=False)

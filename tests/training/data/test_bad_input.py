@@ -12,7 +12,7 @@ from PIL import Image, ImageFile, ImageOps
 from pixelprune.images.image import ImageError, decode_image, resize_image
 from pixelprune.settings import ResizeSettings
 from tests.samples import chat_row, draw_screen, encode, write_jsonl
-from training.data.index_builder import measure_row
+from training.data.measuring.row import measure_row
 from training.data.settings import SourceSettings
 from training.data.sources import open_source
 

@@ -187,8 +187,8 @@ def test_an_index_that_a_power_cut_damaged_is_measured_again(tmp_path, prepare, 
     assert len(parts) == 3
     damage(parts[1])
     rows = []
-    original = index_builder.measure_row
-    monkeypatch.setattr(index_builder, "measure_row", lambda *args: (rows.append(args[2]), original(*args))[1])
+    original = index_builder.row_steps
+    monkeypatch.setattr(index_builder, "row_steps", lambda *args: (rows.append(args[2]), original(*args))[1])
     again = build(path, prepare)
     assert rows == list(range(8, 16)), "the damaged part alone"
     damage(table)

@@ -38,8 +38,8 @@ def build(folder: Path, prepare, **options):
 def measured(monkeypatch):
     """Rows measured so far."""
     rows = []
-    original = index_builder.measure_row
-    monkeypatch.setattr(index_builder, "measure_row", lambda *args: (rows.append(args[2]), original(*args))[1])
+    original = index_builder.row_steps
+    monkeypatch.setattr(index_builder, "row_steps", lambda *args: (rows.append(args[2]), original(*args))[1])
     return rows
 
 
@@ -206,17 +206,17 @@ def test_rebuilt_for_another_tokenizer(screens, prepare, measured, tokenizer, mo
 
 def test_a_killed_build_goes_on_where_it_was(screens, prepare, monkeypatch, measured):
     monkeypatch.setattr(index_builder, "CHUNK_ROWS", 4)
-    original = index_builder.measure_row
+    original = index_builder.row_steps
 
-    def dies_at_13(preparer, source, row):
+    def dies_at_13(preparer, source, row, pictures):
         if row == 13:
             raise KeyboardInterrupt
-        return original(preparer, source, row)
+        return original(preparer, source, row, pictures)
 
-    monkeypatch.setattr(index_builder, "measure_row", dies_at_13)
+    monkeypatch.setattr(index_builder, "row_steps", dies_at_13)
     with pytest.raises(KeyboardInterrupt):
         build(screens, prepare)
-    monkeypatch.setattr(index_builder, "measure_row", original)
+    monkeypatch.setattr(index_builder, "row_steps", original)
     measured.clear()
     assert len(build(screens, prepare)) == 24
     assert measured == list(range(12, 24)), "three whole parts of four rows were kept"

@@ -17,9 +17,10 @@ from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.samples import chat_row, write_jsonl
 from tests.training.data import hostile_measures
 from training.composition.toy import build_tokenizer, toy_config
-from training.data import index_builder, measuring
+from training.data import index_builder
 from training.data.index_builder import build_index
 from training.data.loader import LoaderSettings, PackLoader
+from training.data.measuring import pool as measuring
 from training.data.plan import PlanSettings
 from training.data.settings import SourceSettings
 
@@ -38,7 +39,7 @@ def build(folder, prepare, measure=None, monkeypatch=None, **options):
     if measure is None:
         return build_index(sources, prepare, **options)
     with monkeypatch.context() as patched:
-        patched.setattr(index_builder, "measure_row", measure)
+        patched.setattr(index_builder, "row_steps", measure)
         return build_index(sources, prepare, **options)
 
 

@@ -15,7 +15,7 @@ from pixelprune.records.record import ImageRef, RecordError
 from pixelprune.settings import PruneSettings, ResizeSettings
 from tests.samples import chat_row, draw_screen, encode, write_jsonl
 from training.data.files import json_rows
-from training.data.index_builder import measure_row
+from training.data.measuring.row import measure_row
 from training.data.settings import SourceSettings
 from training.data.sources import open_source
 from training.errors import UserError

@@ -1,7 +1,9 @@
 """Processes of our own that measure records, each record under a time limit: one that hangs or dies is replaced.
 
 A signal does not end a decoder that runs in C, and a thread cannot be ended at all: what takes too long is ended with
-its process. The record that it was at is known, because a process tells of every record that it has measured.
+its process. The record that it was at is known, because a process writes into memory that it shares with its parent
+which record it turns to. What it has measured it sends now and then: for short records a message each would cost as
+much as the record.
 """
 
 from __future__ import annotations
@@ -16,9 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from pixelprune.records.record import UNEXPECTED
+from training.data.measuring.row import Row
+from training.data.measuring.shared_word import SharedWord
 
 __all__ = ["TOO_SLOW", "Chunk", "MeasuringPool", "too_slow"]
 
@@ -27,13 +31,16 @@ logger = logging.getLogger(__name__)
 TOO_SLOW = "too_slow"
 
 POLL_SECONDS = 0.5
+SEND_SECONDS = 0.2
+"""What a process that dies has measured since it last sent is measured again."""
 DEATHS_PER_RECORD = 2
 """A process that dies may have been ended for what others did (memory): its record is tried once more."""
 TRIES_TO_START = 2
 """In a row: one process may be killed by chance, two that cannot start have a reason."""
 _PR_SET_PDEATHSIG = 1
-
-Row = dict[str, Any]
+_PLACE_BITS = 24
+_FINISHING = (1 << _PLACE_BITS) - 1
+"""In place of a record: what is done with the whole chunk."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,16 @@ class Chunk:
     part: Path | None = None
 
 
+class Measurer(Protocol):
+    """What a process does with chunks."""
+
+    def measure(self, chunk: Chunk, rows: Sequence[int], begin: Callable[[int], None]) -> Iterator[Row]:
+        """Those rows of the chunk, in order. begin: told of every row that is worked at from now on."""
+
+    def finish(self, chunk: Chunk, rows: list[Row]) -> list[Row]:
+        """Done with all rows of a chunk; what the chunk hands back."""
+
+
 def too_slow(max_seconds: float) -> str:
     """What is said of a record that takes longer."""
     return f"took longer than data.max_seconds_per_record={max_seconds:g}"
@@ -54,6 +71,11 @@ def too_slow(max_seconds: float) -> str:
 class _Worker:
     process: multiprocessing.process.BaseProcess
     connection: Connection
+    at: SharedWord
+    """Shared with the process: a number that changes with every record it turns to, above the record's place in the
+    chunk. One word, so that it is read whole."""
+    seen: int = 0
+    """What stood there when it was last looked at."""
     is_ready: bool = False
     number: int | None = None
     """Of the chunk that it measures."""
@@ -68,12 +90,12 @@ class _Worker:
 
 @dataclass
 class MeasuringPool:
-    """start: called in each process; returns what measures one row of a chunk, and what is done with a whole chunk.
+    """start: called in each process.
     quarantined: the row of the index for a record that has no measure, from (row, reason, detail).
-    max_seconds: for one record, 0 for any time.
+    max_seconds: for one record to be read, rendered, tokenised, or pruned; 0 for any time.
     """
 
-    start: Callable[[], tuple[Callable[[Chunk, int], Row], Callable[[Chunk, list[Row]], list[Row]]]]
+    start: Callable[[], Measurer]
     quarantined: Callable[[int, str, str], Row]
     num_workers: int
     max_seconds: float
@@ -108,10 +130,12 @@ class MeasuringPool:
         # Spawned, not forked: the parent has threads (tokenizers, numba, CUDA) that a fork would leave locked.
         context = multiprocessing.get_context("spawn")
         mine, others = context.Pipe()
-        process = context.Process(target=_serve, args=(others, self.start), daemon=True)
+        at = SharedWord()
+        process = context.Process(target=_serve, args=(others, at, self.start), daemon=True)
         process.start()
         others.close()
-        return _Worker(process, mine, number=number, known=known or {}, since=_now())
+        at.close()
+        return _Worker(process, mine, at, number=number, known=known or {}, since=_now())
 
     def _hear(self, worker: _Worker) -> tuple[int, list[Row]] | None:
         try:
@@ -122,8 +146,8 @@ class MeasuringPool:
         worker.since = _now()
         if kind == "error":
             raise value
-        if kind == "row":
-            worker.known[value["row"]] = value
+        if kind == "rows":
+            worker.known |= {row["row"]: row for row in value}
             return None
         done = None
         if kind == "done":
@@ -146,13 +170,18 @@ class MeasuringPool:
             self._replace_dead(worker)
 
     def _is_overdue(self, worker: _Worker) -> bool:
+        at = worker.at.value
+        if at != worker.seen:
+            worker.seen, worker.since = at, _now()
         is_at_a_record = worker.is_ready and self._record_of(worker) is not None
         return is_at_a_record and 0 < self.max_seconds < _now() - worker.since
 
     def _record_of(self, worker: _Worker) -> int | None:
-        if worker.number is None:
+        """The record that the process was at when it was last looked at."""
+        place = worker.seen & _FINISHING
+        if worker.number is None or not worker.seen or place == _FINISHING:
             return None
-        return next((row for row in self._chunks[worker.number].rows if row not in worker.known), None)
+        return self._chunks[worker.number].rows[place]
 
     def _give_up_record(self, worker: _Worker, reason: str, detail: str) -> None:
         """Go on without the record that the process is at, in a new process."""
@@ -168,6 +197,7 @@ class MeasuringPool:
 
     def _replace_dead(self, worker: _Worker) -> None:
         worker.process.join()
+        worker.seen = worker.at.value
         how = _ending(worker.process.exitcode)
         if not worker.is_ready and self._failed_starts < TRIES_TO_START - 1:
             self._failed_starts += 1
@@ -209,23 +239,43 @@ def _ending(code: int | None) -> str:
     return f"exit code {code}"
 
 
-def _serve(connection: Connection, start: Callable[[], tuple[Callable, Callable]]) -> None:
-    """What a process does: chunks in, rows out, one by one, then what the chunk hands back."""
+def _serve(connection: Connection, at: SharedWord, start: Callable[[], Measurer]) -> None:
+    """What a process does: chunks in, rows out, then what the chunk hands back."""
     # A decoder that hangs never reads that the parent is gone; Ctrl-C is the parent's to answer.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        measure, finish = start()
+        measurer = start()
         connection.send(("ready", None))
         while True:
             chunk, known = connection.recv()
-            rows = {row["row"]: row for row in known}
-            for row in chunk.rows:
-                if row not in rows:
-                    rows[row] = measure(chunk, row)
-                    connection.send(("row", rows[row]))
-            connection.send(("done", finish(chunk, [rows[row] for row in chunk.rows])))
+            connection.send(("done", _measured(chunk, {row["row"]: row for row in known}, connection, at, measurer)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:  # noqa: BLE001 - it is raised where the records are waited for
         connection.send(("error", error))
+
+
+def _measured(
+    chunk: Chunk, rows: dict[int, Row], connection: Connection, at: SharedWord, measurer: Measurer
+) -> list[Row]:
+    """rows: those that are known already; filled up."""
+    visits = at.value >> _PLACE_BITS
+
+    def turn_to(place: int) -> None:
+        nonlocal visits
+        visits += 1
+        at.value = visits << _PLACE_BITS | place
+
+    unsent: list[Row] = []
+    sent = time.monotonic()
+    for row in measurer.measure(
+        chunk, [row for row in chunk.rows if row not in rows], lambda row: turn_to(chunk.rows.index(row))
+    ):
+        rows[row["row"]] = row
+        unsent.append(row)
+        if time.monotonic() - sent > SEND_SECONDS:
+            connection.send(("rows", unsent))
+            unsent, sent = [], time.monotonic()
+    turn_to(_FINISHING)
+    return measurer.finish(chunk, [rows[row] for row in chunk.rows])
