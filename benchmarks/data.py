@@ -27,7 +27,7 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
 from benchmarks.parts.record import markdown_table, write_record
-from pixelprune.images.image import decode_image, prune_pixels, resize_image
+from pixelprune.images.image import decode_pixels, prune_pixels, resize_image
 from pixelprune.pack import VisionGeometry
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.collator import PixelPruneCollator
@@ -86,10 +86,10 @@ class Ours:
     def __call__(self, batch: list[dict]):
         return self.collator.pack([self.preparer.prepare(row, self.root).sample for row in batch])
 
-    def decode(self, batch: list[dict]) -> list[Image.Image]:
-        return [decode_image((self.root / image_name(row)).read_bytes(), self.preparer.resize) for row in batch]
+    def decode(self, batch: list[dict]) -> list[np.ndarray]:
+        return [decode_pixels((self.root / image_name(row)).read_bytes(), self.preparer.resize) for row in batch]
 
-    def resize(self, pictures: list[Image.Image]) -> list[np.ndarray]:
+    def resize(self, pictures: list[np.ndarray]) -> list[np.ndarray]:
         return [resize_image(picture, self.preparer.resize) for picture in pictures]
 
     def finish(self, batch: list[dict], images: list[np.ndarray]):
@@ -133,8 +133,8 @@ def measure_batch(stock: Stock, ours: Ours, batch: list[dict]) -> dict[str, floa
     seconds["ours decode"], pictures = timed(ours.decode, batch)
     seconds["ours resize"], images = timed(ours.resize, pictures)
     seconds["ours preparation"], _ = timed(ours.finish, batch, images)
-    seconds["stock decode"], _ = timed(stock.decode, batch)
-    seconds["stock resize"], _ = timed(stock.resize, pictures, images)
+    seconds["stock decode"], stock_pictures = timed(stock.decode, batch)
+    seconds["stock resize"], _ = timed(stock.resize, stock_pictures, images)
     # By difference: asking the stock processor not to resize would be slower than its default path.
     seconds["stock preparation"] = seconds["stock"] - seconds["stock decode"] - seconds["stock resize"]
     check_equal(stock_row, pack, ours.collator.geometry)

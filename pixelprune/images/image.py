@@ -25,6 +25,7 @@ __all__ = [
     "ImageError",
     "PrunedImage",
     "decode_image",
+    "decode_pixels",
     "gather_blocks",
     "open_image",
     "prune_image",
@@ -80,16 +81,38 @@ def decode_image(source: ImageSource, resize: ResizeSettings) -> Image.Image:
     """
     name = _describe(source)
     with as_image_error(name):
-        picture = source if isinstance(source, Image.Image) else _open(source, name)
-        width, height = picture.size
-        if width * height > resize.max_decoded_pixels:
-            raise ImageError(
-                "decompression_bomb",
-                f"{name}: {width}x{height} pixels exceed resize.max_decoded_pixels={resize.max_decoded_pixels}; "
-                "raise the limit if the image is meant to be that large",
-            )
-        picture.load()
-        return _to_rgb(_set_upright(picture), name)
+        picture = source if isinstance(source, Image.Image) else open_image(io.BytesIO(_read(source, name)), name)
+        return _decoded(_not_too_large(picture, resize, name), name)
+
+
+def decode_pixels(source: ImageSource, resize: ResizeSettings) -> np.ndarray:
+    """The same picture as uint8 (H, W, 3), sooner where it is a PNG as screenshots are. Raises as `decode_image`."""
+    name = _describe(source)
+    if isinstance(source, Image.Image):
+        return np.asarray(decode_image(source, resize))
+    from pixelprune.images.png import png_pixels  # numba loads here, not with the package
+
+    with as_image_error(name):
+        data = _read(source, name)
+        picture = _not_too_large(open_image(io.BytesIO(data), name), resize, name)
+        pixels = png_pixels(data, picture)
+        return np.asarray(_decoded(picture, name)) if pixels is None else pixels
+
+
+def _not_too_large(picture: Image.Image, resize: ResizeSettings, name: str) -> Image.Image:
+    width, height = picture.size
+    if width * height > resize.max_decoded_pixels:
+        raise ImageError(
+            "decompression_bomb",
+            f"{name}: {width}x{height} pixels exceed resize.max_decoded_pixels={resize.max_decoded_pixels}; "
+            "raise the limit if the image is meant to be that large",
+        )
+    return picture
+
+
+def _decoded(picture: Image.Image, name: str) -> Image.Image:
+    picture.load()
+    return _to_rgb(_set_upright(picture), name)
 
 
 def read_size(source: ImageSource) -> tuple[int, int, int]:
@@ -99,7 +122,7 @@ def read_size(source: ImageSource) -> tuple[int, int, int]:
     """
     name = _describe(source)
     with as_image_error(name):
-        picture = source if isinstance(source, Image.Image) else _open(source, name)
+        picture = source if isinstance(source, Image.Image) else open_image(io.BytesIO(_read(source, name)), name)
         try:
             # PNG's own getexif would decode all pixels to see what is behind them.
             orientation = Image.Image.getexif(picture).get(ExifTags.Base.Orientation, 1)
@@ -111,14 +134,14 @@ def read_size(source: ImageSource) -> tuple[int, int, int]:
         return (height, width, orientation) if is_on_its_side else (width, height, orientation)
 
 
-def resize_image(picture: Image.Image, resize: ResizeSettings, wish: SizeWish = NO_WISH) -> np.ndarray:
+def resize_image(picture: Image.Image | np.ndarray, resize: ResizeSettings, wish: SizeWish = NO_WISH) -> np.ndarray:
     """Bicubic resize to the Hugging Face processor's size: uint8 (H, W, 3), H and W multiples of 32.
 
-    wish: what the record says about this image's size.
+    picture: decoded, as a picture or its pixels. wish: what the record says about this image's size.
     Raises ImageError: aspect_ratio for pictures more than 200 times as long as wide, bad_size for a wish that cannot
     be met.
     """
-    width, height = picture.size
+    height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
     try:
         new_height, new_width = wished_size(height, width, resize, wish)
     except ValueError as error:
@@ -186,8 +209,8 @@ def prune_image(
     source: ImageSource, prune: PruneSettings, resize: ResizeSettings, wish: SizeWish = NO_WISH
 ) -> PrunedImage:
     """The whole walk of one image. Raises ImageError (see `decode_image`, `resize_image`)."""
-    picture = decode_image(source, resize)
-    return prune_pixels(resize_image(picture, resize, wish), prune, (picture.height, picture.width))
+    picture = decode_pixels(source, resize)
+    return prune_pixels(resize_image(picture, resize, wish), prune, picture.shape[:2])
 
 
 def _describe(source: ImageSource) -> str:
@@ -196,11 +219,11 @@ def _describe(source: ImageSource) -> str:
     return "image" if isinstance(source, Image.Image) else str(source)
 
 
-def _open(source: Path | str | bytes, name: str) -> Image.Image:
+def _read(source: Path | str | bytes, name: str) -> bytes:
     data = source if isinstance(source, bytes) else read_image_file(source, name)
     if not data:
         raise ImageError("empty_file", f"{name}: the file is empty")
-    return open_image(io.BytesIO(data), name)
+    return data
 
 
 def _set_upright(picture: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from pixelprune.images.image import (
     ImageError,
     ImageSource,
     PrunedImage,
-    decode_image,
+    decode_pixels,
     gather_blocks,
     prune_pixels,
     resize_image,
@@ -91,11 +91,11 @@ class _Walk:
         self, shot: Shot, number: int, before: Coded | None
     ) -> tuple[PrunedImage, PrunedImage | None, Coded | None]:
         try:
-            picture = decode_image(shot.source, self.resize)
+            picture = decode_pixels(shot.source, self.resize)
             pixels = resize_image(picture, self.resize, shot.wish)
         except ImageError as error:
             raise ImageError(error.reason, f"image {number + 1} of the conversation: {error}") from error
-        size = picture.height, picture.width
+        size = picture.shape[0], picture.shape[1]
         coded = code_image(pixels, before, self.prune, number) if is_in_time(self.prune) else None
         if coded is None:
             image = prune_pixels(pixels, self.prune, size)

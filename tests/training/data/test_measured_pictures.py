@@ -46,8 +46,8 @@ def shared(tmp_path):
 def decoded(monkeypatch):
     """Pictures decoded so far."""
     sources = []
-    original = pruning.decode_image
-    monkeypatch.setattr(pruning, "decode_image", lambda *args: (sources.append(len(args[0])), original(*args))[1])
+    original = pruning.decode_pixels
+    monkeypatch.setattr(pruning, "decode_pixels", lambda *args: (sources.append(len(args[0])), original(*args))[1])
     return sources
 
 
