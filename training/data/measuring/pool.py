@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 TOO_SLOW = "too_slow"
 
 POLL_SECONDS = 0.5
+START_SECONDS = 2.0
+"""What the first process measures alone: about what a start takes, which a small data set need not pay per core."""
 SEND_SECONDS = 0.2
 """What a process that dies has measured since it last sent is measured again."""
 DEATHS_PER_RECORD = 2
@@ -109,7 +111,9 @@ class MeasuringPool:
         self._chunks, self._left = chunks, deque(range(len(chunks)))
         self._deaths: Counter[tuple[int, int]] = Counter()
         self._failed_starts = 0
-        self._workers: list[_Worker] = [self._started() for _ in range(min(self.num_workers, len(chunks)))]
+        # The others follow when there is enough to do: a start costs seconds of a processor, mostly of imports.
+        self._workers: list[_Worker] = [self._started()] if chunks else []
+        self._ready_at: float | None = None
         num_done = 0
         try:
             while num_done < len(chunks) and not self.is_stopped():
@@ -122,9 +126,16 @@ class MeasuringPool:
                             yield done
                     elif self._is_overdue(worker):
                         self._give_up_record(worker, TOO_SLOW, too_slow(self.max_seconds))
+                self._start_others()
         finally:
             for worker in self._workers:
                 worker.end()
+
+    def _start_others(self) -> None:
+        """Once the first process has measured for as long as a start takes, and chunks are left for more."""
+        if self._ready_at is not None and time.monotonic() - self._ready_at > START_SECONDS:
+            missing = min(self.num_workers - len(self._workers), len(self._left))
+            self._workers += [self._started() for _ in range(missing)]
 
     def _started(self, number: int | None = None, known: dict[int, Row] | None = None) -> _Worker:
         # Spawned, not forked: the parent has threads (tokenizers, numba, CUDA) that a fork would leave locked.
@@ -155,6 +166,7 @@ class MeasuringPool:
             done, worker.number, worker.known = (worker.number, value), None, {}
         elif kind == "ready":
             self._failed_starts = 0
+            self._ready_at = self._ready_at or time.monotonic()
         worker.is_ready = True
         self._assign(worker)
         return done
@@ -205,7 +217,10 @@ class MeasuringPool:
             self._replace(worker)
             return
         if not worker.is_ready:
-            raise ValueError(f"a process that measures records could not start: {how}; {self._why_not(worker)}")
+            raise ValueError(
+                f"a process that measures records could not start: {how}; most likely memory is short: use fewer than "
+                f"data.index_workers={self.num_workers}"
+            )
         number, row = worker.number, self._record_of(worker)
         if number is None:
             self._replace(worker)
@@ -218,15 +233,6 @@ class MeasuringPool:
             raise ValueError(f"processes that write the index die ({how})")
         else:
             self._give_up_record(worker, UNEXPECTED, f"the process that measures it dies: {how}")
-
-    def _why_not(self, worker: _Worker) -> str:
-        """What ends a process before its first record, and what to do, by how it ended."""
-        if (worker.process.exitcode or 0) < 0:
-            return f"most likely memory is short: use fewer than data.index_workers={self.num_workers}"
-        return (
-            "its own lines, above, say why. These processes import the script that was started: one of your own starts "
-            "everything below `if __name__ == '__main__':`"
-        )
 
 
 def _now() -> float:
