@@ -23,8 +23,8 @@ from pixelprune.records.record import Message, Record, RecordError
 from pixelprune.records.template import AnswerPlaces, Span, TemplateFacts, any_of, rewritten
 from pixelprune.records.token_answers import with_answer_tokens
 from pixelprune.sample import ChatTokens
-from pixelprune.steps import Steps, all_at_once
 from pixelprune.text.rendering import Rendering, Tokenising
+from pixelprune.text.steps import Steps, all_at_once
 
 __all__ = ["GENERATION_TAG", "ChatEncoder", "control_tokens", "would_forge"]
 

@@ -26,7 +26,7 @@ from pixelprune.sample import ChatTokens, Sample, build_sample
 from pixelprune.selection.registry import is_in_time
 from pixelprune.sessions.pruning import Shot, prune_shots
 from pixelprune.settings import PruneSettings, ResizeSettings
-from pixelprune.steps import Steps, all_at_once
+from pixelprune.text.steps import Steps, all_at_once
 
 __all__ = [
     "PictureMemo",

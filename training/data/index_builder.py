@@ -26,7 +26,7 @@ from pixelprune.records.prepare import Preparer, PrepareSettings
 from pixelprune.records.reader import parse_record
 from pixelprune.records.record import OUT_OF_MEMORY, UNEXPECTED
 from pixelprune.sessions.pruning import Shot, prune_shots
-from pixelprune.steps import Steps
+from pixelprune.text.steps import Steps
 from training.data.columns import refuse_unread_columns
 from training.data.index import SCHEMA, Index, read_index
 from training.data.index_folder import IndexFolder, index_writes, open_folder

@@ -8,7 +8,7 @@ from typing import Any
 from pixelprune.attention.prefixes import picture_hash, picture_prefix
 from pixelprune.records.prepare import Preparer
 from pixelprune.records.record import RecordError
-from pixelprune.steps import Steps, all_at_once
+from pixelprune.text.steps import Steps, all_at_once
 from training.data.measuring.pictures import MeasuredPictures
 from training.data.sources import Source
 from training.errors import UserError
