@@ -24,7 +24,7 @@ class StopRequest:
 
     def _handle(self, number: int, _frame) -> None:
         if not self._asked:
-            logger.info("%s: finishing this step, then saving", signal.Signals(number).name)
+            logger.info("%s: ending what is under way, then saving", signal.Signals(number).name)
         self._asked = True
 
     @property

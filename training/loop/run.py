@@ -69,7 +69,8 @@ def run(config: Config) -> int:
         try:
             return _train(RunContext(config, ranks, folder, load_model_files_once(config.model, ranks), stop))
         except StopAskedError:
-            logger.info("rank %d: stopped before the first step; start again to continue", ranks.rank)
+            if ranks.is_first:
+                logger.info("stopped before the first step; start again to continue")
             return RESUMABLE
 
 
