@@ -172,6 +172,12 @@ def test_second_run_in_a_folder_is_refused_with_pid_and_host(tmp_path):
         pass
 
 
+def test_a_run_whose_folder_cannot_be_made_names_the_settings(tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(UserError, match=r"runs/mine: expected a folder .*run\.folder, run\.name.*: Not a directory"):
+        FolderLock(tmp_path / "runs" / "mine").acquire()
+
+
 def test_the_recipe_the_demo_ends_with_fits_a_published_model():
     from launch.demo import NEXT_COMMAND
     from training.config.recipe import load_recipe

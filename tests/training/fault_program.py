@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from training.checkpoint import files as checkpoint_files
+from training.command import set_up_logging
 from training.data.index import Index
 from training.evaluation import during_training as grounding_eval
 from training.exit_codes import leave_process
@@ -72,6 +73,7 @@ def slow_disk() -> None:
 
 def stop_in_validation() -> None:
     """The second rank is asked to stop as its first held-out pack has been through the model."""
+    set_up_logging()
     forward = SupervisedModel.forward
 
     def changed(self, pack):
@@ -83,6 +85,7 @@ def stop_in_validation() -> None:
 
 def stop_in_answers() -> None:
     """The second rank is asked to stop while it generates answers to the held-out records."""
+    set_up_logging()
     predict = grounding_eval.predict
 
     def changed(*arguments):

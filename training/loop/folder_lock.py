@@ -28,9 +28,17 @@ class FolderLock:
         self.fd = -1
 
     def acquire(self) -> FolderLock:
-        """Raises UserError naming the holder's pid and host when another run has the folder."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        """Raises UserError for a folder that cannot be made, and with the pid and host of another run that has it."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{self.path.parent}: expected a folder that this run may make and write to (run.folder, run.name): "
+                f"{error.strerror}"
+            ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

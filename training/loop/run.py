@@ -69,8 +69,7 @@ def run(config: Config) -> int:
         try:
             return _train(RunContext(config, ranks, folder, load_model_files_once(config.model, ranks), stop))
         except StopAskedError:
-            if ranks.is_first:
-                logger.info("stopped before the first step; start again to continue")
+            _say_stopped(ranks, "in its preparations")
             return RESUMABLE
 
 
@@ -103,6 +102,7 @@ def _train(context: RunContext) -> int:
     is_interrupted = evaluations.catch_up(engine, state.step, journal)
     if is_interrupted or (state.step == 0 and context.is_stopping()):
         journal.close()
+        _say_stopped(ranks, f"after step {state.step}, saved" if state.step else "before the first step")
         return RESUMABLE
     # The ranks of a sharded teacher fetch its layers together: each needs an image when one has.
     dummy = trains_vision(model) or config.kd.sharding == "zero3"
@@ -143,8 +143,7 @@ def _train(context: RunContext) -> int:
                 checkpointer.save(engine, state)
             journal.close()
             saved = "saved" if _is_saved_everywhere(checkpointer, ranks, config) else "NOT saved"
-            if ranks.is_first:
-                logger.info("stopped after step %d, %s; start again to continue", num_done, saved)
+            _say_stopped(ranks, f"after step {num_done}, {saved}")
             return RESUMABLE
     checkpointer.finish()
     if ranks.is_first and config.checkpoint.export_at_end:
@@ -204,6 +203,12 @@ def _say_what_comes(folder: Path, config: Config, learning_rate: LearningRate, s
         write_whole(folder / "config.yaml", show(config).encode())
     if learning_rate.said:
         logger.warning(learning_rate.said)
+
+
+def _say_stopped(ranks: Ranks, where: str) -> None:
+    """The last line of a run that was asked to stop, whatever it was at."""
+    if ranks.is_first:
+        logger.info("stopped %s; start again to continue", where)
 
 
 def _report_failed_save(checkpointer: Checkpointer, settings: CheckpointSettings) -> None:
