@@ -149,7 +149,7 @@ def main() -> None:
     table = table_of(rows)
     print(sentence + "\n\n" + table)
     if not arguments.no_record:
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        options = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
         payload = {"settings": options, "load_average": os.getloadavg(), "rows": rows}
         write_record("share_epoch", payload, sentence + "\n\n" + table)
     leave_ranks()
