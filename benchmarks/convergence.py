@@ -21,6 +21,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -124,6 +125,8 @@ def write_data_and_start(folder: Path, settings: Settings) -> None:
     train_path = write_screens(folder, "train", range(first, first + settings.num_pages), **shape)
     held_out = range(first + 5_000_000, first + 5_000_000 + settings.num_held_out_pages)
     held_out_path = write_screens(folder, "held_out", held_out, **shape)
+    validation = range(first + 7_000_000, first + 7_000_000 + settings.num_held_out_pages)
+    write_screens(folder, "validation", validation, **shape)
     Image.new("RGB", (settings.side, settings.side), (250, 250, 250)).save(folder / "images" / "blank.png")
     records = [json.loads(line) for line in held_out_path.read_text().splitlines()]
     for record in records:
@@ -162,6 +165,17 @@ def waves(side: int, width: int) -> torch.Tensor:
 def train(folder: Path, trained: str, settings: Settings) -> None:
     """One mode, start to end, in this process; writes folder/MODE.json."""
     torch.set_num_threads(1)
+
+    def wait_for_others() -> None:  # so that both train at the same time
+        (folder / f"{trained}.ready").touch()
+        while not all((folder / f"{mode}.ready").exists() for mode in PRUNES):
+            time.sleep(0.05)
+
+    (folder / f"{trained}.json").write_text(json.dumps(fit(folder, trained, settings, wait_for_others)))
+
+
+def fit(folder: Path, trained: str, settings: Settings, before: Callable[[], None] = lambda: None) -> dict:
+    """Train one mode and answer with it; before: called when all is loaded. Returns what `report` takes of it."""
     samples = load_samples(folder, trained)
     config = AutoConfig.from_pretrained(folder / "start")
     stock = AutoModelForImageTextToText.from_pretrained(folder / "start", dtype=torch.float32)
@@ -169,9 +183,7 @@ def train(folder: Path, trained: str, settings: Settings) -> None:
     model = SupervisedModel(stock, geometry, LossSettings()).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = ScheduleSettings(warmup_steps=settings.warmup_steps)
-    (folder / f"{trained}.ready").touch()
-    while not all((folder / f"{mode}.ready").exists() for mode in PRUNES):  # so that both train at the same time
-        time.sleep(0.05)
+    before()
     console = Console(highlight=False)
     steps, evaluations = [], [{"step": 0} | accuracies(folder, stock, trained, "held_out")]
     for step, ids in enumerate(orders(len(samples), settings)):
@@ -185,17 +197,17 @@ def train(folder: Path, trained: str, settings: Settings) -> None:
             shown = ", ".join(f"{mode} {evaluations[-1][mode]:.1%}" for mode in MODES if mode in evaluations[-1])
             console.print(f"step {step + 1}: loss {loss:.3f}, held-out {shown}")
     cost = CostModel.from_config(config)
-    result = {
+    return {
         "steps": steps,
         "evaluations": evaluations,
         "train_accuracy": accuracies(folder, stock, trained, "train_sample"),
         "blank_accuracy": accuracies(folder, stock, trained, "blank"),
+        "validation_accuracy": accuracies(folder, stock, trained, "validation"),
         "flops_per_sample": sum(sample_cost(cost, sample) for sample in samples) / len(samples),
         "kept_blocks": sum(sample.images[0].selection.num_kept for sample in samples),
         "full_blocks": sum(sample.images[0].num_full_blocks for sample in samples),
         "num_parameters": sum(parameter.numel() for parameter in stock.parameters()),
     }
-    (folder / f"{trained}.json").write_text(json.dumps(result))
 
 
 def load_samples(folder: Path, trained: str) -> list[Sample]:

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import convergence, share_convergence
+from benchmarks import convergence, convergence_lr, share_convergence
 from benchmarks.convergence import MODES, Settings, best_constant, exit_code, orders
 from benchmarks.parts.screens import CELL, COLOURS, draw_screen, write_screens
 from pixelprune.answers import parse_answer
@@ -85,6 +85,28 @@ def test_a_run_of_two_steps_reports_what_it_reached(tmp_path):
     assert all(set(MODES) < set(row) for row in record["evaluations"])
     assert 0 < record["retain_ratio"] < 1 < record["flops_ratio"]
     assert (tmp_path / "convergence.png").exists()
+
+
+def test_rates_are_chosen_on_validation_by_the_first_seed(tmp_path, capsys):
+    """All of it in two steps, then once more from the cells alone."""
+    sizes = ["--pages", "2", "--held-out-pages", "1", "--steps", "2", "--every", "2", "--seeds", "1", "--lrs", "1e-3"]
+    where = ["--folder", str(tmp_path / "cells"), "--out", str(tmp_path)]
+    assert convergence_lr.main([*sizes, *where]) == 0
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.json")}
+    convergence_lr.main([*sizes, *where])
+    assert len(cells) == 3
+    assert all(path.stat().st_mtime_ns == when for path, when in cells.items() if path.stem != "settings")
+    runs = json.loads((tmp_path / "convergence_lr.json").read_text())["runs"]
+    assert list(runs) == ["Full, 0.001, seed 0", "PixelPrune, 0.001, seed 0"]
+    assert (tmp_path / "convergence_lr.png").exists()
+
+    def cell(validation: float, held_out: float) -> dict:
+        row = {"Full -> Full": held_out, "PixelPrune -> PixelPrune": held_out}
+        return {"validation_accuracy": dict.fromkeys(row, validation), "evaluations": [row], "cpu_seconds": 1.0}
+
+    by_lr = {1e-3: {0: cell(0.6, 0.5), 1: cell(0, 0.7)}, 3e-3: {0: cell(0.4, 0.9)}}
+    text = convergence_lr.tables({"Full": by_lr, "PixelPrune": by_lr})
+    assert "| Full -> Full | 0.001 | 60.0% ± 14.1% | 50.0%, 70.0% | 1 |" in text
 
 
 def test_orders_over_screenshots_beside_the_plain_one_in_four_steps(tmp_path):
