@@ -56,7 +56,8 @@ def examine(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             bench = Bench(device, args.runs, Path(scratch))
             for check in all_checks(device):
-                results.append(perform(check, bench))
+                with console.status(f"{check.name} ..."):  # on a terminal: some take a quarter of a minute
+                    results.append(perform(check, bench))
                 say(results[-1], console)
     finally:
         logging.disable(logging.NOTSET)
