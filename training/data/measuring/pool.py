@@ -217,10 +217,7 @@ class MeasuringPool:
             self._replace(worker)
             return
         if not worker.is_ready:
-            raise ValueError(
-                f"a process that measures records could not start: {how}; most likely memory is short: use fewer than "
-                f"data.index_workers={self.num_workers}"
-            )
+            raise ValueError(f"a process that measures records could not start: {how}; {self._why_not(worker)}")
         number, row = worker.number, self._record_of(worker)
         if number is None:
             self._replace(worker)
@@ -233,6 +230,15 @@ class MeasuringPool:
             raise ValueError(f"processes that write the index die ({how})")
         else:
             self._give_up_record(worker, UNEXPECTED, f"the process that measures it dies: {how}")
+
+    def _why_not(self, worker: _Worker) -> str:
+        """What ends a process before its first record, and what to do, by how it ended."""
+        if (worker.process.exitcode or 0) < 0:
+            return f"most likely memory is short: use fewer than data.index_workers={self.num_workers}"
+        return (
+            "its own lines, above, say why. These processes import the script that was started: one of your own starts "
+            "everything below `if __name__ == '__main__':`"
+        )
 
 
 def _now() -> float:
