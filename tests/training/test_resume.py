@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.parts.drill_runs import ROOT, Kill, Run, has_equal_bits, largest_difference, prepare
+from benchmarks.parts.walked import SAMPLES as SESSIONS
+from launch.processes import descendants, send
 from training.exit_codes import RESUMABLE
 from training.tracking.tracker import read_metrics
 
@@ -71,6 +73,37 @@ def test_a_rank_killed_while_saving_costs_nothing(reference):
     assert kill.resumed_from >= kill.after_step - 1
     killed.finish(2)
     assert has_equal_bits(killed, whole)
+
+
+def test_a_killed_run_on_sessions_goes_on_bit_equal(tmp_path):
+    """Windows of three screenshots, each predicted from the next; every process is killed in the middle."""
+    prepare(tmp_path)
+    sessions = [json.loads(line) for line in (SESSIONS / "sessions.jsonl").open(encoding="utf-8")]
+    with (tmp_path / "windows.jsonl").open("w") as file:
+        for session in sessions[:6]:
+            content = [{"type": "image", "image": step["image"]} for step in session["steps"][:3]]
+            asked = {"role": "user", "content": [*content, {"type": "text", "text": "Next?"}]}
+            answer = {"role": "assistant", "content": session["steps"][2]["words"]}
+            file.write(json.dumps({"messages": [asked, answer]}) + "\n")
+    options = [
+        f"data.sources=[{{path: {tmp_path / 'windows.jsonl'}, root: {SESSIONS}}}]", "data.eval_sources=[]",
+        "data.samples_per_step=1", "data.last_turn_only=true", "schedule.max_steps=6", "resize.max_pixels=65536",
+        "prune.strategy=pred3d",
+    ]  # fmt: skip
+    whole, killed = (Run(tmp_path, name, *options) for name in ("whole", "killed"))
+    whole.finish(1)
+    front = killed.start(1)
+    while killed.newest_step() < 2:
+        assert front.poll() is None, killed.log.read_text()[-4000:]
+        time.sleep(0.002)
+    for victim in descendants(front.pid):
+        send(victim, signal.SIGKILL)
+    front.kill()
+    front.wait(120)
+    assert not (killed.folder / "export").exists(), "it was over before its kill"
+    killed.finish(1)
+    assert has_equal_bits(killed, whole)
+    assert max(row["retain_ratio"] for row in whole.steps() if "retain_ratio" in row) < 0.7
 
 
 def most(run, figure: str) -> float:
