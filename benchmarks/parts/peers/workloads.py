@@ -77,9 +77,14 @@ def choose_records(num: int, images: Path) -> list[Record]:
 
 
 def write_records(records: list[Record], form: str, path: Path) -> None:
-    """JSON lines in one of the three forms of `Record`. Our own stand beside the screenshots: paths are relative."""
+    """JSON lines in one of the three forms of `Record`. Our own stand beside the screenshots: paths are relative.
+
+    A file that says the same is left alone: a later start of ours finds the index of an earlier one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(getattr(record, form)()) + "\n" for record in records))
+    lines = "".join(json.dumps(getattr(record, form)()) + "\n" for record in records)
+    if not path.exists() or path.read_text() != lines:
+        path.write_text(lines)
 
 
 def write_model(folder: Path, max_pixels: int) -> None:
