@@ -28,6 +28,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from benchmarks.parts.record import markdown_table, write_record
 from pixelprune.images.image import decode_pixels, prune_pixels, resize_image
+from pixelprune.images.png import deflate
 from pixelprune.pack import VisionGeometry
 from pixelprune.records.chat import ChatEncoder
 from pixelprune.records.collator import PixelPruneCollator
@@ -201,6 +202,8 @@ def main() -> None:
         "pixel_bytes_target": kept / full / 8,
     }
     table = describe(total, summary)
+    if deflate is None:
+        table += "\n\nWithout the package deflate: Pillow decoded."
     payload = {"batch": arguments.batch, "repeats": arguments.repeats, "seconds": total, **summary}
     write_record("data_cpu", payload, table)
     print(table)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[1] / "results"
-PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "numba", "flash-attn", "liger-kernel")
+PACKAGES = ("torch", "transformers", "deepspeed", "numpy", "numba", "deflate", "flash-attn", "liger-kernel")
 
 
 def describe_machine() -> dict[str, Any]:
