@@ -59,8 +59,9 @@ def one_step(bench: Bench, way: Way) -> Step:
 
     run_step(bench.engine, seen(), meter)
     seconds, metrics = meter.finish_step()
-    executed = float(way.executed[way.rows(records)].sum())
-    return Step(seconds, metrics, flops[0], executed, held, peak_bytes(device))
+    rows = way.rows(records)
+    square = None if way.whole_square is None else float(way.whole_square[rows].sum())
+    return Step(seconds, metrics, flops[0], float(way.executed[rows].sum()), square, held, peak_bytes(device))
 
 
 def measure(
@@ -122,6 +123,9 @@ def summarise(name: str, rounds: list[list[Step]], full: list[list[Step]]) -> di
         "executed_flops": _total(rounds, "executed_flops") / len(steps),
         "model_flops_ratio": _total(full, "model_flops") / _total(rounds, "model_flops"),
         "flops_ratio": flops_ratio,
+        "flops_ratio_whole_square": None
+        if steps[0].whole_square is None
+        else _total(full, "whole_square") / _total(rounds, "whole_square"),
         "speed_up": statistics.median(ratios),
         "speed_up_by_round": ratios,
         "speed_up_of_flops_ratio": statistics.median(ratios) / flops_ratio,
@@ -166,6 +170,9 @@ def table_of(rows: list[dict[str, Any]]) -> str:
                 "TFLOPs": f"{row['executed_flops'] / 1e12:.3g}",
                 "speed-up": f"{row['speed_up']:.2f}x",
                 "FLOPs ratio": f"{row['flops_ratio']:.2f}x",
+                "whole square": "-"
+                if row["flops_ratio_whole_square"] is None
+                else f"{row['flops_ratio_whole_square']:.2f}x",
                 "of FLOPs": f"{row['speed_up_of_flops_ratio']:.2f}",
             }
             for row in rows

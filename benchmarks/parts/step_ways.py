@@ -58,6 +58,8 @@ class Step:
     metrics: dict[str, float]
     model_flops: float
     executed_flops: float
+    whole_square: float | None
+    """The executed ones in the paper's convention; None with a teacher."""
     held_bytes: int | None
     """Before the step: weights, optimizer states, and on a CPU the program."""
     peak_bytes: int | None
@@ -73,6 +75,7 @@ class Way:
     teacher: Teacher | None
     steps: Iterator[tuple[int, Iterator[MicroBatch]]]
     executed: np.ndarray
+    whole_square: np.ndarray | None
     """FLOPs per record of the index, recomputation and teacher included."""
     warm_up_steps: int
     done: list[Step] = field(default_factory=list)
@@ -125,6 +128,9 @@ class Bench:
         teacher = build_teacher(config.kd, config.model, config.loss, teacher_plan, self.ranks, self.attention)
         loader = training_loader(context, feed, num_steps=num_steps)
         executed = executed_flops(self.cost, feed.index, self.recomputed)
+        whole_square = (
+            executed_flops(self.cost.whole_square(), feed.index, self.recomputed) if teacher is None else None
+        )
         if name == "KD online":
             executed += feed.plan_input.cost - feed.index.plan_input(self.cost).cost
         elif name == "KD cached":
@@ -132,7 +138,7 @@ class Bench:
         workers = config.data.num_workers
         # Packs that the workers made while another way was training come first: their wait is no measurement.
         ahead = workers * max(config.data.prefetch_packs, -(-packs // max(workers, 1)) + 1)
-        return Way(name, config, feed, teacher, loader.steps(), executed, -(-ahead // packs))
+        return Way(name, config, feed, teacher, loader.steps(), executed, whole_square, -(-ahead // packs))
 
     def prepare(self, way: Way) -> None:
         """Let the one module learn in this way from here on."""
