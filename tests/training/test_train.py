@@ -119,7 +119,7 @@ def test_the_rank_that_speaks_is_not_ended_before_it_has(tmp_path):
 
 BAD_CALLS = {
     "unknown key": (["optim.learning_rate=1"], "unknown key 'optim.learning_rate'"),
-    "wrong type": (["optim.lr=fast"], "optim.lr: Value 'fast'"),
+    "wrong type": (["optim.lr=fast"], "optim.lr: expected a number, got 'fast'"),
     "missing model folder": (["model.path=/no/such/model"], "model.path: no such model folder: /no/such/model"),
 }
 
