@@ -24,7 +24,8 @@ def distilled_full(student: Tensor, teacher: Tensor, name: DivergenceName, beta:
 def distilled_top_k(
     student: Tensor, log_probs: Tensor, ids: Tensor, name: DivergenceName, temperature: float, beta: float
 ) -> Distilled:
-    return distil_top_k(student, log_probs, ids, student.argmax(-1), name, temperature, beta)
+    log_q = torch.log_softmax(student / temperature, -1)
+    return distil_top_k(log_q, log_probs, ids, student.argmax(-1), name, beta)
 
 
 def top_k_of(teacher: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
@@ -111,18 +112,21 @@ def test_top_k_bounds_the_full_divergence_from_below_and_grows_with_k(name: Dive
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
-def test_top_k_teacher_in_the_loss(chunk_size: int) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 1.5])  # 1: both terms share a softmax and a gradient
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_top_k_teacher_in_the_loss(chunk_size: int, temperature: float, name: DivergenceName) -> None:
     case = Case(10)
-    settings = LossSettings(0.5, 2.0, 1.5, "forward_kl", chunk_size=chunk_size)
-    log_probs, ids = top_k_of(case.teacher_head(case.teacher_hidden).detach(), 4, 1.5)
+    settings = LossSettings(0.5, 2.0, temperature, name, chunk_size=chunk_size)
+    log_probs, ids = top_k_of(case.teacher_head(case.teacher_hidden).detach(), 4, temperature)
     sums = case.loss(settings, teacher_topk=(log_probs, ids.int()))
     student = case.hidden @ case.head.weight.T
     ce = -torch.log_softmax(student, -1).gather(-1, case.labels[:, None]).sum()
-    kl, entropy = (value.sum() for value in reference_top_k(student, log_probs, ids, "forward_kl", 1.5, 0.5))
+    kl, entropy = (value.sum() for value in reference_top_k(student, log_probs, ids, name, temperature, 0.5))
     torch.testing.assert_close(sums.kl, kl)
     torch.testing.assert_close(sums.teacher_entropy, entropy)
-    torch.testing.assert_close(sums.total, 0.5 * ce + 2.0 * 1.5**2 * kl)
-    for got, want in zip(case.grads(sums.total), case.grads(0.5 * ce + 2.0 * 1.5**2 * kl), strict=True):
+    total = 0.5 * ce + 2.0 * temperature**2 * kl
+    torch.testing.assert_close(sums.total, total)
+    for got, want in zip(case.grads(sums.total), case.grads(total), strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -132,10 +136,13 @@ def test_a_teacher_that_is_certain_stays_finite(name: DivergenceName) -> None:
     teacher[:, 4] = 200.0  # the others underflow to probability 0 in float32
     student = logits(6, rows=3).float()
     log_probs, ids = torch.log_softmax(teacher, -1).topk(3)
+    log_probs_of_student = torch.log_softmax(student, -1)
     results = (
         distilled_full(student, teacher, name, 0.5),
         distilled_top_k(student, log_probs, ids, name, 1.0, 0.5),
         distilled_full(teacher, student, name, 0.5),
+        # A student that is certain leaves a remainder that underflows, too.
+        distilled_top_k(teacher, log_probs_of_student[:, :5], torch.arange(5).expand(3, 5), name, 1.0, 0.5),
     )
     for result in results:
         assert result.divergence.isfinite().all()

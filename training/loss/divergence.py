@@ -64,7 +64,13 @@ def distil_full(
 
 
 def distil_top_k(
-    logits: Tensor, log_probs: Tensor, ids: Tensor, top1: Tensor, name: DivergenceName, temperature: float, beta: float
+    log_q: Tensor,
+    log_probs: Tensor,
+    ids: Tensor,
+    top1: Tensor,
+    name: DivergenceName,
+    beta: float,
+    q_weight: float | Tensor = 0.0,
 ) -> Distilled:
     """Divergence from a teacher of which only k log-probabilities per position are known.
 
@@ -74,23 +80,23 @@ def distil_top_k(
     remainder's total mass only, in proportion to the student's own weights.
 
     Args:
-        logits: (C, V) student logits, whose temperature is `temperature`.
+        log_q: (C, V) the student's log-probabilities at its temperature, float32 or float64. Overwritten.
         log_probs: (C, k) teacher log-probabilities **at the teacher's temperature**, normalised over the whole
             vocabulary: the remainder at another temperature cannot be known from them. In any order.
         ids: (C, k) int64, their token ids, distinct in a row; k < V.
         top1: (C,) the student's most probable tokens.
+        q_weight: as in `distil_full`.
 
     The entropy is that of the k + 1 outcomes, a lower bound of the full one.
     """
-    work_dtype = torch.promote_types(logits.dtype, torch.float32)
-    rest = logits.to(work_dtype, copy=True).div_(temperature)
-    top = rest.gather(-1, ids)  # (C, k)
-    rest.scatter_(-1, ids, -math.inf)
-    rest_logit = rest.logsumexp(-1, keepdim=True)  # (C, 1)
-    log_q = torch.cat((top, rest_logit), -1).log_softmax(-1)  # (C, k + 1)
-    log_p = _with_remainder(log_probs.to(work_dtype))  # (C, k + 1)
-    value, outcome_grad, entropy = divergence(log_q, log_p, log_p.exp(), name, beta)
-    grad = rest.sub_(rest_logit).exp_().mul_(outcome_grad[:, -1:]).scatter_(-1, ids, outcome_grad[:, :-1])
+    top = log_q.gather(-1, ids)  # (C, k)
+    rest = log_q.scatter_(-1, ids, -math.inf).exp_()
+    # Summed, and not 1 less the others, which would lose the digits of a small one. Below `tiny` nothing is learnt.
+    mass = rest.sum(-1, keepdim=True).clamp_(min=torch.finfo(rest.dtype).tiny)  # (C, 1)
+    log_outcomes = torch.cat((top, mass.log()), -1).log_softmax(-1)  # (C, k + 1)
+    log_p = _with_remainder(log_probs.to(rest.dtype))  # (C, k + 1)
+    value, outcome_grad, entropy = divergence(log_outcomes, log_p, log_p.exp(), name, beta, q_weight)
+    grad = rest.mul_(outcome_grad[:, -1:] / mass).scatter_(-1, ids, outcome_grad[:, :-1])
     teacher_top1 = ids.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
     return Distilled(value, grad, entropy, teacher_top1 == top1)
 

@@ -174,14 +174,16 @@ class _TopKTeacher(NamedTuple):
     log_probs: Tensor  # (N, k)
     ids: Tensor  # (N, k)
 
-    def distil(self, rows: slice, student: Tensor, top1: Tensor, settings: LossSettings) -> Distilled:
+    def distil(
+        self, rows: slice, student: Tensor, top1: Tensor, settings: LossSettings, q_weight: float | Tensor = 0.0
+    ) -> Distilled:
         if self.ids.shape[1] >= student.shape[1]:
             raise ValueError(
                 f"teacher_topk holds k = {self.ids.shape[1]} entries, which leaves no remainder in a vocabulary of "
                 f"{student.shape[1]}; use fewer entries or teacher_hidden"
             )
         log_probs, ids = self.log_probs[rows], self.ids[rows].long()
-        return distil_top_k(student, log_probs, ids, top1, settings.divergence, settings.temperature, settings.jsd_beta)
+        return distil_top_k(student, log_probs, ids, top1, settings.divergence, settings.jsd_beta, q_weight)
 
 
 def _chunk_loss(
@@ -201,11 +203,9 @@ def _chunk_loss(
     """
     columns = labels.unsqueeze(-1)
     top1 = logits.argmax(-1)
-    shares_softmax = settings.temperature == 1 and isinstance(teacher, _FullTeacher)
+    shares_softmax = teacher is not None and settings.temperature == 1
     distilled = None
-    if isinstance(teacher, _TopKTeacher):
-        distilled = teacher.distil(rows, logits, top1, settings)
-    elif teacher is not None and not shares_softmax:
+    if teacher is not None and not shares_softmax:
         distilled = teacher.distil(rows, tempered_log_softmax(logits, settings.temperature), top1, settings)
     log_q = tempered_log_softmax(logits, 1.0)  # (C, V) float32
     by_row = None if weights is None else weights.to(log_q.dtype).unsqueeze(-1)  # (C, 1)
@@ -216,7 +216,7 @@ def _chunk_loss(
     total, kl, num_agree, entropy = settings.ce_weight * ce, ce.new_zeros(()), ce.new_zeros(()), ce.new_zeros(())
     kd_scale = settings.kd_weight * settings.temperature
     if shares_softmax:
-        assert isinstance(teacher, _FullTeacher)
+        assert teacher is not None
         ce_share = settings.ce_weight / kd_scale
         q_weight = ce_share if is_label is None else ce_share * is_label
         distilled = teacher.distil(rows, log_q, top1, settings, q_weight)
