@@ -38,11 +38,15 @@ def markdown_table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def write_record(name: str, payload: Mapping[str, Any], table: str, folder: Path = RESULTS) -> Path:
-    """Write folder/NAME.json (machine, then payload) and folder/NAME.md (table, then machine); return the JSON path."""
+    """Write folder/NAME.json (machine, then payload) and folder/NAME.md (table, then machine); return the JSON path.
+
+    Paths within the checkout are written from its root: where it lay is nobody's concern.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"benchmark": name, "machine": machine, **payload}, indent=2) + "\n")
+    text = json.dumps({"benchmark": name, "machine": machine, **payload}, indent=2)
+    path.write_text(text.replace(f"{RESULTS.parents[1]}/", "") + "\n")
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} torch threads"
     if machine["accelerator"]:
         where += f", {machine['accelerator']}"
