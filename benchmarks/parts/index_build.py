@@ -35,6 +35,7 @@ if __name__ == "__main__":
                 "cpu_seconds": sum(usage.ru_utime + usage.ru_stime for usage in usages),
                 "peak_mib_parent": usages[0].ru_maxrss / 1024,
                 "num_records": len(index),
+                "num_quarantined": len(index.quarantined),
                 "num_images": len(index.kept_blocks),
                 "sum_of_hashes": int(index.content_hash.sum(dtype="uint64")),
                 "num_kept_blocks": int(index.kept_blocks.sum()),
