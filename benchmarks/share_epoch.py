@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ import numpy as np
 
 from benchmarks.parts.one_rank import only_rank
 from benchmarks.parts.record import markdown_table, write_record
-from benchmarks.parts.step_meter import PHASES, PhaseMeter
+from benchmarks.parts.step_meter import PHASES
 from benchmarks.parts.step_ways import Bench, Way
+from benchmarks.share import our_step
 from training.data.loader import MicroBatch
 from training.distributed.ranks import leave_ranks
-from training.loop.step import run_step
 
 SHARES = ("off", "step", "group")
 PACK_SAMPLES = 16
@@ -46,19 +45,12 @@ def first_records(path: Path, count: int) -> Path:
 
 def one_step(bench: Bench, way: Way) -> dict[str, float]:
     """The next optimizer step: the processor's seconds by phase, and what was computed for which records."""
-    bench.prepare(way)
     seen: list[MicroBatch] = []
-
-    def noted(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        for batch in batches:
-            seen.append(batch)
-            yield batch
-
-    meter = PhaseMeter(bench.ranks)
-    run_step(bench.engine, noted(next(way.steps)[1]), meter)
-    found = meter.finish_phases() | {"loss": meter.loss}
+    found: dict[str, float] = {}
+    loss = our_step(bench, way, seen, found)
     rows = way.rows([record for batch in seen for record in batch.record_ids])
     return found | {
+        "loss": loss,
         "records": len(rows),
         "screenshots": len(np.unique(way.feed.index.picture_hash[rows])),
         "packs": len(seen),
